@@ -1,0 +1,33 @@
+# make demo   train all three stages on the built-in data, measure, draw
+# make test   run the tests          make lint    check style
+# make bench  time ops, training step, metrics and data loading against the usual ways
+
+PYTHON ?= python3
+BIN := .venv/bin
+RUN := runs/critters
+
+.venv/done: requirements.txt requirements-test.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.txt -r requirements-test.txt
+	touch $@
+
+demo: .venv/done
+	$(BIN)/python encoder.py
+	$(BIN)/python classifier.py
+	$(BIN)/python gan.py
+	$(BIN)/python explore.py sample --network $(RUN)/gan.pt
+	$(BIN)/python explore.py traverse --network $(RUN)/gan.pt
+	$(BIN)/python metrics.py --network $(RUN)/gan.pt --json $(RUN)/metrics.json
+	@echo "pictures: $(RUN)/sample.png, $(RUN)/traverse.png, $(RUN)/tsne.png"
+
+test: .venv/done
+	$(BIN)/python -m pytest -q
+
+lint: .venv/done
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+
+bench: .venv/done
+	$(BIN)/python tests/bench.py
+
+.PHONY: demo test lint bench
