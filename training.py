@@ -1,0 +1,307 @@
+"""What the three stages share: device and precision set-up, torchrun, seeds, checkpoints, options, log lines.
+
+Everything here is plain functions around torch; a stage calls them in this order:
+
+    run = training.start(...)           device, precision, processes, seeds
+    state = training.load(...)          an earlier stage's checkpoint, or this stage's own to go on from
+    log = training.Log(...)             stats.jsonl, TensorBoard, progress bar
+    training.save(path, state)          atomic: written aside, then renamed
+"""
+
+import contextlib
+import ctypes
+import hashlib
+import json
+import os
+import pickle
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import click
+import torch
+import torch.distributed as dist
+from tqdm import tqdm
+
+VERSION = 1  # of the checkpoint format
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Options that every stage takes.
+
+
+# fmt: off
+OPTIONS = [
+    click.option("--data",      metavar="NAME|PATH", default="critters", help="critters, afhq, celeba, fashion-mnist, or a path to a folder or zip."),
+    click.option("--outdir",    metavar="DIR", help="Where results go.  [default: runs/<data name>]"),
+    click.option("--size",      metavar="PIXELS", type=click.IntRange(8, 1024), help="Image size, a power of two.  [default: by data]"),
+    click.option("--batch",     metavar="N", type=click.IntRange(2), help="Images per step, over all processes.  [default: by data]"),
+    click.option("--init",      metavar="FILE", help="Checkpoint to take the network's first weights from."),
+    click.option("--seed",      metavar="N", type=click.IntRange(0), default=0, help="Seed of everything random."),
+    click.option("--precision", type=click.Choice(["auto", "fp32", "bf16", "fp16"]), default="auto", help="auto: fp32 on CPUs; bf16 on GPUs that have it, else fp16."),
+    click.option("--device",    metavar="DEVICE", default="auto", help="cpu, cuda, cuda:1; auto: cuda if there is one."),
+    click.option("--workers",   metavar="N", type=click.IntRange(0), default=1, help="Threads that prepare batches; 0: none."),
+    click.option("--resume/--no-resume", default=True, help="Go on from the checkpoint in the output folder, or start over."),
+    click.option("--smoke",     is_flag=True, help="A run of seconds that takes every code path; its results mean nothing."),
+    click.option("--dry-run",   is_flag=True, help="Print the resolved options and stop."),
+]
+# fmt: on
+
+
+def with_options(own: list[Callable]) -> Callable:
+    """Decorator that gives a click command a stage's own options, then those that every stage takes."""
+
+    def decorate(command: Callable) -> Callable:
+        for option in reversed(own + OPTIONS):
+            command = option(command)
+        return command
+
+    return decorate
+
+
+def by_data(presets: dict[str, dict], data: str, options: dict) -> dict:
+    """Fill in the options left at None from the row of `presets` named like the data, or its row '' for any other."""
+    row = presets[""] | presets.get(data, {})
+    return {name: row.get(name) if value is None else value for name, value in options.items()}
+
+
+def out_folder(options: dict) -> Path:
+    """The run's folder: --outdir, or runs/<data name>; smoke runs stay apart."""
+    name = Path(options["data"]).resolve().stem + ("-smoke" if options["smoke"] else "")
+    return Path(options["outdir"] or Path("runs") / name)
+
+
+def write_options(path: Path, options: dict) -> None:
+    """Save a command's resolved options next to its results."""
+    path.write_text(json.dumps(options | {"torch": torch.__version__}, indent=2) + "\n")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Device, precision, processes, seeds.
+
+
+@dataclass
+class Run:
+    """Where and how a stage runs. `dtype` is the autocast dtype, None for fp32."""
+
+    device: torch.device
+    dtype: torch.dtype | None
+    seed: int
+    rank: int = 0
+    world: int = 1
+
+    def autocast(self) -> contextlib.AbstractContextManager:
+        """Context in which the networks compute in the chosen precision."""
+        return torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype is not None)
+
+    def scaler(self) -> torch.amp.GradScaler:
+        """Loss scaler for one optimiser: does something in fp16 only."""
+        return torch.amp.GradScaler(self.device.type, enabled=self.dtype is torch.float16)
+
+    def reseed(self, images: int) -> None:
+        """Derive all randomness from (seed, rank, images seen): a resumed run then draws what an unbroken one would."""
+        key = hashlib.sha256(f"{self.seed} {self.rank} {images}".encode()).digest()
+        torch.manual_seed(int.from_bytes(key[:7], "little"))
+
+    def average_gradients(self, parameters: Iterable[torch.nn.Parameter]) -> None:
+        """Mean of the gradients over all processes, as one message; nothing with one process."""
+        if self.world == 1:
+            return
+        grads = [p.grad for p in parameters if p.grad is not None]
+        flat = torch.cat([g.flatten() for g in grads])
+        dist.all_reduce(flat)
+        flat /= self.world
+        for g, mean in zip(grads, flat.split([g.numel() for g in grads]), strict=True):
+            g.copy_(mean.view_as(g))
+
+
+def start(device: str = "auto", precision: str = "auto", seed: int = 0) -> Run:
+    """Set up the device, the precision, the processes of torchrun and the seeds.
+
+    Raises click.ClickException for a device or precision that this machine does not have.
+    """
+    keep_memory()
+    torch.set_flush_denormal(True)
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    try:
+        if device == "auto":
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        dev = torch.device(device)
+        if dev.type == "cuda" and world > 1 and dev.index is None:
+            dev = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.empty(1, device=dev)
+    except (RuntimeError, AssertionError) as error:
+        raise click.ClickException(f"--device {device}: {str(error).splitlines()[0]}") from None
+    if dev.type == "cuda":
+        torch.cuda.set_device(dev)
+        torch.backends.cudnn.benchmark = True
+        if precision == "auto":
+            precision = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    if world > 1 and not dist.is_initialized():
+        dist.init_process_group("nccl" if dev.type == "cuda" else "gloo")
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
+    run = Run(dev, dtype, seed, rank, world)
+    run.reseed(0)
+    return run
+
+
+def keep_memory() -> None:
+    """Have glibc keep freed memory: it would unmap large tensors and pay for every page again at the next step."""
+    with contextlib.suppress(OSError, AttributeError):
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(-4, 0)  # M_MMAP_MAX: no tensor is mapped on its own (M_MMAP_THRESHOLD stops at 32 MiB)
+        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
+        mallopt(-2, 64 * 2**20)  # M_TOP_PAD
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Checkpoints: a dict of plain Python values and tensors, read without running code, written whole or not at all.
+
+
+def save(path: Path, state: dict) -> None:
+    """Write a checkpoint under a temporary name, then rename it: a killed run leaves the old file whole."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        torch.save(state | {"version": VERSION}, temporary)
+        os.replace(temporary, path)
+    except OSError as error:
+        raise click.ClickException(f"cannot write {path}: {error.strerror}") from None
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def load(path: Path | str, stage: str) -> dict:
+    """Read a checkpoint of the named stage ('encoder', 'classifier' or 'gan') to the CPU.
+
+    Raises click.ClickException if the file is missing, not a checkpoint, of another stage or of a newer format.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise click.ClickException(f"{path} does not exist: run {stage}.py with the same --data and --outdir first")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, pickle.UnpicklingError, EOFError, OSError, ValueError, KeyError, AttributeError) as error:
+        raise click.ClickException(
+            f"{path} is not a checkpoint of this project ({type(error).__name__} while reading it)"
+        ) from None
+    if not isinstance(state, dict) or "stage" not in state:
+        raise click.ClickException(f"{path} is not a checkpoint of this project: it has no entry 'stage'")
+    if state["stage"] != stage:
+        raise click.ClickException(f"{path} was written by {state['stage']}.py, but one of {stage}.py is needed here")
+    if state.get("version") != VERSION:
+        raise click.ClickException(f"{path} has format {state.get('version')}, this code reads format {VERSION}")
+    return state
+
+
+def init_weights(network: torch.nn.Module, weights: dict, source: str) -> None:
+    """Copy `weights` into `network`.
+
+    Raises click.ClickException naming the first tensors that are missing or differ in shape.
+    """
+    own = network.state_dict()
+    wrong = [f"{k} {tuple(own[k].shape)} is {tuple(weights[k].shape) if k in weights else 'missing'} there"
+             for k in own if k not in weights or weights[k].shape != own[k].shape]  # fmt: skip
+    wrong += [f"{k} is not in this network" for k in weights if k not in own]
+    if wrong:
+        more = f" and {len(wrong) - 2} more" if len(wrong) > 2 else ""
+        raise click.ClickException(f"--init {source} does not fit: {'; '.join(wrong[:2])}{more}")
+    network.load_state_dict(weights)
+
+
+def check_same(theirs: dict, ours: dict, keys: Iterable[str], file: Path | str, remedy: str) -> None:
+    """Refuse a checkpoint made with other settings, naming the first of `keys` that differs."""
+    for key in keys:
+        if theirs.get(key) != ours.get(key):
+            raise click.ClickException(
+                f"{file} was made with {key} {theirs.get(key)!r}, but here {key} is {ours.get(key)!r}: {remedy}"
+            )
+
+
+def fingerprint(state: dict[str, torch.Tensor]) -> str:
+    """Short hash of a network's weights, to tell which encoder a classifier belongs to."""
+    digest = hashlib.sha256()
+    for name in sorted(state):
+        digest.update(name.encode())
+        digest.update(state[name].detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()[:16]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Log: numbers gathered on the device, fetched once a line.
+
+
+class Log:
+    """Progress bar on stderr, one JSON object a line in `stats.jsonl`, the same numbers in TensorBoard.
+
+    `add` only keeps device tensors; `write` fetches all means in one transfer, so nothing synchronises
+    between log lines. Processes other than the first stay silent.
+    """
+
+    def __init__(self, outdir: Path, stage: str, total: int, done: int = 0, unit: str = "img", rank: int = 0):
+        self.stage, self.rank = stage, rank
+        self.sums: dict[str, torch.Tensor] = {}
+        self.counts: dict[str, int] = {}
+        self.bar = tqdm(
+            total=total,
+            initial=done,
+            desc=stage,
+            unit=unit,
+            unit_scale=True,
+            disable=rank != 0,
+            dynamic_ncols=True,
+            smoothing=0.1,
+        )
+        self.time = time.time()
+        if rank == 0:
+            from torch.utils.tensorboard import SummaryWriter  # slow to import, and not needed for --help
+
+            self.file = open(outdir / "stats.jsonl", "a", buffering=1)  # noqa: SIM115
+            self.board = SummaryWriter(str(outdir / "tensorboard" / stage))
+
+    def add(self, **values: torch.Tensor) -> None:
+        """Take scalar tensors of one device into the means of the next line."""
+        for name, value in values.items():
+            value = value.detach().float()
+            self.sums[name] = self.sums[name] + value if name in self.sums else value
+            self.counts[name] = self.counts.get(name, 0) + 1
+
+    def step(self, images: int) -> None:
+        """Advance the bar."""
+        self.bar.update(images)
+
+    def write(self, images: int, **extra: float) -> dict[str, float]:
+        """Write the means since the last line, with `extra`, at `images` images seen; returns them."""
+        names = list(self.sums)
+        means = (
+            torch.stack(
+                [self.sums[n].cpu() if self.sums[n].device.type == "cpu" else self.sums[n] for n in names]
+            ).tolist()
+            if names
+            else []
+        )
+        line = {n: m / self.counts[n] for n, m in zip(names, means, strict=True)} | extra
+        self.sums, self.counts = {}, {}
+        if self.rank == 0:
+            seconds = time.time() - self.time
+            self.file.write(
+                json.dumps({"stage": self.stage, "images": images, "seconds": round(seconds, 2)} | line) + "\n"
+            )
+            for name, value in line.items():
+                self.board.add_scalar(name, value, images)
+            self.bar.set_postfix_str(" ".join(f"{n} {v:.3g}" for n, v in line.items()), refresh=False)
+        return line
+
+    def picture(self, name: str, image, images: int) -> None:
+        """Put a uint8 [H, W, 3] picture into TensorBoard."""
+        if self.rank == 0:
+            self.board.add_image(name, image, images, dataformats="HWC")
+
+    def close(self) -> None:
+        """Finish the bar and the files."""
+        self.bar.close()
+        if self.rank == 0:
+            self.file.close()
+            self.board.close()
