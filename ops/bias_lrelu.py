@@ -1,0 +1,239 @@
+"""Fused bias + leaky ReLU: bias_lrelu(x, bias, slope) in one pass over x, and its gradients in one pass each.
+
+Implementations: the PyTorch reference, Triton for NVIDIA GPUs (below), C++ for the CPU (bias_lrelu.cpp). The gradients
+take the sign of the output for the sign of what went into the leaky ReLU, so x is not kept. Two kernels serve all
+orders: the derivative of the backward pass is the backward pass with a bias on its input, and the derivative of that
+is the backward pass again.
+"""
+
+import torch
+import torch.nn.functional as F
+
+from .build import DTYPES, acc_dtype, c_function, choose, dense, like, tl, triton
+
+
+def bias_lrelu(x: torch.Tensor, bias: torch.Tensor, slope: float = 0.2, impl: str = "auto") -> torch.Tensor:
+    """y = lrelu(x + bias), bias added to every channel, lrelu(v) = v if v > 0 else slope * v.
+
+    x: [B, C, H, W], NCHW or channels_last, or [B, C]; float32, bfloat16, float16 (all computed in float32) or float64;
+    any strides, B may be 0. bias: [C], any floating dtype. slope: at least 0. impl: 'auto' (Triton on CUDA, C++ on the
+    CPU, the reference with one warning where that cannot run), 'ref', 'triton', 'cpp'.
+
+    Returns y in the shape, dtype and memory format of x. Differentiable to any order in x and bias, every order fused.
+    No atomics: the same input gives the same bits. Under torch.compile one operator of the graph.
+
+    Raises ValueError for shapes and TypeError for dtypes that do not fit, RuntimeError with the reason if the
+    implementation asked for cannot run.
+    """
+    if x.ndim not in (2, 4) or bias.ndim != 1 or len(bias) != x.shape[1]:
+        raise ValueError(
+            f"bias_lrelu needs x [B, C, H, W] or [B, C] and bias [C], got {[*x.shape]} and {[*bias.shape]}"
+        )
+    if x.dtype not in DTYPES or not bias.is_floating_point():
+        raise TypeError(f"bias_lrelu needs floating-point tensors, got {x.dtype} and {bias.dtype}")
+    if slope < 0:
+        raise ValueError(f"bias_lrelu needs slope >= 0, got {slope}")
+    impl = choose(impl, x.device.type)
+    if bias.dtype != (acc := acc_dtype(x.dtype)):
+        bias = bias.to(acc)
+    if impl == "ref":
+        v = (x if x.dtype == acc else x.to(acc)) + (bias if x.ndim == 2 else bias.view(-1, 1, 1))
+        return F.leaky_relu(v, slope).to(x.dtype)
+    return _BiasLrelu.apply(dense(x), bias.contiguous(), float(slope), impl)
+
+
+def _view(x: torch.Tensor) -> tuple[int, int, int]:
+    """(outer, C, inner) of dense memory: (B, C, H*W) for NCHW, (B*H*W, C, 1) for channels_last and [B, C]."""
+    C = x.shape[1]
+    inner = x.shape[2] * x.shape[3] if x.ndim == 4 and C > 0 and x.is_contiguous() else 1
+    return x.numel() // max(C * inner, 1), C, inner
+
+
+# Gradients. m = (y > 0 ? 1 : slope) is constant almost everywhere: through the backward pass only g has a derivative.
+
+
+class _BiasLrelu(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, bias, slope, impl):
+        y = _forward(x, bias, slope, impl)
+        ctx.save_for_backward(y)
+        ctx.slope, ctx.impl = slope, impl
+        return y
+
+    @staticmethod
+    def backward(ctx, g):
+        (y,) = ctx.saved_tensors
+        if torch.is_grad_enabled():  # create_graph=True
+            dx, db = _Backward.apply(like(g, y), y, ctx.slope, ctx.impl)
+        else:
+            dx, db = _masked(like(g, y), y, None, True, ctx.slope, ctx.impl)
+        return dx, db, None, None
+
+
+class _Backward(torch.autograd.Function):
+    """dx = g * m, db = sum of dx over all but the channel."""
+
+    @staticmethod
+    def forward(ctx, g, y, slope, impl):
+        ctx.save_for_backward(y)
+        ctx.slope, ctx.impl = slope, impl
+        ctx.set_materialize_grads(False)
+        return _masked(g, y, None, True, slope, impl)
+
+    @staticmethod
+    def backward(ctx, gdx, gdb):
+        (y,) = ctx.saved_tensors
+        if gdx is None and gdb is None:
+            return None, None, None, None
+        gdx = torch.zeros_like(y) if gdx is None else like(gdx, y)
+        gdb = None if gdb is None else gdb.contiguous()
+        return _DoubleBackward.apply(gdx, gdb, y, ctx.slope, ctx.impl), None, None, None
+
+
+class _DoubleBackward(torch.autograd.Function):
+    """dg = (gdx + gdb) * m."""
+
+    @staticmethod
+    def forward(ctx, gdx, gdb, y, slope, impl):
+        ctx.save_for_backward(y)
+        ctx.slope, ctx.impl, ctx.bias = slope, impl, gdb is not None
+        return _masked(gdx, y, gdb, False, slope, impl)[0]
+
+    @staticmethod
+    def backward(ctx, g):
+        (y,) = ctx.saved_tensors
+        dx, db = _Backward.apply(like(g, y), y, ctx.slope, ctx.impl)
+        return dx, db if ctx.bias else None, None, None, None
+
+
+# What runs: eager calls go straight to it, torch.compile sees one operator of known shape.
+
+
+def _forward(x, bias, slope, impl):
+    return (_forward_op if torch.compiler.is_compiling() else _run_forward)(x, bias, slope, impl)
+
+
+def _masked(g, y, bias, reduce, slope, impl):
+    return (_masked_op if torch.compiler.is_compiling() else _run_masked)(g, y, bias, reduce, slope, impl)
+
+
+def _run_forward(x: torch.Tensor, bias: torch.Tensor, slope: float, impl: str) -> torch.Tensor:
+    y = torch.empty_like(x)
+    if x.numel() == 0:
+        return y
+    if impl == "triton":
+        _triton_forward(x, bias, y, slope)
+    else:
+        run = c_function("bias_lrelu", x.dtype, "pppiiid")
+        run(x.data_ptr(), bias.data_ptr(), y.data_ptr(), *_view(x), slope)
+    return y
+
+
+def _run_masked(
+    g: torch.Tensor, y: torch.Tensor, bias: torch.Tensor | None, reduce: bool, slope: float, impl: str
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """dx = (g + bias) * m, and its sum over all but the channel (if reduce, else an empty tensor)."""
+    dx = torch.empty_like(y)
+    db = torch.empty(y.shape[1] if reduce else 0, dtype=acc_dtype(y.dtype), device=y.device)
+    if y.numel() == 0:
+        return dx, db.zero_()
+    if impl == "triton":
+        _triton_masked(g, y, bias, dx, db, slope)
+    else:
+        run = c_function("bias_lrelu_masked", y.dtype, "pppppiiid")
+        b = None if bias is None else bias.data_ptr()
+        run(g.data_ptr(), y.data_ptr(), b, dx.data_ptr(), db.data_ptr() if reduce else None, *_view(y), slope)
+    return dx, db
+
+
+_forward_op = torch.library.custom_op("infoscc::bias_lrelu", _run_forward, mutates_args=())
+_forward_op.register_fake(lambda x, bias, slope, impl: torch.empty_like(x))
+_masked_op = torch.library.custom_op("infoscc::bias_lrelu_masked", _run_masked, mutates_args=())
+_masked_op.register_fake(
+    lambda g, y, bias, reduce, slope, impl: (
+        torch.empty_like(y),
+        y.new_empty(y.shape[1] if reduce else 0, dtype=acc_dtype(y.dtype)),
+    )
+)
+
+
+# Triton. Memory is a matrix [rows, cols], channels_last [B*H*W, C] or NCHW [B*C, H*W]; a tile of it has 1024 elements.
+
+if triton is not None:
+
+    @triton.jit
+    def _forward_kernel(
+        x, bias, y, rows, cols, C, SLOPE: tl.constexpr, LAST: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr
+    ):
+        """Moves 2 n elements, reading x and writing y once: the minimum. The bias comes from the cache."""
+        r = (tl.program_id(0) * ROWS + tl.arange(0, ROWS))[:, None]
+        c = (tl.program_id(1) * COLS + tl.arange(0, COLS))[None, :]
+        at = r.to(tl.int64) * cols + c
+        inside = (r < rows) & (c < cols)
+        b = tl.load(bias + c, mask=c < cols, other=0) if LAST else tl.load(bias + r % C, mask=r < rows, other=0)
+        v = tl.load(x + at, mask=inside).to(b.dtype) + b
+        tl.store(y + at, tl.where(v > 0, v, v * SLOPE).to(y.dtype.element_ty), mask=inside)
+
+    @triton.jit
+    def _masked_kernel(
+        g, y, bias, dx, part, rows, cols, C, ACC: tl.constexpr, SLOPE: tl.constexpr, LAST: tl.constexpr,
+        ROWS: tl.constexpr, COLS: tl.constexpr, LOOPS: tl.constexpr
+    ):  # fmt: skip
+        """Moves 3 n elements, reading g and y and writing dx once: the minimum. The sums add their parts, written and
+        read once: for NCHW B C, for channels_last n / (4 ROWS) and ROWS = 1024 / C.
+
+        A program walks down LOOPS tiles for channels_last and writes the sums of its columns, part [row programs, C];
+        for NCHW it walks along its rows and writes their sums, part [B, C]. What is left of the sum is torch.sum.
+        """
+        acc = tl.zeros([ROWS, COLS], dtype=ACC)
+        for i in range(LOOPS):
+            if LAST:
+                r = ((tl.program_id(0) * LOOPS + i) * ROWS + tl.arange(0, ROWS))[:, None]
+                c = (tl.program_id(1) * COLS + tl.arange(0, COLS))[None, :]
+            else:
+                r = (tl.program_id(0) * ROWS + tl.arange(0, ROWS))[:, None]
+                c = (i * COLS + tl.arange(0, COLS))[None, :]
+            at = r.to(tl.int64) * cols + c
+            inside = (r < rows) & (c < cols)
+            d = tl.load(g + at, mask=inside, other=0).to(ACC)
+            if bias is not None:
+                if LAST:
+                    d += tl.load(bias + c, mask=c < cols, other=0)
+                else:
+                    d += tl.load(bias + r % C, mask=r < rows, other=0)
+            d = tl.where(tl.load(y + at, mask=inside, other=0) > 0, d, d * SLOPE)
+            tl.store(dx + at, d.to(dx.dtype.element_ty), mask=inside)
+            acc += tl.where(inside, d, 0)
+        if part is not None:
+            if LAST:
+                c = tl.program_id(1) * COLS + tl.arange(0, COLS)
+                tl.store(part + tl.program_id(0).to(tl.int64) * cols + c, tl.sum(acc, 0), mask=c < cols)
+            else:
+                r = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+                tl.store(part + r, tl.sum(acc, 1), mask=r < rows)
+
+
+def _tiles(x):
+    """rows, cols, whether the channels are the columns, and a tile's rows and columns."""
+    outer, C, inner = _view(x)
+    rows, cols = (outer, C) if inner == 1 else (outer * C, inner)
+    COLS = min(triton.next_power_of_2(cols), 1024)
+    return rows, cols, inner == 1, 1024 // COLS, COLS
+
+
+def _triton_forward(x, bias, y, slope):
+    rows, cols, last, ROWS, COLS = _tiles(x)
+    grid = (triton.cdiv(rows, ROWS), triton.cdiv(cols, COLS))
+    _forward_kernel[grid](x, bias, y, rows, cols, x.shape[1], slope, last, ROWS, COLS)
+
+
+def _triton_masked(g, y, bias, dx, db, slope):
+    rows, cols, last, ROWS, COLS = _tiles(y)
+    tiles, C = triton.cdiv(rows, ROWS), y.shape[1]
+    LOOPS = max(4, triton.cdiv(tiles, 1024)) if last else triton.cdiv(cols, COLS)
+    grid = (triton.cdiv(tiles, LOOPS), triton.cdiv(cols, COLS)) if last else (tiles, 1)
+    part = None if db.numel() == 0 else db.new_empty(grid[0] if last else rows // C, C)
+    acc = tl.float64 if y.dtype == torch.float64 else tl.float32
+    _masked_kernel[grid](g, y, bias, dx, part, rows, cols, C, acc, slope, last, ROWS, COLS, LOOPS)
+    if part is not None:
+        torch.sum(part, 0, out=db)

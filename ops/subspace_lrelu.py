@@ -1,0 +1,263 @@
+"""Fused EigenGAN subspace modulation: subspace_lrelu(h, coef, maps, bias, slope), one pass forward and one backward.
+
+A generator block adds conv(phi_b) to its activations, phi_b = U (L * z_b) + mu. The convolution is linear, so
+conv(phi_b) = sum_k coef[b, k] maps[k], with maps the convolved columns of U L and mu, without bias, and coef = [z, 1]:
+K convolutions in place of B. This op does the sum, the bias and the activation. Implementations: the PyTorch
+reference, Triton for NVIDIA GPUs (below), C++ for the CPU (subspace_lrelu.cpp).
+"""
+
+import torch
+import torch.nn.functional as F
+
+from .build import DTYPES, acc_dtype, c_function, choose, dense, like, tl, triton
+
+
+def subspace_lrelu(
+    h: torch.Tensor, coef: torch.Tensor, maps: torch.Tensor, bias: torch.Tensor, slope: float = 0.2, impl: str = "auto"
+) -> torch.Tensor:
+    """y = lrelu(h + sum_k coef[b, k] maps[k] + bias), lrelu(v) = v if v > 0 else slope * v.
+
+    h: [B, C, H, W], NCHW or channels_last; float32, bfloat16, float16 (all computed in float32) or float64; any
+    strides, B may be 0. coef: [B, K], maps: [K, C, H, W], bias: [C]; any floating dtype. maps are read in the dtype of
+    h and copied if their memory format is another one; coef and bias are read in the dtype computed in. slope: at
+    least 0. impl: 'auto' (Triton on CUDA, C++ on the CPU, the reference with one warning where that cannot run),
+    'ref', 'triton', 'cpp'.
+
+    Returns y in the shape, dtype and memory format of h. Differentiable to any order in h, coef, maps and bias: the
+    first is fused and skips what needs no gradient, higher ones are composed of PyTorch ops. No atomics: the same input
+    gives the same bits. Under torch.compile one operator of the graph.
+
+    Raises ValueError for shapes and TypeError for dtypes that do not fit, RuntimeError with the reason if the
+    implementation asked for cannot run.
+    """
+    fits = h.ndim == 4 and coef.ndim == 2 and len(coef) == len(h) and bias.ndim == 1 and len(bias) == h.shape[1]
+    if not fits or maps.shape != (coef.shape[1], *h.shape[1:]):
+        shapes = ", ".join(str([*t.shape]) for t in (h, coef, maps, bias))
+        raise ValueError(f"subspace_lrelu needs h [B, C, H, W], coef [B, K], maps [K, C, H, W], bias [C], got {shapes}")
+    if h.dtype not in DTYPES or not (
+        coef.is_floating_point() and maps.is_floating_point() and bias.is_floating_point()
+    ):
+        raise TypeError(
+            f"subspace_lrelu needs floating-point tensors, got {h.dtype}, {coef.dtype}, {maps.dtype}, {bias.dtype}"
+        )
+    if slope < 0:
+        raise ValueError(f"subspace_lrelu needs slope >= 0, got {slope}")
+    impl = choose(impl, h.device.type)
+    acc = acc_dtype(h.dtype)
+    h = dense(h)
+    coef, maps, bias = coef.to(acc).contiguous(), like(maps.to(h.dtype), h), bias.to(acc).contiguous()
+    if impl == "ref":
+        return F.leaky_relu(h.to(acc) + _mix(coef, maps) + bias.view(-1, 1, 1), slope).to(h.dtype)
+    return _SubspaceLrelu.apply(h, coef, maps, bias, float(slope), impl)
+
+
+def _mix(coef, maps):
+    """sum_k coef[b, k] maps[k] -> [B, C, H, W], in the dtype of coef and the memory format of maps."""
+    last = not maps.is_contiguous()
+    flat = (maps.permute(0, 2, 3, 1) if last else maps).to(coef.dtype)
+    with torch.autocast(maps.device.type, enabled=False):
+        out = (coef @ flat.flatten(1)).view(-1, *flat.shape[1:])
+    return out.permute(0, 3, 1, 2) if last else out
+
+
+class _SubspaceLrelu(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, h, coef, maps, bias, slope, impl):
+        y = _forward(h, coef, maps, bias, slope, impl)
+        ctx.save_for_backward(y, coef, maps)
+        ctx.slope, ctx.impl = slope, impl
+        return y
+
+    @staticmethod
+    def backward(ctx, g):
+        y, coef, maps = ctx.saved_tensors
+        _, want_coef, want_maps, want_bias, _, _ = ctx.needs_input_grad
+        arguments = like(g, y), y, coef, maps, want_coef, want_maps, want_bias, ctx.slope, ctx.impl
+        # Gradients are enabled here under create_graph=True.
+        dh, dcoef, dmaps, dbias = (_Backward.apply if torch.is_grad_enabled() else _backward)(*arguments)
+        return dh, dcoef if want_coef else None, dmaps if want_maps else None, dbias if want_bias else None, None, None
+
+
+class _Backward(torch.autograd.Function):
+    """With m = (y > 0 ? 1 : slope), constant almost everywhere: dh = g * m, dcoef[b, k] = <dh[b], maps[k]>,
+    dmaps[k] = sum_b coef[b, k] dh[b], dbias[c] = sum of dh over all but the channel."""
+
+    @staticmethod
+    def forward(ctx, g, y, coef, maps, want_coef, want_maps, want_bias, slope, impl):
+        ctx.save_for_backward(g, y, coef, maps)
+        ctx.slope = slope
+        return _backward(g, y, coef, maps, want_coef, want_maps, want_bias, slope, impl)
+
+    @staticmethod
+    def backward(ctx, gdh, gdcoef, gdmaps, gdbias):
+        """With q the gradient that reaches dh by all four outputs, dg = q * m; dcoef needs maps too, and dmaps coef."""
+        g, y, coef, maps = ctx.saved_tensors
+        m = torch.where(y > 0, 1.0, ctx.slope).to(coef.dtype)
+        dh = g.to(coef.dtype) * m
+        q, to_coef, to_maps = gdh.to(coef.dtype), None, None
+        if gdcoef.numel():
+            q = q + _mix(gdcoef, maps)
+            to_maps = torch.einsum("bk,bchw->kchw", gdcoef, dh).to(maps.dtype)
+        if gdmaps.numel():
+            q = q + _mix(coef, gdmaps)
+            to_coef = torch.einsum("bchw,kchw->bk", dh, gdmaps.to(coef.dtype))
+        if gdbias.numel():
+            q = q + gdbias.view(-1, 1, 1)
+        return (q * m).to(g.dtype), None, to_coef, to_maps, None, None, None, None, None
+
+
+# What runs: eager calls go straight to it, torch.compile sees one operator of known shape.
+
+
+def _forward(*arguments):
+    return (_forward_op if torch.compiler.is_compiling() else _run_forward)(*arguments)
+
+
+def _backward(*arguments):
+    return (_backward_op if torch.compiler.is_compiling() else _run_backward)(*arguments)
+
+
+def _run_forward(
+    h: torch.Tensor, coef: torch.Tensor, maps: torch.Tensor, bias: torch.Tensor, slope: float, impl: str
+) -> torch.Tensor:
+    y = torch.empty_like(h)
+    if h.numel() == 0:
+        return y
+    if impl == "triton":
+        _triton_forward(h, coef, maps, bias, y, slope)
+    else:
+        run = c_function("subspace_lrelu", h.dtype, "pppppiiiiid")
+        run(*[t.data_ptr() for t in (h, coef, maps, bias, y)], *_sizes(h, coef), slope)
+    return y
+
+
+def _run_backward(
+    g: torch.Tensor,
+    y: torch.Tensor,
+    coef: torch.Tensor,
+    maps: torch.Tensor,
+    want_coef: bool,
+    want_maps: bool,
+    want_bias: bool,
+    slope: float,
+    impl: str,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients of h, coef, maps and bias; what is not wanted comes back with no elements."""
+    outputs = _empty_gradients(g, y, coef, maps, want_coef, want_maps, want_bias, slope, impl)
+    if y.numel() == 0:
+        return tuple(t.zero_() for t in outputs)
+    if impl == "triton":
+        _triton_backward(g, y, coef, maps, *outputs, slope)
+    else:
+        run = c_function("subspace_lrelu_backward", y.dtype, "ppppppppiiiiid")
+        pointers = [t.data_ptr() if t.numel() else None for t in (g, y, coef, maps, *outputs)]
+        run(*pointers, *_sizes(y, coef), slope)
+    return outputs
+
+
+def _empty_gradients(g, y, coef, maps, want_coef, want_maps, want_bias, slope, impl):
+    def nothing(t):
+        return t.new_empty(0)
+
+    return (
+        torch.empty_like(y),
+        torch.empty_like(coef) if want_coef else nothing(coef),
+        torch.empty_like(maps) if want_maps else nothing(maps),
+        coef.new_empty(y.shape[1]) if want_bias else nothing(coef),
+    )
+
+
+def _sizes(h, coef):
+    """B, C, H*W, K, and whether the channels are last in memory."""
+    B, C, H, W = h.shape
+    return B, C, H * W, coef.shape[1], not h.is_contiguous()
+
+
+_forward_op = torch.library.custom_op("infoscc::subspace_lrelu", _run_forward, mutates_args=())
+_forward_op.register_fake(lambda h, coef, maps, bias, slope, impl: torch.empty_like(h))
+_backward_op = torch.library.custom_op("infoscc::subspace_lrelu_backward", _run_backward, mutates_args=())
+_backward_op.register_fake(_empty_gradients)
+
+
+# Triton. A map is a row of P = C * H * W places in memory order, h a matrix [B, P]; a program works on a tile of it.
+
+if triton is not None:
+
+    @triton.jit
+    def _tile(B, P, IMAGES: tl.constexpr, PLACES: tl.constexpr):
+        b = tl.program_id(1) * IMAGES + tl.arange(0, IMAGES)
+        p = tl.program_id(0) * PLACES + tl.arange(0, PLACES)
+        return b, p, b[:, None].to(tl.int64) * P + p[None, :], (b[:, None] < B) & (p[None, :] < P)
+
+    @triton.jit
+    def _forward_kernel(
+        h, coef, maps, bias, y, B, P, C, S, K: tl.constexpr, SLOPE: tl.constexpr, LAST: tl.constexpr,
+        IMAGES: tl.constexpr, PLACES: tl.constexpr
+    ):  # fmt: skip
+        """Moves (2 B + K ceil(B / 32)) P elements of h, y and maps. The minimum is (2 B + K) P: reached for B <= 32,
+        and for larger ones most of the repeated reads of maps come from the cache."""
+        b, p, at, inside = _tile(B, P, IMAGES, PLACES)
+        base = tl.load(bias + (p % C if LAST else p // S), mask=p < P, other=0)
+        v = tl.load(h + at, mask=inside, other=0).to(base.dtype) + base[None, :]
+        for k in tl.static_range(K):
+            m = tl.load(maps + p, mask=p < P, other=0).to(base.dtype)
+            v += tl.load(coef + b * K + k, mask=b < B, other=0)[:, None] * m[None, :]
+            maps += P
+        tl.store(y + at, tl.where(v > 0, v, v * SLOPE).to(y.dtype.element_ty), mask=inside)
+
+    @triton.jit
+    def _backward_kernel(
+        g, y, coef, maps, dh, part_coef, part_maps, part_bias, B, P, K: tl.constexpr, SLOPE: tl.constexpr,
+        IMAGES: tl.constexpr, PLACES: tl.constexpr
+    ):  # fmt: skip
+        """Moves 3 B P elements of g, y and dh and K P of dmaps, the minimum, for B <= 32; with more images, partial
+        sums of dmaps are written and read, 2 K ceil(B / 32) P. dbias adds 2 ceil(B / 32) P, dcoef reads maps, K P,
+        and adds B K P / 32.
+
+        part_maps [batch programs, K, P], part_bias [batch programs, P], part_coef [place programs, B, K]; None is not
+        wanted. What is left of the sums is torch.sum.
+        """
+        b, p, at, inside = _tile(B, P, IMAGES, PLACES)
+        d = tl.load(g + at, mask=inside, other=0).to(coef.dtype.element_ty)
+        d = tl.where(tl.load(y + at, mask=inside, other=0) > 0, d, d * SLOPE)
+        tl.store(dh + at, d.to(dh.dtype.element_ty), mask=inside)
+        group = tl.program_id(1).to(tl.int64)
+        if part_bias is not None:
+            tl.store(part_bias + group * P + p, tl.sum(d, 0), mask=p < P)
+        for k in tl.static_range(K):
+            if part_maps is not None:
+                dm = tl.sum(tl.load(coef + b * K + k, mask=b < B, other=0)[:, None] * d, 0)
+                tl.store(part_maps + (group * K + k) * P + p, dm.to(part_maps.dtype.element_ty), mask=p < P)
+            if part_coef is not None:
+                m = tl.load(maps + p, mask=p < P, other=0).to(d.dtype)
+                at_coef = (tl.program_id(0).to(tl.int64) * B + b) * K + k
+                tl.store(part_coef + at_coef, tl.sum(m[None, :] * d, 1), mask=b < B)
+                maps += P
+
+
+def _triton_forward(h, coef, maps, bias, y, slope):
+    B, C, S, K, last = _sizes(h, coef)
+    IMAGES, PLACES = min(triton.next_power_of_2(B), 32), 128
+    grid = (triton.cdiv(C * S, PLACES), triton.cdiv(B, IMAGES))
+    _forward_kernel[grid](h, coef, maps, bias, y, B, C * S, C, S, K, slope, last, IMAGES, PLACES)
+
+
+def _triton_backward(g, y, coef, maps, dh, dcoef, dmaps, dbias, slope):
+    B, C, S, K, last = _sizes(y, coef)
+    IMAGES, PLACES = min(triton.next_power_of_2(B), 32), 64
+    grid = (triton.cdiv(C * S, PLACES), triton.cdiv(B, IMAGES))
+    part_coef = coef.new_empty(grid[0], B, K) if dcoef.numel() else None
+    part_maps = (dmaps if grid[1] == 1 else coef.new_empty(grid[1], K, C * S)) if dmaps.numel() else None
+    part_bias = coef.new_empty(grid[1], C * S) if dbias.numel() else None
+    # One warp: then the sums over images stay in a thread's registers but for one shuffle.
+    _backward_kernel[grid](
+        g, y, coef, maps, dh, part_coef, part_maps, part_bias, B, C * S, K, slope, IMAGES, PLACES, num_warps=1
+    )
+    if dcoef.numel():
+        torch.sum(part_coef, 0, out=dcoef)
+    if dmaps.numel() and grid[1] > 1:
+        shape = (maps.shape[0], *maps.shape[2:], C) if last else maps.shape
+        sums = part_maps.sum(0).view(shape)
+        dmaps.copy_(sums.permute(0, 3, 1, 2) if last else sums)
+    if dbias.numel():
+        torch.sum(part_bias.view(-1, C) if last else part_bias.sum(0).view(C, S), 0 if last else 1, out=dbias)

@@ -1,0 +1,133 @@
+"""Times of the fused ops against eager PyTorch and torch.compile, at the shapes of the networks at 64 px, batch 32.
+
+    python tests/bench_ops.py [--quick]
+
+Other benchmarks call op_rows(). The contestants take turns, so that a busy machine slows all of them alike, and
+medians are compared. Eager PyTorch is each op's own reference (impl='ref'), which already knows channels_last;
+torch.compile compiles the same reference.
+"""
+
+import ctypes
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from ops import bias_lrelu, subspace_lrelu
+
+BASIS = 7  # k + 1 convolved maps
+SUBSPACE_SHAPES = [(32, 256, 4, 4), (32, 128, 8, 8), (32, 64, 16, 16), (32, 32, 32, 32), (32, 16, 64, 64)]  # generator
+BIAS_SHAPES = [*SUBSPACE_SHAPES, (32, 256)]  # global discriminator
+SECONDS = 1.0  # measured per shape and pass, all contestants together
+
+
+def keep_memory() -> None:
+    """glibc keeps freed memory, as in training: page faults would otherwise be most of what is timed."""
+    try:
+        libc = ctypes.CDLL(None)
+        libc.mallopt(-4, 0)  # M_MMAP_MAX: nothing is mapped on its own (M_MMAP_THRESHOLD cannot pass 32 MiB)
+        libc.mallopt(-1, 1 << 30)  # M_TRIM_THRESHOLD
+    except (OSError, AttributeError):
+        pass
+
+
+def race(contestants: dict, seconds: float, synchronize) -> dict[str, list[float]]:
+    """Seconds per call, contestants taking turns."""
+    times = {name: [] for name in contestants}
+    for run in contestants.values():
+        for _ in range(3):
+            run()
+    synchronize()
+    end = time.perf_counter() + seconds
+    while time.perf_counter() < end or len(next(iter(times.values()))) < 10:
+        for name, run in contestants.items():
+            start = time.perf_counter()
+            run()
+            synchronize()
+            times[name].append(time.perf_counter() - start)
+    return times
+
+
+def op_rows(quick: bool, device: str = "cpu") -> list[dict]:
+    """One row an op, shape, pass and implementation: op, shape, pass, impl, ms (median), ms_q1, ms_q3 (quartiles), n,
+    vs_eager and vs_compile (how many times faster, in medians; None where torch.compile cannot: double backward).
+
+    Passes: 'forward' without gradient; 'forward+backward' to all that training differentiates (coef is noise);
+    'double backward' is forward, backward with create_graph and backward through that, as R1 does. fp32, channels_last.
+    """
+    keep_memory()
+    fused = "triton" if device == "cuda" else "cpp"
+    synchronize = torch.cuda.synchronize if device == "cuda" else lambda: None
+    rows = []
+    for op, shapes in ((bias_lrelu, BIAS_SHAPES), (subspace_lrelu, SUBSPACE_SHAPES)):
+        for shape in shapes[1:-1:2] if quick else shapes:
+            make = torch.Generator().manual_seed(0)
+
+            def randn(*size, grad=True):
+                t = torch.randn(*size, generator=make).to(device)  # noqa: B023
+                return (t.to(memory_format=torch.channels_last) if t.ndim == 4 else t).requires_grad_(grad)
+
+            x, bias, g, gx = randn(*shape), randn(shape[1]), randn(*shape), randn(*shape, grad=False)
+            inputs = (x, bias)
+            if op is subspace_lrelu:
+                inputs = (x, randn(shape[0], BASIS, grad=False), randn(BASIS, *shape[1:]), bias)
+            wanted = [t for t in inputs if t.requires_grad]
+            torch._dynamo.reset()
+            compiled = torch.compile(lambda *a: op(*a, impl="ref"), dynamic=False, fullgraph=True)  # noqa: B023
+            functions = {
+                "eager": lambda *a: op(*a, impl="ref"),  # noqa: B023
+                "compile": compiled,
+                fused: lambda *a: op(*a, impl=fused),  # noqa: B023
+            }
+            for kind in ("forward", "forward+backward", "double backward"):
+                if kind == "double backward" and op is subspace_lrelu:
+                    continue  # composed of PyTorch ops: no loss differentiates through it twice
+
+                def contestant(function, kind=kind, inputs=inputs, wanted=wanted, g=g, gx=gx):
+                    def run():
+                        if kind == "forward":
+                            with torch.no_grad():
+                                function(*inputs)
+                        elif kind == "forward+backward":
+                            torch.autograd.grad(function(*inputs), wanted, g)
+                        else:
+                            grads = torch.autograd.grad(function(*inputs), inputs[:1], g, create_graph=True)
+                            torch.autograd.grad(grads, g, gx)
+
+                    return run
+
+                entries = {
+                    n: contestant(f) for n, f in functions.items() if n != "compile" or kind != "double backward"
+                }
+                times = race(entries, SECONDS / 4 if quick else SECONDS, synchronize)
+                medians = {name: statistics.median(t) for name, t in times.items()}
+                for name, t in times.items():
+                    q1, _, q3 = statistics.quantiles(t, n=4)
+                    rows.append(
+                        {
+                            "op": op.__name__,
+                            "shape": list(shape),
+                            "pass": kind,
+                            "impl": name,
+                            "ms": medians[name] * 1e3,
+                            "ms_q1": q1 * 1e3,
+                            "ms_q3": q3 * 1e3,
+                            "n": len(t),
+                            "vs_eager": medians["eager"] / medians[name],
+                            "vs_compile": medians["compile"] / medians[name] if "compile" in medians else None,
+                        }
+                    )
+    return rows
+
+
+if __name__ == "__main__":
+    line = "{:15s} {:15s} {:17s} {:8s} {:>8} {:>8} {:>8} {:>8} {:>9}"
+    print(line.format("op", "shape", "pass", "impl", "ms", "q1", "q3", "x eager", "x compile"))
+    for row in op_rows("--quick" in sys.argv, "cuda" if torch.cuda.is_available() else "cpu"):
+        numbers = [f"{row[k]:.3f}" for k in ("ms", "ms_q1", "ms_q3")]
+        ratios = ["" if row[k] is None else f"{row[k]:.2f}" for k in ("vs_eager", "vs_compile")]
+        print(line.format(row["op"], "x".join(map(str, row["shape"])), row["pass"], row["impl"], *numbers, *ratios))

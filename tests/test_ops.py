@@ -1,0 +1,437 @@
+"""The fused ops against float64, to second order, in every implementation; the C++ build; what Triton compiles to.
+
+Without a CUDA device the Triton kernels run under Triton's interpreter, in a second pytest process of this same file:
+the interpreter has to be chosen before the ops are imported.
+"""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.autograd import grad, gradcheck, gradgradcheck
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import ops.build
+from ops import bias_lrelu, subspace_lrelu
+
+CUDA = torch.cuda.is_available()
+DEVICE = "cuda" if CUDA else "cpu"
+IMPLS = ["ref"] + ["triton"] * (CUDA or ops.build.INTERPRET) + ["cpp"] * (not CUDA)
+FORMATS = {"nchw": torch.contiguous_format, "channels_last": torch.channels_last}
+# A rounding of the output (half a unit in the last place of each dtype), and of sums computed in fp32.
+TOLERANCE = {torch.float64: 1e-13, torch.float32: 1e-6, torch.bfloat16: 2**-8, torch.float16: 2**-11}
+DTYPES = list(TOLERANCE)
+
+impls = pytest.mark.parametrize("impl", IMPLS)
+formats = pytest.mark.parametrize("memory_format", FORMATS.values(), ids=FORMATS)
+
+
+def tensors(B, C, H, W, K, dtype=torch.float64, memory_format=torch.contiguous_format, seed=0, parameters=None):
+    """h, coef, maps, bias with gradients; h and maps in dtype, coef and bias in the dtype of the parameters."""
+    make = torch.Generator().manual_seed(seed)
+
+    def randn(*size, dtype):
+        t = torch.randn(*size, generator=make, dtype=torch.float64).to(DEVICE, dtype)
+        return (t.to(memory_format=memory_format) if t.ndim == 4 else t).requires_grad_()
+
+    parameters = parameters or dtype
+    return (
+        randn(B, C, H, W, dtype=dtype),
+        randn(B, K, dtype=parameters),
+        randn(K, C, H, W, dtype=dtype),
+        randn(C, dtype=parameters),
+    )
+
+
+def plain_bias(x, bias):
+    return F.leaky_relu(x + bias.view(1, -1, *[1] * (x.ndim - 2)), 0.2)
+
+
+def plain_subspace(h, coef, maps, bias):
+    return F.leaky_relu(h + torch.einsum("bk,kchw->bchw", coef, maps) + bias.view(1, -1, 1, 1), 0.2)
+
+
+def check(op, plain, inputs, impl, dtype):
+    """Output and gradients against the plain formula in float64."""
+    y = op(*inputs, impl=impl)
+    exact = [t.detach().double().requires_grad_() for t in inputs]
+    z = plain(*exact)
+    assert y.dtype == dtype and y.shape == z.shape
+    assert y.ndim == 2 or [y.is_contiguous(memory_format=f) for f in FORMATS.values()] == [
+        inputs[0].is_contiguous(memory_format=f) for f in FORMATS.values()
+    ]
+    g = torch.randn(z.shape, generator=torch.Generator().manual_seed(9), dtype=torch.float64).to(DEVICE, dtype)
+    got, want = [y, *grad(y, inputs, g)], [z, *grad(z, exact, g.double())]
+    for a, b, t in zip(got, want, [y, *inputs], strict=True):
+        assert a.dtype == t.dtype and a.shape == t.shape
+        scale = b.detach().abs().max()
+        torch.testing.assert_close(a.double(), b, rtol=0, atol=4 * float(TOLERANCE[dtype] * scale))
+
+
+@impls
+@formats
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_matches_float64_over_random_shapes(impl, memory_format, dtype):
+    make = torch.Generator().manual_seed(DTYPES.index(dtype))
+    for i in range(4 if impl == "triton" and not CUDA else 12):
+        B, C, H, W, K = (int(torch.randint(1, n, (), generator=make)) for n in (41, 20, 9, 9, 10))
+        h, coef, maps, bias = tensors(B, C, H, W, K, dtype, memory_format, i, parameters=ops.build.acc_dtype(dtype))
+        check(bias_lrelu, plain_bias, (h, bias), impl, dtype)
+        check(subspace_lrelu, plain_subspace, (h, coef, maps, bias), impl, dtype)
+    check(bias_lrelu, plain_bias, (h.detach()[:, :, 0, 0].requires_grad_(), bias), impl, dtype)
+
+
+@impls
+@pytest.mark.parametrize("shape", [(40, 8, 5, 5, 7), (2, 600, 2, 3, 2), (1, 2, 36, 36, 8)])
+@formats
+def test_matches_float64_where_tiles_repeat(impl, memory_format, shape):
+    inputs = tensors(*shape, torch.float32, memory_format)
+    check(bias_lrelu, plain_bias, (inputs[0], inputs[3]), impl, torch.float32)
+    check(subspace_lrelu, plain_subspace, inputs, impl, torch.float32)
+
+
+@impls
+@formats
+def test_first_and_second_order_gradients(impl, memory_format):
+    fast = (
+        impl == "triton" and not CUDA
+    )  # projections of the Jacobians in place of all their entries: the interpreter is slow
+    h, coef, maps, bias = tensors(2, 3, 2, 3, 4, memory_format=memory_format)
+    for inputs, op in (((h, bias), bias_lrelu), ((h, coef, maps, bias), subspace_lrelu)):
+
+        def function(*t, op=op):
+            return op(*t, impl=impl)
+
+        assert gradcheck(function, inputs, fast_mode=fast)
+        assert gradgradcheck(function, inputs, fast_mode=fast)
+
+
+@impls
+def test_third_order_gradients_of_bias_lrelu(impl):
+    h, _, _, bias = tensors(2, 3, 2, 2, 1)
+
+    def first(x, b):
+        return grad(bias_lrelu(x, b, impl=impl).pow(3).sum(), (x, b), create_graph=True)
+
+    assert gradgradcheck(first, (h, bias), fast_mode=True)
+
+
+@impls
+@formats
+def test_gradient_penalty_in_a_network(impl, memory_format):
+    """R1 through two layers: the penalty and its gradient in the weights are those of plain PyTorch."""
+    x = torch.randn(4, 3, 6, 6, dtype=torch.float64, device=DEVICE).to(memory_format=memory_format).requires_grad_()
+    w1, w2 = (torch.randn(5, c, 3, 3, dtype=torch.float64, device=DEVICE, requires_grad=True) for c in (3, 5))
+    b1, b2 = (torch.randn(5, dtype=torch.float64, device=DEVICE, requires_grad=True) for _ in range(2))
+
+    def penalty(act):
+        y = act(F.conv2d(act(F.conv2d(x, w1), b1), w2), b2).square().sum()
+        r1 = grad(y, x, create_graph=True)[0].square().sum()
+        return [r1, *grad(r1, (w1, b1, w2, b2))]
+
+    for a, b in zip(penalty(lambda v, b: bias_lrelu(v, b, impl=impl)), penalty(plain_bias), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-9)
+
+
+@impls
+def test_gradient_at_zero_and_slope(impl):
+    x = torch.tensor([[0.0, -1.0, 2.0]], device=DEVICE, requires_grad=True)
+    zero = torch.zeros(3, device=DEVICE)
+    for slope in (0.0, 0.2, 1.0):
+        y = bias_lrelu(x, zero, slope, impl)
+        z = F.leaky_relu(x, slope)
+        assert torch.equal(y, z) and torch.equal(grad(y.sum(), x)[0], grad(z.sum(), x)[0])
+
+
+@impls
+def test_only_wanted_gradients(impl):
+    h, coef, maps, bias = tensors(3, 4, 2, 2, 7)
+    every = grad(subspace_lrelu(h, coef, maps, bias, impl=impl).sin().sum(), (h, coef, maps, bias))
+    for i in range(4):
+        inputs = [t if i == j else t.detach() for j, t in enumerate((h, coef, maps, bias))]
+        (one,) = grad(subspace_lrelu(*inputs, impl=impl).sin().sum(), inputs[i])
+        torch.testing.assert_close(one, every[i], rtol=1e-12, atol=1e-12)
+
+
+@impls
+@formats
+def test_empty_and_strided(impl, memory_format):
+    h, coef, maps, bias = tensors(0, 3, 2, 2, 7, memory_format=memory_format)
+    for y, inputs in (
+        (bias_lrelu(h, bias, impl=impl), (h, bias)),
+        (subspace_lrelu(h, coef, maps, bias, impl=impl), (h, coef, maps, bias)),
+    ):
+        assert y.shape == h.shape
+        for d, t in zip(grad(y.sum(), inputs), inputs, strict=True):
+            assert d.shape == t.shape and not d.any()
+    h, coef, maps, bias = tensors(4, 6, 5, 5, 7, memory_format=memory_format)
+    cut = (
+        h[::2, 1:4, 1:, ::2],
+        coef[::2],
+        maps[:, 1:4, 1:, ::2].transpose(2, 3).contiguous().transpose(2, 3),
+        bias[::2],
+    )
+    for y, z in (
+        (bias_lrelu(cut[0], cut[3], impl=impl), plain_bias(cut[0], cut[3])),
+        (subspace_lrelu(*cut, impl=impl), plain_subspace(*cut)),
+    ):
+        torch.testing.assert_close(y, z, rtol=1e-12, atol=1e-12)
+        # sum() hands back a gradient with no strides of its own
+        for a, b in zip(grad(y.sum(), (h, bias)), grad(z.sum(), (h, bias)), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.skipif(CUDA, reason="about CPU threads")
+@formats
+def test_same_bits_for_any_number_of_threads(memory_format):
+    h, coef, maps, bias = tensors(16, 24, 17, 17, 7, torch.float32, memory_format)
+    results, before = [], torch.get_num_threads()
+    try:
+        for threads in (1, 2, 3, 1):
+            torch.set_num_threads(threads)
+            y, z = bias_lrelu(h, bias, impl="cpp"), subspace_lrelu(h, coef, maps, bias, impl="cpp")
+            results.append([y, z, *grad(y.sin().sum(), (h, bias)), *grad(z.sin().sum(), (h, coef, maps, bias))])
+    finally:
+        torch.set_num_threads(before)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+@impls
+@formats
+def test_autocast_and_mixed_dtypes(impl, memory_format):
+    h, coef, maps, bias = tensors(4, 6, 3, 3, 7, torch.float32, memory_format)
+    half = h.detach().bfloat16().requires_grad_()
+    with torch.autocast(DEVICE, torch.bfloat16):
+        for y, inputs in (
+            (bias_lrelu(half, bias, impl=impl), (half, bias)),
+            (subspace_lrelu(half, coef, maps, bias, impl=impl), (half, coef, maps, bias)),
+        ):
+            assert y.dtype == torch.bfloat16
+            assert [d.dtype for d in grad(y.float().sum(), inputs)] == [t.dtype for t in inputs]
+        # Activations in float32 are not rounded on the way.
+        exact = plain_subspace(*(t.double() for t in (h, coef, maps, bias)))
+        torch.testing.assert_close(subspace_lrelu(h, coef, maps, bias, impl=impl).double(), exact, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("impl", ["ref", "triton" if CUDA else "cpp"])
+@formats
+def test_compiles_without_a_graph_break(impl, memory_format):
+    inputs = tensors(4, 6, 4, 4, 7, torch.float32, memory_format)
+
+    def function(h, coef, maps, bias):
+        return bias_lrelu(subspace_lrelu(h * 1.5, coef, maps, bias, impl=impl), bias, impl=impl) * 2
+
+    torch._dynamo.reset()
+    # Inductor for the fused ops; for the reference it would only spend time in a compiler.
+    compiled = torch.compile(function, fullgraph=True, backend="inductor" if impl != "ref" else "aot_eager")
+    y, z = compiled(*inputs), function(*inputs)
+    assert y.stride() == z.stride()
+    for a, b in zip([y, *grad(y.square().sum(), inputs)], [z, *grad(z.square().sum(), inputs)], strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_arguments_are_checked():
+    h, coef, maps, bias = tensors(2, 3, 2, 2, 4)
+    for wrong in (
+        lambda: bias_lrelu(h[0], bias),
+        lambda: bias_lrelu(h, bias[:2]),
+        lambda: bias_lrelu(h, bias, slope=-0.1),
+        lambda: bias_lrelu(h, bias, impl="cuda"),
+        lambda: subspace_lrelu(h, coef[:1], maps, bias),
+        lambda: subspace_lrelu(h, coef, maps[:3], bias),
+        lambda: subspace_lrelu(h, coef, maps, bias[:1]),
+    ):
+        with pytest.raises(ValueError):
+            wrong()
+    with pytest.raises(TypeError):
+        bias_lrelu(h.detach().long(), bias)
+    with pytest.raises(RuntimeError, match="C\\+\\+ ops need CPU tensors"):
+        bias_lrelu(h.detach().to("meta"), bias.detach().to("meta"), impl="cpp")
+    if not CUDA and not ops.build.INTERPRET:
+        with pytest.raises(RuntimeError, match="CUDA"):
+            bias_lrelu(h, bias, impl="triton")
+
+
+def test_auto_takes_the_fused_op():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert ops.build.choose("auto", DEVICE) == ("triton" if CUDA else "cpp")
+
+
+# How it is built. Each of these runs in new processes, from a copy, with its own empty cache.
+
+USE = """
+import sys, warnings
+import torch
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    from ops.bias_lrelu import bias_lrelu
+    x, b = torch.randn(3, 5, 4, 4), torch.randn(5)
+    y, z = bias_lrelu(x, b), bias_lrelu(x, b)
+assert torch.allclose(y, torch.nn.functional.leaky_relu(x + b.view(-1, 1, 1), 0.2))
+try:
+    bias_lrelu(x, b, impl="cpp")
+    print("cpp runs")
+except RuntimeError as e:
+    print("cpp raises:", e)
+print("warnings:", [str(w.message) for w in caught if "fused" in str(w.message)])
+"""
+
+
+def process(folder, path=None, **env):
+    keep = {k: v for k, v in os.environ.items() if k not in ("CXX", "TRITON_INTERPRET", "PYTHONPATH")}
+    keep |= {"TORCH_EXTENSIONS_DIR": str(folder / "cache"), "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", **env}
+    if path is not None:
+        keep["PATH"] = str(path)
+    return subprocess.Popen(
+        [sys.executable, "-c", USE], cwd=folder, env=keep, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+def copy_one_op(folder):
+    (folder / "ops").mkdir()
+    for name in ("build.py", "bias_lrelu.py", "bias_lrelu.cpp"):
+        shutil.copy(ROOT / "ops" / name, folder / "ops")
+
+
+def test_copied_alone_without_a_compiler(tmp_path):
+    shutil.copytree(ROOT / "ops", tmp_path / "ops", ignore=shutil.ignore_patterns("__pycache__"))
+    (tmp_path / "bin").mkdir()
+    out, err = process(tmp_path, tmp_path / "bin").communicate(timeout=300)
+    assert "cpp raises:" in out and "no C++ compiler" in out, out + err
+    assert out.count("no C++ compiler") == 2 and out.count("fall back") == 1, out + err  # one error, one warning
+
+
+@pytest.mark.skipif(shutil.which("c++") is None, reason="needs a C++ compiler")
+def test_one_op_copied_alone_builds_after_a_killed_build_and_in_several_processes(tmp_path):
+    copy_one_op(tmp_path)
+    (tmp_path / "bin").mkdir()
+    for tool in ("c++", "as", "ld"):  # and no ninja: it is found beside the interpreter
+        (tmp_path / "bin" / tool).symlink_to(shutil.which(tool))
+    killed = process(tmp_path, tmp_path / "bin")
+    while not list(tmp_path.glob("cache/*/build_*/*.ninja")):
+        assert killed.poll() is None, killed.communicate()
+        time.sleep(0.01)
+    killed.send_signal(signal.SIGKILL)
+    killed.communicate()
+    assert not list(tmp_path.glob("cache/*/*.so"))
+    together = [process(tmp_path, tmp_path / "bin") for _ in range(3)]
+    results = [p.communicate(timeout=300) for p in together]
+    assert all("cpp runs\nwarnings: []" in out for out, _ in results), results
+    assert sum(err.count("Compiling") for _, err in results) == 1, results
+    assert len(list(tmp_path.glob("cache/*/*.so"))) == 1
+
+
+def test_a_failed_compilation_gives_its_reason(tmp_path):
+    copy_one_op(tmp_path)
+    (tmp_path / "ops" / "bias_lrelu.cpp").write_text("this is not C++\n")
+    out, err = process(tmp_path).communicate(timeout=300)
+    assert "cpp raises:" in out and "compilation of the C++ ops failed" in out and out.count("fall back") == 1, (
+        out + err
+    )
+
+
+def test_key_follows_source_processor_and_version(tmp_path, monkeypatch):
+    source = tmp_path / "a.cpp"
+    source.write_text("int a;")
+    keys = [ops.build._key([str(source)])]
+    monkeypatch.setattr(ops.build, "_cpu", lambda: "flags: another processor")
+    keys.append(ops.build._key([str(source)]))
+    monkeypatch.setattr(torch, "__version__", "0.0")
+    keys.append(ops.build._key([str(source)]))
+    source.write_text("int b;")
+    keys.append(ops.build._key([str(source)]))
+    assert len(set(keys)) == 4
+
+
+# Triton without a GPU.
+
+needs_triton = pytest.mark.skipif(ops.build.triton is None, reason="needs Triton")
+
+
+@needs_triton
+@pytest.mark.skipif(CUDA or ops.build.INTERPRET, reason="the Triton tests run in this process")
+def test_triton_under_its_interpreter():
+    run = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-k", "triton and not test_triton"],
+        env=os.environ | {"TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0 and "passed" in run.stdout, run.stdout[-3000:] + run.stderr[-1000:]
+
+
+AHEAD = """
+import json, os, subprocess, sys, tempfile
+import triton, triton.language as tl
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+import ops
+bias, subspace = sys.modules["ops.bias_lrelu"], sys.modules["ops.subspace_lrelu"]
+ptxas = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin", "ptxas")
+tile = {"SLOPE": 0.2, "ROWS": 64, "COLS": 16, "LAST": True}
+flat = {"SLOPE": 0.2, "ROWS": 1, "COLS": 1024, "LAST": False}
+mix = {"K": 7, "SLOPE": 0.2, "IMAGES": 32}
+kernels = {  # kernel, warps, constants, how many batch-sized tensors are read
+    "bias forward, channels_last": (bias._forward_kernel, 4, tile, 1),
+    "bias forward, NCHW": (bias._forward_kernel, 4, flat, 1),
+    "bias backward, channels_last": (bias._masked_kernel, 4, tile | {"bias": None, "ACC": tl.float32, "LOOPS": 4}, 2),
+    "bias backward, NCHW": (bias._masked_kernel, 4, flat | {"bias": None, "ACC": tl.float32, "LOOPS": 4}, 2),
+    "subspace forward": (subspace._forward_kernel, 4, mix | {"LAST": True, "PLACES": 128}, 1),
+    "subspace backward": (subspace._backward_kernel, 1, mix | {"PLACES": 64, "part_coef": None}, 2),
+}
+big = {"x", "y", "g", "dx", "h", "dh", "maps"}
+for target, dtype, size in ((80, "fp32", 4), (90, "fp32", 4), (90, "bf16", 2)):
+    for name, (kernel, warps, constants, reads) in kernels.items():
+        signature, values, hints = {}, {}, {}
+        for i, argument in enumerate(kernel.arg_names):
+            if argument in constants:
+                signature[argument], values[(i,)] = "constexpr", constants[argument]
+            else:
+                pointer = argument in big or argument.startswith("part") or argument in ("bias", "coef")
+                signature[argument] = ("*" + dtype if argument in big else "*fp32") if pointer else "i32"
+                if argument != "B":
+                    hints[(i,)] = [["tt.divisibility", 16]]
+        source = ASTSource(kernel, signature, values, hints)
+        ptx = triton.compile(source, target=GPUTarget("cuda", target, 32), options={"num_warps": warps}).asm["ptx"]
+        with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
+            file.write(ptx)
+            file.flush()
+            arch = f"sm_{target}" + "a" * (target == 90)
+            command = [ptxas, "-v", "-arch=" + arch, file.name, "-o", "/dev/null"]
+            log = subprocess.run(command, capture_output=True, text=True)
+        elements = constants.get("IMAGES", constants.get("ROWS")) * constants.get("PLACES", constants.get("COLS"))
+        print(json.dumps({
+            "name": f"{name}, {dtype}, sm_{target}", "rc": log.returncode, "log": log.stderr,
+            "loads": ptx.count("ld.global.v4.b32"), "stores": ptx.count("st.global.v4.b32"),
+            "vectors": elements * size // (32 * warps * 16), "reads": reads,
+        }))
+"""
+
+
+@needs_triton
+def test_triton_ahead_of_time_for_sm_80_and_sm_90(tmp_path):
+    """No spills, and every batch-sized tensor moves in 16-byte pieces: as many as a thread's share of a tile takes."""
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"PYTHONPATH": str(ROOT)}
+    env |= {"CUDA_VISIBLE_DEVICES": "", "TRITON_CACHE_DIR": str(tmp_path)}
+    script = tmp_path / "ahead.py"
+    script.write_text(AHEAD)
+    run = subprocess.run([sys.executable, str(script)], env=env, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-3000:]
+    results = [json.loads(line) for line in run.stdout.splitlines()]
+    assert len(results) == 18
+    for r in results:
+        assert r["rc"] == 0 and "0 bytes spill stores, 0 bytes spill loads" in r["log"], r
+        assert r["loads"] >= r["reads"] * r["vectors"] and r["stores"] >= r["vectors"] > 0, r
