@@ -1,0 +1,501 @@
+"""Stage 3: networks, losses, updates, and the command on small real folders."""
+
+import json
+import math
+import shutil
+import subprocess
+import sys
+
+import click
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import ROOT
+from PIL import Image
+
+import gan
+import training
+
+OPTIONS = dict(size=32, batch=8, disc="global", per_class=False, loss="ns", reg_every=2, reg_mode="separate", lr=1e-3)
+OPTIONS |= dict(orth="penalty", r1=10.0, augment="color,translation,cutout", sample_y="joint")
+CPU = training.Run(torch.device("cpu"), None, 0)
+
+
+def trainer(labels=3, encoder=None, classifier=None, kind="one-hot", **options):
+    return gan.Trainer(OPTIONS | options, CPU, torch.eye(labels) if labels else None, kind, encoder, classifier)
+
+
+def frozen_stages():
+    """Stand-ins for stages 1 and 2: the mean colour, of which the class is the strongest channel."""
+    encoder = torch.nn.Sequential(torch.nn.AvgPool2d(32), torch.nn.Flatten())
+    classifier = torch.nn.Linear(3, 3)
+    classifier.weight.data = 20 * torch.eye(3)
+    return encoder, classifier.requires_grad_(False)
+
+
+# Networks.
+
+
+def test_sizes_of_the_published_networks():
+    assert [gan.channels_at(256, r) for r in (4, 8, 16, 32, 64, 128, 256)] == [512, 512, 256, 128, 64, 32, 16]
+    G = gan.Generator(256)
+    assert len(G.blocks) == 6
+    assert [tuple(b.subspace.U.shape) for b in G.blocks[:2]] == [(6, 4, 4, 512), (6, 8, 8, 512)]
+    assert G.blocks[0].subspace.L.tolist() == [18, 15, 12, 9, 6, 3]
+    D = gan.GlobalDiscriminator(256)
+    assert [c.out_channels for c in D.features] == [16, 16, 32, 32, 64, 64, 128, 128, 256, 256, 512, 512, 512, 512]
+    assert D(torch.zeros(2, 3, 256, 256)).shape == (2, 1)
+    assert gan.PatchDiscriminator(256)(torch.zeros(1, 3, 256, 256)).shape == (1, 1, 30, 30)  # as in pix2pix
+
+
+@pytest.mark.parametrize("batch", [3, 9])
+def test_generator_equals_the_plain_one(batch):
+    """phi convolved for every image, as published, on both sides of the batch at which the basis is cheaper."""
+    decoder = gan.Decoder(32, 3).double()
+    for p in decoder.parameters():
+        p.data += 0.01 * torch.randn_like(p)
+    y, latents = torch.eye(3).double()[torch.arange(batch) % 3], torch.randn(batch, decoder.latent_width).double()
+    noise, z = latents[:, : gan.NOISE], latents[:, gan.NOISE :].view(batch, 3, 6)
+    eps = decoder.mapper(torch.cat((decoder.embed(y), noise), 1))
+    G = decoder.generator
+    h = G.first(eps).view(batch, 4, 4, -1).permute(0, 3, 1, 2)
+    for i, block in enumerate(G.blocks):
+        s = block.subspace
+        phi = ((s.L * z[:, i]) @ s.U.flatten(1) + s.mu.flatten()).view(batch, *s.mu.shape).permute(0, 3, 1, 2)
+        h = block.feature_conv1(F.leaky_relu(h + block.subspace_conv1(phi), 0.2))
+        h = block.feature_conv2(F.leaky_relu(h + block.subspace_conv2(phi), 0.2))
+    plain = torch.tanh(G.last(F.leaky_relu(h + G.last_bias.view(-1, 1, 1), 0.2)))
+    torch.testing.assert_close(decoder(y, latents).double(), plain, rtol=0, atol=1e-6)  # images are float32
+    torch.testing.assert_close(decoder(y, latents, G.convolved()).double(), plain, rtol=0, atol=1e-6)
+
+
+def test_every_z_and_the_label_change_the_image():
+    decoder = gan.Decoder(32, 3)
+    latents = torch.randn(1, decoder.latent_width)
+    y = torch.eye(3)
+    assert (decoder(y[:1], latents) - decoder(y[1:2], latents)).abs().max() > 1e-6
+    for k in range(gan.NOISE, decoder.latent_width):
+        moved = latents.clone()
+        moved[0, k] += 3
+        assert (decoder(y[:1], latents) - decoder(y[:1], moved)).abs().max() > 1e-7, k
+
+
+def test_orthogonality():
+    decoder = gan.Decoder(32, 0)
+    assert decoder.orthogonality() < 1e-10
+    for block in decoder.generator.blocks:
+        block.subspace.U.data *= 2**0.5  # U U^T = 2 I: mean((2 I - I)^2) = 1 / 6
+    assert decoder.orthogonality().item() == pytest.approx(1 / 6, rel=1e-5)
+
+
+def test_exact_orthonormal_basis():
+    s = gan.Subspace(16, 8, orthonormal=True).double()
+    s.U.data = torch.randn_like(s.U)
+    s.L.data.fill_(1)
+    U = s.maps()[:-1].flatten(1)
+    torch.testing.assert_close(U @ U.T, torch.eye(6).double(), rtol=0, atol=1e-12)
+
+
+def test_per_class_discriminator_scores_by_its_class():
+    D = gan.build_discriminator("global", 32, 3)
+    x, y = torch.randn(7, 3, 32, 32), torch.eye(3)[[2, 0, 1, 0, 2, 2, 0]]
+    each = torch.cat([D.members[c](x[i : i + 1]) for i, c in enumerate(y.argmax(1).tolist())])
+    torch.testing.assert_close(D(x, y), each)
+    only = D(x[:2], torch.eye(3)[[2, 2]])  # classes without an image are left out
+    torch.testing.assert_close(only, D.members[2](x[:2]))
+
+
+# Augmentation.
+
+
+def test_augmentations():
+    x = torch.rand(16, 3, 32, 32) * 2 - 1
+    assert gan.augment(x, "none") is x
+    assert gan.augment(x, "color", p=0.0) is x
+    coloured = gan.augment(x, "color", p=1.0)
+    assert coloured.shape == x.shape and not torch.equal(coloured, x)
+    cut = gan.augment(x, "cutout", p=1.0)
+    lost = (cut == 0).all(1)
+    assert lost.flatten(1).sum(1).max() <= 256 and lost.flatten(1).sum(1).min() >= 64  # a quarter of it at a corner
+    assert torch.equal(cut[~lost[:, None].expand_as(cut)], x[~lost[:, None].expand_as(x)])
+
+
+def test_translation_shifts_by_up_to_an_eighth():
+    x = torch.rand(64, 3, 32, 32) + 1
+    moved = gan.augment(x, "translation", p=1.0)
+    seen = set()
+    for before, after in zip(x, moved, strict=True):
+        rows, columns = after[0].any(1).nonzero(), after[0].any(0).nonzero()
+        dy = int(rows[0]) or int(rows[-1]) - 31
+        dx = int(columns[0]) or int(columns[-1]) - 31
+        seen |= {dy, dx}
+        whole = F.pad(before, (4, 4, 4, 4))[:, 4 - dy : 36 - dy, 4 - dx : 36 - dx]
+        assert torch.equal(after, whole)
+    assert seen == set(range(-4, 5))
+
+
+def test_augmentation_is_differentiable_twice():
+    x = torch.randn(3, 3, 16, 16, dtype=torch.float64, requires_grad=True)
+
+    def f(x):
+        torch.manual_seed(1)
+        return gan.augment(x, "color,translation,cutout", p=1.0)[:, :, ::5, ::5]
+
+    assert torch.autograd.gradcheck(f, x) and torch.autograd.gradgradcheck(f, x)
+
+
+def test_augmentation_coins():
+    x = torch.rand(2, 3, 16, 16)
+    kept = sum(torch.equal(gan.augment(x, "cutout"), x) for _ in range(400))
+    assert abs(kept / 400 - 0.4) < 0.08  # applied with probability 0.6: three standard errors
+
+
+# Losses.
+
+
+def test_losses_by_their_formulas():
+    real, fake = torch.tensor([2.0, 0.5, -1.0]), torch.tensor([-2.0, 0.0, 3.0])
+    assert gan.loss_d("hinge", real, fake).item() == pytest.approx((0 + 0.5 + 2) / 3 + (0 + 1 + 4) / 3)
+    assert gan.loss_g("hinge", fake).item() == pytest.approx(-1 / 3)
+    assert gan.loss_d("lsgan", real, fake).item() == pytest.approx((1 + 0.25 + 4) / 6 + (4 + 0 + 9) / 6)
+    assert gan.loss_g("lsgan", fake).item() == pytest.approx((9 + 1 + 4) / 6)
+    log_d = [math.log1p(math.exp(-v)) for v in real.tolist()]
+    log_1_d = [math.log1p(math.exp(v)) for v in fake.tolist()]
+    assert gan.loss_d("ns", real, fake).item() == pytest.approx(sum(log_d) / 3 + sum(log_1_d) / 3, rel=1e-6)
+    assert gan.loss_g("ns", fake).item() == pytest.approx(sum(math.log1p(math.exp(-v)) for v in fake.tolist()) / 3)
+
+
+def test_conditional_entropy_and_entropy():
+    even = torch.zeros(4, 2)
+    assert gan.loss_y("one-hot", even, torch.eye(2)[[0, 1, 0, 1]]).item() == pytest.approx(math.log(2))
+    assert gan.loss_y("multi-label", even, torch.ones(4, 2)).item() == pytest.approx(2 * math.log(2))
+    assert gan.entropy_bits(torch.eye(4)) == pytest.approx(2)
+    # Two attributes that always agree carry one bit, not two.
+    assert gan.entropy_bits(torch.tensor([[0.0, 0], [1, 1]])) == pytest.approx(1)
+    assert gan.entropy_bits(torch.eye(2)[[0, 0, 0, 1]]) == pytest.approx(0.811278, abs=1e-6)
+
+
+def test_r1_of_a_linear_discriminator_and_its_gradient():
+    """D(x) = w . x: the penalty is ||w||^2, its gradient 2 w."""
+    D = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 16, 1, bias=False))
+    D.forward = lambda x, y=None: D[1](D[0](x))
+    penalty = gan.r1_penalty(D, torch.randn(5, 3, 4, 4), None)
+    w = D[1].weight
+    assert penalty.item() == pytest.approx(w.square().sum().item(), rel=1e-5)
+    penalty.backward()
+    torch.testing.assert_close(w.grad, 2 * w.detach())
+
+
+@pytest.mark.parametrize("disc", ["global", "patch"])
+def test_r1_gradient_of_the_real_discriminators(disc):
+    """Against finite differences, in float64, through the fused ops' double backward."""
+    D = gan.build_discriminator(disc, 32).double()
+    layers = D.layers if disc == "patch" else torch.nn.Sequential(D.features, torch.nn.Flatten(), D.hidden)
+    D.forward = lambda x, y=None: layers(x)  # without the cast to float32 at the end
+    x, p = torch.randn(4, 3, 32, 32).double(), next(layers.parameters())
+    gan.r1_penalty(D, x, None).backward()
+    direction, step = torch.randn_like(p), 1e-8  # so small that no leaky ReLU changes its side
+    values = []
+    for sign in (1, -1):
+        p.data += sign * step * direction
+        values.append(gan.r1_penalty(D, x, None).item())
+        p.data -= sign * step * direction
+    assert (p.grad * direction).sum().item() == pytest.approx((values[0] - values[1]) / (2 * step), rel=1e-4)
+
+
+# Updates.
+
+
+def test_every_parameter_is_in_exactly_one_optimiser():
+    t = trainer()
+    held = [p for o in (t.opt_g, t.opt_d) for group in o.param_groups for p in group["params"]]
+    assert len({id(p) for p in held}) == len(held)
+    assert {id(p) for p in held} == {id(p) for n in (t.decoder, t.D) for p in n.parameters()}
+
+
+def test_updates_touch_their_network_only():
+    encoder, classifier = frozen_stages()
+    t = trainer(encoder=encoder, classifier=classifier)
+    real, y = torch.rand(8, 3, 32, 32) * 2 - 1, torch.eye(3)[torch.arange(8) % 3]
+
+    def changed(update):
+        before = {n: training.fingerprint(getattr(t, n).state_dict()) for n in ("decoder", "D", "ema")}
+        update()
+        return {n for n, h in before.items() if training.fingerprint(getattr(t, n).state_dict()) != h}
+
+    assert changed(t.regularise) == {"decoder"}
+    assert changed(lambda: t.discriminate(real, y)) == {"D"}
+    assert changed(lambda: t.penalise(real, y)) == {"D"}
+    assert changed(t.generate) == {"decoder"}
+    assert changed(t.average) == {"ema"}
+    assert all(p.grad is None for p in classifier.parameters())
+    assert all(p.requires_grad for p in t.D.parameters())
+
+
+def test_generator_step_costs_the_discriminator_no_weight_gradients():
+    t = trainer(0, kind="none")
+    t.generate()
+    assert all(p.grad is None for p in t.D.parameters())
+
+
+def test_ema_half_life_counts_images():
+    t = trainer(0, kind="none")
+    for p, q in zip(t.decoder.parameters(), t.ema.parameters(), strict=True):
+        p.data.fill_(1.0)
+        q.data.fill_(0.0)
+    for _ in range(gan.EMA_HALF_LIFE // OPTIONS["batch"]):
+        t.ema_update([next(t.ema.parameters())], [next(t.decoder.parameters())], None)
+    torch.testing.assert_close(next(t.ema.parameters()), torch.full_like(next(t.ema.parameters()), 0.5))
+
+
+def test_regularisation_counts_iterations(monkeypatch):
+    encoder, classifier = frozen_stages()
+    real, y = torch.rand(8, 3, 32, 32) * 2 - 1, torch.eye(3)[torch.arange(8) % 3]
+    for every, expected in ((0, []), (1, [0, 1, 2, 3, 4]), (2, [0, 2, 4])):
+        t = trainer(encoder=encoder, classifier=classifier, reg_every=every)
+        stats = [t.iteration(i, real, y) for i in range(5)]
+        assert [i for i, s in enumerate(stats) if "H_y_given_e" in s] == expected
+        assert [i for i, s in enumerate(stats) if "r1" in s] == [0]
+
+
+def test_regularisation_lowers_the_classification_loss():
+    encoder, classifier = frozen_stages()
+    t = trainer(encoder=encoder, classifier=classifier, lr=1e-4)
+    losses = []
+    for _ in range(4):  # the same latents and labels each time
+        CPU.reseed(1)
+        losses.append(t.regularise().item())
+    assert losses == sorted(losses, reverse=True) and losses[-1] < 0.99 * losses[0]
+
+
+def test_joint_regularisation_adds_to_the_adversarial_step():
+    encoder, classifier = frozen_stages()
+    moved = {}
+    for joint in (False, True):
+        t = trainer(encoder=encoder, classifier=classifier)
+        CPU.reseed(1)
+        losses = t.generate(joint)
+        moved[joint] = training.fingerprint(t.decoder.state_dict()), losses[0].item()
+        assert (losses[2] is not None) == joint
+    assert moved[False][0] != moved[True][0] and moved[False][1] == moved[True][1]
+
+
+def test_labels_are_drawn_jointly_or_independently():
+    labels = torch.tensor([[0.0, 0.0], [1.0, 1.0]]).repeat(50, 1)  # two attributes that always agree
+    agree = {}
+    for how in ("joint", "independent"):
+        t = gan.Trainer(OPTIONS | {"sample_y": how}, CPU, labels, "multi-label")
+        y = t.draw_y(2000)
+        agree[how] = (y[:, 0] == y[:, 1]).float().mean().item()
+        assert abs(y.mean().item() - 0.5) < 0.05
+    assert agree["joint"] == 1 and abs(agree["independent"] - 0.5) < 0.05
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_mixed_precision_stays_near_fp32(dtype):
+    """Same weights, same numbers: losses of one iteration agree to the precision of the dtype."""
+    encoder, classifier = frozen_stages()
+    real, y = torch.rand(8, 3, 32, 32) * 2 - 1, torch.eye(3)[torch.arange(8) % 3]
+    stats = []
+    for run in (CPU, training.Run(torch.device("cpu"), dtype, 0)):
+        t = gan.Trainer(OPTIONS, run, torch.eye(3), "one-hot", encoder, classifier)
+        run.reseed(1)
+        stats.append(t.iteration(0, real, y))
+    for name, value in stats[0].items():
+        assert stats[1][name].item() == pytest.approx(value.item(), rel=0.05, abs=0.02), name
+    assert t.scaler_g.is_enabled() == (dtype is torch.float16)
+
+
+# The command.
+
+
+@pytest.fixture
+def run_folder(class_run, tmp_path):
+    return shutil.copytree(class_run, tmp_path / "run")
+
+
+def digest(path):
+    return training.fingerprint(training.load(path, "gan")["ema"])
+
+
+def test_command_writes_what_it_says(command, class_folder, run_folder):
+    command("gan", "--data", class_folder, "--outdir", run_folder, "--smoke")
+    for name in ("gan.pt", "gan.json", "stats.jsonl", "samples/000000.png"):
+        assert (run_folder / name).exists(), name
+    assert list((run_folder / "tensorboard" / "gan").iterdir()) and list((run_folder / "snapshots").iterdir())
+    lines = [json.loads(line) for line in (run_folder / "stats.jsonl").read_text().splitlines()]
+    last = [line for line in lines if line["stage"] == "gan"][-1]
+    assert last["images"] == 256 and all(math.isfinite(v) for v in last.values() if not isinstance(v, str))
+    assert last["mi_bits"] <= math.log2(3) + 1e-6
+    assert json.loads((run_folder / "gan.json").read_text())["size"] == 32
+    assert Image.open(run_folder / "samples/000000.png").size == (256, 96)
+
+    network = gan.load(run_folder / "gan.pt")
+    assert network.label_names == ["high", "low", "middle"] and network.labels == 3
+    assert network.images_seen == 256 and network.real_labels.shape == (network.data["splits"]["train"], 3)
+    assert network.classifier(network.encoder(torch.zeros(2, 3, 32, 32))).shape == (2, 3)
+    y = torch.eye(3)
+    together = network.generate(y, [5, 6, 7])
+    alone = torch.cat([network.generate(y[i : i + 1], [5 + i]) for i in range(3)])
+    torch.testing.assert_close(together, alone, rtol=0, atol=1e-5)  # an image depends on its own seed alone
+    assert (network.generate(y[:1], [5]) - network.generate(y[:1], [6])).abs().max() > 1e-3
+    assert (network.generate(y[:1], [5], truncation=0.3) - together[:1]).abs().max() > 1e-3
+
+
+def test_resumed_run_equals_an_unbroken_one(command, class_folder, class_run, tmp_path):
+    whole, broken = (shutil.copytree(class_run, tmp_path / name) for name in ("whole", "broken"))
+    common = ["--data", class_folder, "--smoke"]
+    command("gan", *common, "--outdir", whole)
+    state = training.load(whole / "snapshots" / "gan-000000.pt", "gan")
+    assert state["images_seen"] == 256
+    with pytest.MonkeyPatch.context() as patch:  # the same run, ended after its first save
+        save = training.save
+
+        def save_once(path, state):
+            save(path, state)
+            if path.name == "gan.pt":
+                raise KeyboardInterrupt
+
+        patch.setattr(training, "save", save_once)
+        command("gan", *common, "--outdir", broken, code=1)
+    assert training.load(broken / "gan.pt", "gan")["images_seen"] == 128
+    command("gan", *common, "--outdir", broken)
+    assert digest(broken / "gan.pt") == digest(whole / "gan.pt")
+    assert "already" in command("gan", *common, "--outdir", broken).output
+    assert digest(broken / "gan.pt") == digest(whole / "gan.pt")
+
+
+def test_each_option_changes_the_result(command, class_folder, class_run, tmp_path):
+    variants = [
+        [], ["--disc", "patch"], ["--per-class"], ["--loss", "ns"], ["--loss", "lsgan"], ["--reg-every", "0"],
+        ["--reg-every", "1"], ["--reg-mode", "joint"], ["--orth", "exact"], ["--orth", "none"], ["--r1", "0"],
+        ["--augment", "none"], ["--augment", "cutout"], ["--unconditional"], ["--lr", "0.01"], ["--seed", "1"],
+        ["--precision", "bf16"], ["--batch", "4"],
+    ]  # fmt: skip
+    seen = {}
+    for i, variant in enumerate(variants):
+        outdir = shutil.copytree(class_run, tmp_path / str(i))
+        command("gan", "--data", class_folder, "--outdir", outdir, "--smoke", "--kimg", 0.064, *variant)
+        seen.setdefault(digest(outdir / "gan.pt"), []).append(variant)
+    assert all(len(same) == 1 for same in seen.values()), seen
+    count = len(list((tmp_path / "0" / "snapshots").iterdir()))
+    outdir = shutil.copytree(class_run, tmp_path / "snap")
+    command("gan", "--data", class_folder, "--outdir", outdir, "--smoke", "--kimg", 2.1, "--snap", 1.0, "--workers", 0)
+    assert len(list((outdir / "snapshots").iterdir())) > count
+    start = tmp_path / "0" / "gan.pt"
+    outdir = shutil.copytree(class_run, tmp_path / "init")
+    command("gan", "--data", class_folder, "--outdir", outdir, "--smoke", "--kimg", 0.064, "--init", start)
+    assert digest(outdir / "gan.pt") not in seen
+
+
+def test_multi_label_run(command, attribute_folder, attribute_run, tmp_path):
+    seen = set()
+    for how in ("joint", "independent"):
+        outdir = shutil.copytree(attribute_run, tmp_path / how)
+        command("gan", "--data", attribute_folder, "--outdir", outdir, "--smoke", "--sample-y", how)
+        seen.add(digest(outdir / "gan.pt"))
+    assert len(seen) == 2
+    network = gan.load(outdir / "gan.pt")
+    assert network.label_kind == "multi-label" and network.label_names == ["Left", "Right", "Top"]
+    assert set(network.real_labels.unique().tolist()) == {0.0, 1.0}
+    result = command("gan", "--data", attribute_folder, "--outdir", outdir, "--per-class", "--no-resume", code=2)
+    assert "--per-class" in result.output
+
+
+def test_refusals(command, class_folder, attribute_folder, run_folder, tmp_path):
+    def refused(*arguments, code=1):
+        lines = command("gan", *arguments, code=code).output.strip().splitlines()
+        return lines[-1]
+
+    data = ["--data", class_folder]
+    assert "run encoder.py" in refused(*data, "--outdir", tmp_path / "empty")
+    assert "fingerprint" in refused("--data", attribute_folder, "--outdir", run_folder)
+    assert "size" in refused(*data, "--outdir", run_folder, "--size", 64)
+    assert "--augment" in refused(*data, "--outdir", run_folder, "--augment", "blur", code=2)
+    assert "--sample-y" in refused(*data, "--outdir", run_folder, "--sample-y", "independent", code=2)
+    assert "--device" in refused(*data, "--outdir", run_folder, "--device", "tpu9")
+    assert "no/such" in refused("--data", "no/such", "--outdir", run_folder)
+    command("gan", *data, "--outdir", run_folder, "--smoke")
+    before = digest(run_folder / "gan.pt")
+    assert "--no-resume" in refused(*data, "--outdir", run_folder, "--smoke", "--loss", "ns")
+    (tmp_path / "junk.pt").write_bytes(b"not a checkpoint")
+    assert "junk.pt" in refused(*data, "--outdir", run_folder, "--smoke", "--init", tmp_path / "junk.pt")
+    assert digest(run_folder / "gan.pt") == before
+    encoder = training.load(run_folder / "encoder.pt", "encoder")
+    next(iter(encoder["model"].values()))[0] += 1
+    training.save(run_folder / "encoder.pt", encoder)
+    assert "belongs to another encoder" in refused(*data, "--outdir", run_folder, "--smoke")
+    with pytest.raises(click.ClickException, match=r"classifier\.py"):
+        gan.load(run_folder / "classifier.pt")
+
+
+def test_dry_run_touches_nothing(command, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    options = json.loads(command("gan", "--data", "afhq", "--disc", "patch", "--dry-run").output)
+    assert options["batch"] == 32 and options["kimg"] == 6400 and options["lr"] == 1e-4 and options["disc"] == "patch"
+    assert not list(tmp_path.iterdir())
+
+
+def test_two_processes_train_as_one_network(class_folder, run_folder):
+    arguments = [
+        "gan.py",
+        "--data",
+        class_folder,
+        "--outdir",
+        run_folder,
+        "--smoke",
+        "--kimg",
+        "0.064",
+        "--device",
+        "cpu",
+    ]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    subprocess.run([*torchrun, *map(str, arguments)], cwd=ROOT, check=True, capture_output=True, timeout=300)
+    state = training.load(run_folder / "gan.pt", "gan")
+    assert state["images_seen"] == 64 and state["iteration"] == 8
+
+
+def test_copied_with_ops_alone(tmp_path):
+    shutil.copy(ROOT / "gan.py", tmp_path)
+    shutil.copytree(ROOT / "ops", tmp_path / "ops")
+    code = "import gan, torch; d = gan.Decoder(32, 2); print(d(torch.eye(2), torch.randn(2, d.latent_width)).shape)"
+    out = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True, capture_output=True, text=True).stdout
+    assert "[2, 3, 32, 32]" in out
+
+
+# Pictures.
+
+
+def test_explore_pictures(command, class_folder, run_folder):
+    command("gan", "--data", class_folder, "--outdir", run_folder, "--smoke", "--kimg", 0.032)
+    network = run_folder / "gan.pt"
+    command("explore", "sample", "--network", network)
+    command("explore", "traverse", "--network", network, "--steps", 3, "--y", "low")
+    whole = np.asarray(Image.open(run_folder / "sample.png"))
+    assert np.asarray(Image.open(run_folder / "traverse.png")).shape[0] > 18 * 64  # 3 layers of 6 dimensions
+    for change in (["--y", "low"], ["--seeds", "9-12"], ["--truncation", "0.2"], ["--tile", "32"]):
+        command("explore", "sample", "--network", network, "--out", run_folder / "other.png", *change)
+        other = np.asarray(Image.open(run_folder / "other.png"))
+        assert other.shape != whole.shape or not np.array_equal(other, whole), change
+    assert "'x'" in command("explore", "sample", "--network", network, "--y", "x", code=2).output.replace(
+        "--y x", "'x'"
+    )
+    assert "--seeds" in command("explore", "sample", "--network", network, "--seeds", "a", code=2).output
+    assert "nothing.pt" in command("explore", "sample", "--network", "nothing.pt", code=1).output
+
+
+def test_traversal_moves_one_dimension_and_is_sorted():
+    import explore
+
+    decoder = gan.Decoder(32, 0)
+    decoder.generator.blocks[1].subspace.L.data[3] = -20.0
+    network = gan.Network(decoder.eval(), None, None, {}, [], "none", None, 32, 0, {}, None)
+    order = explore.importance(network)
+    assert order[0] == (20.0, 2, 4) and [t[0] for t in order] == sorted((t[0] for t in order), reverse=True)
+    latent = network.latents([3])
+    strip = explore.traverse(
+        network, None, latent, 2, 4, torch.tensor([-4.5, latent[0, gan.NOISE + 6 + 3].item(), 4.5])
+    )
+    torch.testing.assert_close(strip[1:2], network.decode(None, latent), rtol=0, atol=1e-6)
+    assert (strip[0] - strip[2]).abs().max() > 1e-3
