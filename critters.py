@@ -3,7 +3,7 @@
     python critters.py --out sheet.png --size 64 --num 64 --seed 0
 
 An image is a pure function of (seed, split, index): `factors` draws what there is to know about it, `draw` paints
-it at any size. Cats and dogs are kinds of their own; 'wild' mixes lions, tigers, foxes and pandas, whose names stay
+it at any size. Cats and dogs are kinds of their own; 'wild' mixes lions, elephants, hares and pandas, whose names stay
 hidden from training (`kind` is there for evaluation alone). Kind decides shape and markings: ears, muzzle, eyes, mane,
 stripes, masks. Fur and background colour, light, pose, position and size vary independently of it, and so do the
 binary `ATTRIBUTES`.
@@ -17,9 +17,9 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 SPECIES = ["cat", "dog", "wild"]
-KINDS = ["cat", "dog", "lion", "tiger", "fox", "panda"]
+KINDS = ["cat", "dog", "lion", "elephant", "hare", "panda"]
 ATTRIBUTES = ["Eyeglasses", "Hat", "Necktie", "Open_Mouth", "Wink", "Flower"]
-RATES = [0.40, 0.35, 0.45, 0.50, 0.30, 0.35]  # probability of each attribute
+RATES = [0.30, 0.25, 0.30, 0.35, 0.25, 0.25]  # probability of each attribute
 SPLITS = {"train": 12000, "val": 1500}
 OFFSETS = {"train": 0, "val": 36 << 32}  # where a split's indices begin: no index, so no image, is in two splits
 
@@ -53,21 +53,21 @@ def factors(seed: int, index: int) -> dict:
     kind = species if species < 2 else 2 + group % 4
     attributes = np.array([next(u) < rate for rate in RATES], dtype=np.uint8)
     f = dict(species=species, kind=kind, attributes=attributes)
-    f.update(yaw=uniform(-0.50, 0.50), roll=uniform(-0.30, 0.30), pitch=uniform(-0.18, 0.18))
-    f.update(x=uniform(-0.11, 0.11), y=uniform(-0.08, 0.08), scale=uniform(0.84, 1.12))
+    f.update(yaw=uniform(-0.30, 0.30), roll=uniform(-0.16, 0.16), pitch=uniform(-0.12, 0.12))
+    f.update(x=uniform(-0.16, 0.16), y=uniform(-0.11, 0.11), scale=uniform(0.74, 1.14))
     f.update(side=-1.0 if next(u) < 0.5 else 1.0)
     f.update(width=uniform(0.93, 1.07), ears=uniform(0.9, 1.12), eyes=uniform(0.9, 1.12))
-    # Fur is ginger to brown, grey, or bluish, each from dark to cream.
-    hues = [(0.04, 0.12, 0.45, 0.80), (0.05, 0.65, 0.03, 0.12), (0.55, 0.68, 0.15, 0.35)]
+    # Coats, from dark to cream: ginger to brown, grey, and any other colour.
+    hues = [(0.04, 0.12, 0.40, 0.75), (0.0, 1.0, 0.03, 0.14), (0.0, 1.0, 0.2, 0.55)]
     coat = next(u)
-    h0, h1, s0, s1 = hues[0 if coat < 0.55 else 1 if coat < 0.8 else 2]
-    f.update(fur=(uniform(h0, h1), uniform(0.30, 0.82), uniform(s0, s1)))
+    h0, h1, s0, s1 = hues[0 if coat < 0.35 else 1 if coat < 0.55 else 2]
+    f.update(fur=(uniform(h0, h1), uniform(0.24, 0.86), uniform(s0, s1)))
     f.update(eye=(uniform(0.10, 0.60), uniform(0.50, 0.62), uniform(0.55, 0.85)))
-    hue, light = next(u), uniform(0.22, 0.84)
+    hue, light = next(u), uniform(0.15, 0.90)
     f.update(background=(hue, light, uniform(0.25, 0.70)))
-    f.update(background2=((hue + uniform(-0.15, 0.15)) % 1.0, light + uniform(-0.28, 0.28), f["background"][2]))
-    f.update(slope=uniform(-math.pi, math.pi), sun=uniform(-math.pi, math.pi), glow=uniform(0.0, 0.40))
-    f.update(exposure=uniform(0.80, 1.15))
+    f.update(background2=((hue + uniform(-0.15, 0.15)) % 1.0, light + uniform(-0.40, 0.40), f["background"][2]))
+    f.update(slope=uniform(-math.pi, math.pi), sun=uniform(-math.pi, math.pi), glow=uniform(0.0, 0.70))
+    f.update(exposure=uniform(0.65, 1.25))
     f.update(cloth=(next(u), uniform(0.35, 0.55), uniform(0.55, 0.85)))
     f.update(cloth2=(next(u), uniform(0.62, 0.75), uniform(0.70, 0.95)))
     return f
@@ -94,7 +94,7 @@ def _symmetric(half: list) -> np.ndarray:
 
 def _mane(spikes: int) -> np.ndarray:
     angles = np.arange(2 * spikes) * (math.pi / spikes)
-    radius = np.where(np.arange(2 * spikes) % 2 == 0, 1.50, 1.27)
+    radius = np.where(np.arange(2 * spikes) % 2 == 0, 1.66, 1.38)
     return _smooth(np.stack([radius * np.sin(angles), 0.08 - radius * np.cos(angles)], 1), 3)
 
 
@@ -104,31 +104,21 @@ HEADS = {
     "cat": _symmetric([(0, -0.80), (0.5, -0.77), (0.92, -0.35), (1.06, 0.14), (0.86, 0.58), (0.45, 0.82), (0, 0.88)]),
     "dog": _symmetric([(0, -0.94), (0.46, -0.87), (0.76, -0.5), (0.78, 0.0), (0.68, 0.52), (0.44, 0.92), (0, 1.04)]),
     "lion": _symmetric([(0, -0.80), (0.5, -0.73), (0.80, -0.35), (0.84, 0.1), (0.70, 0.58), (0.42, 0.9), (0, 0.98)]),
-    "tiger": _symmetric(
-        [(0, -0.86), (0.55, -0.76), (0.92, -0.3), (0.96, 0.1), (1.16, 0.44), (0.82, 0.62), (0.5, 0.87), (0, 0.93)]
+    "elephant": _symmetric(
+        [(0, -0.92), (0.5, -0.86), (0.80, -0.45), (0.80, 0.1), (0.62, 0.5), (0.40, 0.72), (0, 0.78)]
     ),
-    "fox": _symmetric([(0, -0.68), (0.5, -0.64), (0.86, -0.2), (1.28, 0.26), (0.66, 0.62), (0.22, 1.04), (0, 1.12)]),
+    "hare": _symmetric([(0, -0.72), (0.42, -0.70), (0.76, -0.32), (0.86, 0.16), (0.78, 0.58), (0.42, 0.86), (0, 0.92)]),
     "panda": _symmetric([(0, -0.85), (0.6, -0.75), (1.02, -0.2), (1.10, 0.28), (0.82, 0.74), (0.4, 0.9), (0, 0.93)]),
 }
 # Ears are drawn on the right and mirrored.
 CAT_EAR = _smooth([(0.22, -0.66), (0.50, -1.12), (0.86, -1.50), (0.98, -1.02), (0.99, -0.22), (0.6, -0.4)])
 CAT_EAR_IN = _smooth([(0.46, -0.76), (0.62, -1.04), (0.82, -1.28), (0.88, -0.98), (0.88, -0.52), (0.66, -0.6)])
-FOX_EAR = _smooth([(0.12, -0.52), (0.42, -1.22), (0.84, -1.72), (1.04, -1.16), (1.00, -0.12), (0.6, -0.3)])
-FOX_TIP = _smooth([(0.42, -1.22), (0.84, -1.72), (1.04, -1.16), (0.74, -1.04)])
-FOX_EAR_IN = _smooth([(0.44, -0.62), (0.62, -1.0), (0.78, -1.22), (0.88, -0.95), (0.86, -0.46), (0.64, -0.48)])
 DOG_EAR = _smooth(
     [(0.34, -0.90), (0.74, -0.92), (1.14, -0.40), (1.30, 0.36), (1.06, 0.72), (0.80, 0.40), (0.70, -0.34)]
 )
-FOX_MASK = _smooth([(0.10, 0.30), (0.34, 0.06), (0.72, 0.02), (1.22, 0.26), (0.66, 0.61), (0.22, 1.02), (0.04, 1.08)])
-FOX_SNOUT = _symmetric([(0, -0.3), (0.20, 0.0), (0.22, 0.4), (0.17, 0.58), (0, 0.7)])
 DOG_BLAZE = _symmetric([(0, -0.93), (0.20, -0.86), (0.12, -0.3), (0.30, 0.2), (0, 0.4)])
 NOSE = _symmetric([(0, -0.5), (0.8, -0.55), (0.95, -0.15), (0.35, 0.55), (0, 0.75)])
-STRIPES = [  # of a tiger: wedges, as base, base, tip
-    [(0.98, -0.22), (0.97, -0.02), (0.52, -0.05)],
-    [(1.02, 0.10), (1.10, 0.30), (0.56, 0.24)],
-    [(1.12, 0.46), (0.84, 0.62), (0.60, 0.44)],
-    [(0.40, -0.84), (0.60, -0.76), (0.34, -0.44)],
-]
+TRUNK = _symmetric([(0, -0.15), (0.24, 0.05), (0.27, 0.5), (0.20, 1.0), (0.21, 1.36), (0, 1.46)])
 
 
 def _rgb(colour: tuple, light: float = 0.0, saturation: float = 1.0) -> tuple:
@@ -155,12 +145,12 @@ class _Pen:
 
     def __init__(self, image: Image.Image, f: dict, side: int, turned: bool = True) -> None:
         self.paint = ImageDraw.Draw(image, "RGBA")
-        unit = 0.285 * f["scale"] * side
+        unit = 0.32 * f["scale"] * side
         roll, yaw, pitch = (f["roll"], f["yaw"], f["pitch"]) if turned else (0.15 * f["roll"], 0.0, 0.0)
         self.stretch = np.array([math.cos(yaw) * f["width"], 1.0])
         self.lean = np.array([math.sin(yaw), math.sin(pitch)])
         self.turn = unit * np.array([[math.cos(roll), math.sin(roll)], [-math.sin(roll), math.cos(roll)]])
-        self.centre = np.array([(0.5 + f["x"]) * side, (0.505 + f["y"]) * side])
+        self.centre = np.array([(0.5 + f["x"]) * side, (0.525 + f["y"]) * side])
 
     def polygon(self, points, fill: tuple, z: float = 0.0) -> None:
         p = (np.asarray(points) * self.stretch + self.lean * z) @ self.turn + self.centre
@@ -246,10 +236,14 @@ def draw(f: dict, size: int) -> np.ndarray:
         pen.ellipses(0.72, -0.80, 0.35 * e, 0.35 * e, line, -0.1)
         pen.ellipses(0.72, -0.80, 0.29 * e, 0.29 * e, fur, -0.1)
         pen.ellipses(0.72, -0.78, 0.17 * e, 0.17 * e, inner, -0.1)
-    elif kind == "tiger":
-        pen.ellipses(0.74, -0.78, 0.43 * e, 0.43 * e, line, -0.15)
-        pen.ellipses(0.74, -0.78, 0.37 * e, 0.37 * e, dark, -0.15)
-        pen.ellipses(0.72, -0.74, 0.22 * e, 0.22 * e, light, -0.15)
+    elif kind == "elephant":
+        pen.ellipses(1.10, -0.12, 0.64 * e, 0.84 * e, line, -0.2)
+        pen.ellipses(1.10, -0.12, 0.57 * e, 0.77 * e, shade, -0.2)
+        pen.ellipses(1.14, -0.08, 0.38 * e, 0.54 * e, inner, -0.2)
+    elif kind == "hare":
+        pen.ellipses(0.36, -1.18, 0.29, 0.72 * e, line, -0.15, 0.14)
+        pen.ellipses(0.36, -1.18, 0.23, 0.65 * e, fur, -0.15, 0.14)
+        pen.ellipses(0.36, -1.14, 0.13, 0.52 * e, inner, -0.15, 0.14)
     elif kind == "panda":
         pen.ellipses(0.80, -0.80, 0.46 * e, 0.46 * e, line, -0.15)
         pen.ellipses(0.80, -0.80, 0.40 * e, 0.40 * e, dark, -0.15)
@@ -257,11 +251,6 @@ def draw(f: dict, size: int) -> np.ndarray:
         ear(CAT_EAR, line, 0.10)
         ear(CAT_EAR, fur)
         ear(CAT_EAR_IN, inner)
-    elif kind == "fox":
-        ear(FOX_EAR, line, 0.08)
-        ear(FOX_EAR, fur)
-        ear(FOX_TIP, dark)
-        ear(FOX_EAR_IN, light)
 
     # Head: outline, shaded rim, lit face.
     head, face = HEADS[kind], light if kind == "panda" else fur
@@ -271,17 +260,7 @@ def draw(f: dict, size: int) -> np.ndarray:
     pen.polygon(head * (0.93, 0.92) + (0, -0.05), face)
 
     # Markings.
-    if kind == "tiger":
-        for stripe in STRIPES:
-            pen.both(stripe, dark)
-        pen.polygon([(-0.13, -0.86), (0.13, -0.86), (0, -0.28)], dark, 0.1)
-        pen.ellipses(0.42, -0.34, 0.24, 0.17, light, 0.25, -0.2)
-        pen.ellipses(0.62, 0.58, 0.34, 0.22, light, 0.1, -0.3)
-        pen.both(STRIPES[2], dark)
-    elif kind == "fox":
-        pen.both(FOX_MASK, light)
-        pen.polygon(FOX_SNOUT, fur, 0.25)
-    elif kind == "panda":
+    if kind == "panda":
         pen.ellipses(0.46, -0.02, 0.31, 0.42, dark, 0.25, 0.5)
     elif kind == "dog":
         pen.polygon(DOG_BLAZE, light, 0.1)
@@ -290,8 +269,8 @@ def draw(f: dict, size: int) -> np.ndarray:
         pen.ellipses(0.36, -0.40, 0.20, 0.10, light, 0.25, -0.25)
 
     # Muzzle, mouth, nose.
-    mouth = {"cat": 0.42, "dog": 0.70, "lion": 0.60, "tiger": 0.50, "fox": 0.74, "panda": 0.56}[kind]
-    z = {"cat": 0.4, "dog": 0.75, "lion": 0.6, "tiger": 0.5, "fox": 0.75, "panda": 0.5}[kind]
+    mouth = {"cat": 0.42, "dog": 0.70, "lion": 0.60, "elephant": 0.62, "hare": 0.56, "panda": 0.56}[kind]
+    z = {"cat": 0.4, "dog": 0.75, "lion": 0.6, "elephant": 0.3, "hare": 0.5, "panda": 0.5}[kind]
     if kind == "dog":
         pen.ellipse(0, 0.50, 0.56, 0.50, shade, 0.6)
         pen.ellipse(0, 0.48, 0.52, 0.46, light, 0.65)
@@ -299,36 +278,44 @@ def draw(f: dict, size: int) -> np.ndarray:
         pen.polygon([(-0.17, -0.45), (0.17, -0.45), (0.26, 0.35), (-0.26, 0.35)], shade, 0.4)
         pen.ellipse(0, 0.78, 0.30, 0.22, light, 0.5)
         pen.ellipses(0.23, 0.52, 0.30, 0.25, light, 0.5)
-    elif kind == "tiger":
-        pen.ellipses(0.22, 0.46, 0.28, 0.24, light, 0.45)
-        pen.ellipse(0, 0.68, 0.26, 0.18, light, 0.45)
+    elif kind == "hare":
+        pen.ellipses(0.21, 0.48, 0.27, 0.22, light, 0.45)
+        pen.ellipse(0, 0.70, 0.24, 0.18, light, 0.45)
     elif kind == "cat":
         pen.ellipses(0.17, 0.42, 0.22, 0.17, light, 0.4)
         pen.ellipse(0, 0.58, 0.17, 0.14, light, 0.4)
     elif kind == "panda":
         pen.ellipse(0, 0.46, 0.40, 0.32, white, 0.4)
-    wide = {"cat": 0.17, "dog": 0.27, "lion": 0.23, "tiger": 0.22, "fox": 0.17, "panda": 0.18}[kind]
+    wide = {"cat": 0.17, "dog": 0.27, "lion": 0.23, "elephant": 0.34, "hare": 0.18, "panda": 0.18}[kind]
     if has["Open_Mouth"]:
         pen.ellipse(0, mouth + 0.16, wide * 1.35, 0.30, (98, 28, 42), z - 0.1)
         pen.ellipse(0, mouth + 0.28, wide * 0.95, 0.18, (240, 100, 112), z - 0.1)
     pen.arc(wide, mouth, wide, 0.15, 0.075, black, z)
     pen.arc(-wide, mouth, wide, 0.15, 0.075, black, z)
-    nose_y, nose = {
-        "cat": (0.28, 0.15),
-        "dog": (0.28, 0.29),
-        "lion": (0.34, 0.29),
-        "tiger": (0.30, 0.23),
-        "fox": (0.62, 0.20),
-        "panda": (0.36, 0.19),
-    }[kind]
-    nose_fill = {"cat": (226, 112, 124), "tiger": (205, 105, 110), "lion": _blend(black, (150, 80, 80), 0.45)}
-    pen.polygon([(-0.035, nose_y), (0.035, nose_y), (0.035, mouth + 0.05), (-0.035, mouth + 0.05)], black, z)
-    pen.polygon(NOSE * (nose, nose * 0.8) + (0, nose_y), nose_fill.get(kind, black), z)
-    pen.ellipse(-0.3 * nose, nose_y - 0.2 * nose, nose * 0.28, nose * 0.16, (255, 255, 255, 150), z)
+    if kind == "elephant":
+        pen.both([(0.32, 0.52), (0.50, 0.48), (0.56, 0.82), (0.50, 1.08)], white, 0.4)
+        pen.polygon(TRUNK * (1.2, 1.03), line, 0.4)
+        pen.polygon(TRUNK, fur, 0.4)
+        for y in (0.35, 0.65, 0.95):
+            pen.arc(0, y, 0.20, 0.06, 0.08, deep, 0.4)
+    else:
+        nose_y, nose = {
+            "cat": (0.28, 0.15),
+            "dog": (0.28, 0.29),
+            "lion": (0.34, 0.29),
+            "hare": (0.30, 0.15),
+            "panda": (0.36, 0.19),
+        }[kind]
+        nose_fill = {"cat": (226, 112, 124), "hare": (226, 112, 124), "lion": _blend(black, (150, 80, 80), 0.45)}
+        pen.polygon([(-0.035, nose_y), (0.035, nose_y), (0.035, mouth + 0.05), (-0.035, mouth + 0.05)], black, z)
+        pen.polygon(NOSE * (nose, nose * 0.8) + (0, nose_y), nose_fill.get(kind, black), z)
+        pen.ellipse(-0.3 * nose, nose_y - 0.2 * nose, nose * 0.28, nose * 0.16, (255, 255, 255, 150), z)
+    if kind == "hare":
+        pen.polygon([(-0.17, 0.66), (0.17, 0.66), (0.14, 0.95), (-0.14, 0.95)], line, 0.5)
+        pen.polygon([(-0.13, 0.66), (0.13, 0.66), (0.11, 0.91), (-0.11, 0.91)], white, 0.5)
 
     # Cheeks, whiskers.
-    if kind != "fox":
-        pen.ellipses(0.66, 0.36, 0.19, 0.12, (*pink, 120), 0.2)
+    pen.ellipses(0.62, 0.36, 0.19, 0.12, (*pink, 120), 0.2)
     if kind == "cat":
         for y, dy in ((0.36, -0.16), (0.46, 0.02), (0.56, 0.20)):
             whisker = white if f["fur"][1] < 0.62 else line
@@ -339,8 +326,8 @@ def draw(f: dict, size: int) -> np.ndarray:
         "cat": (0.46, -0.06, 0.27, 0.25, 0.30),
         "dog": (0.36, -0.16, 0.19, 0.21, 0.0),
         "lion": (0.38, -0.18, 0.18, 0.14, 0.20),
-        "tiger": (0.42, -0.04, 0.19, 0.18, 0.15),
-        "fox": (0.46, 0.00, 0.21, 0.14, -0.45),
+        "elephant": (0.46, -0.24, 0.12, 0.13, 0.0),
+        "hare": (0.44, -0.08, 0.16, 0.23, 0.0),
         "panda": (0.43, -0.04, 0.15, 0.16, 0.0),
     }[kind]
     if kind == "cat":
@@ -353,7 +340,7 @@ def draw(f: dict, size: int) -> np.ndarray:
             pen.arc(s * eye_x, eye_y + 0.10, rx * 1.25, -0.20, 0.15, stroke, 0.3)
             continue
         pen.ellipse(s * eye_x, eye_y, rx * 1.22, ry * 1.22, black, 0.3, s * tilt)
-        if kind in ("cat", "lion", "tiger"):
+        if kind in ("cat", "lion"):
             pen.ellipse(s * eye_x, eye_y, rx, ry, iris, 0.3, s * tilt)
             slit = 0.36 if kind == "cat" else 0.55
             pen.ellipse(s * eye_x, eye_y, rx * slit, ry * (0.92 if kind == "cat" else 0.7), black, 0.32)
@@ -382,7 +369,7 @@ def draw(f: dict, size: int) -> np.ndarray:
             pen.polygon(ring + np.array([x, -0.06]), cloth_dark, 0.5)
         pen.polygon([(-0.1, -0.16), (0.1, -0.16), (0.1, -0.07), (-0.1, -0.07)], cloth_dark, 0.55)
     if has["Hat"]:
-        top = np.array([0.0, -0.66 if kind == "fox" else -0.76])
+        top = np.array([0.0, -0.66 if kind == "hare" else -0.76])
         pen.polygon(np.array([(-0.42, -0.66), (0.42, -0.66), (0.33, 0), (-0.33, 0)]) + top, cloth_dark, 0.1)
         pen.polygon(np.array([(-0.36, -0.60), (0.36, -0.60), (0.28, 0), (-0.28, 0)]) + top, cloth, 0.1)
         pen.polygon(np.array([(-0.32, -0.28), (0.32, -0.28), (0.31, -0.08), (-0.31, -0.08)]) + top, cloth_light, 0.1)

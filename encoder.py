@@ -1,0 +1,577 @@
+"""Stage 1: trains the contrastive encoder E that the classifier and the generator's regularisation look through.
+
+    python encoder.py --data critters
+    python encoder.py --data afhq --backbone resnet50 --epochs 100
+    torchrun --nproc-per-node 8 encoder.py --data celeba
+
+Two random views of every image go through a ResNet and a small projection; the loss pulls the two views of an image
+together. SimCLR pushes all others away, which maximises the InfoNCE lower bound on I(X;E), equation (1) of the paper;
+BYOL predicts a slowly moving copy of itself; Barlow Twins decorrelates the features. The projection is for training
+alone: the features are h, before it. The results are `encoder.pt`, `encoder.json` and `encoder_tsne.png`.
+"""
+
+import contextlib
+import copy
+import json
+import math
+from collections.abc import Iterable
+from pathlib import Path
+
+import click
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+import torchvision
+from torch import nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
+from tqdm import tqdm
+
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # for pixels in [0, 1]
+
+# Settings by data. '' is the published row, for anything not named here. area: smallest crop; strength: of the colour
+# jitter; tau: BYOL's momentum at the start; cpu_images: most images (of 32 px) a run without --epochs sees on a CPU.
+PRESETS = {
+    "": dict(epochs=200.0, batch=32, lr=3e-4, weight_decay=1e-4, temperature=0.5, area=0.08, strength=1.0, tau=0.99,
+             stem="auto", cpu_images=40_000),
+    "afhq": dict(cpu_images=None),
+    "celeba": dict(batch=128, cpu_images=None),
+    "critters": dict(epochs=8.0, batch=64, lr=1e-3, temperature=0.2, area=0.3, strength=0.5, tau=0.9, stem="imagenet",
+                     cpu_images=None),
+    "fashion-mnist": dict(epochs=0.5, batch=128, lr=1e-3, temperature=0.2, area=0.2, strength=0.5, tau=0.9),
+}  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Networks.
+
+
+class Encoder(nn.Module):
+    """ResNet without its last layer, h = E(x), and the projection that training puts on h.
+
+    backbone: 'resnet18', 'resnet34' or 'resnet50'.  stem: 'imagenet' (conv 7x7 stride 2, max-pool: a quarter of the
+    size) or 'small' (conv 3x3 stride 1: full size, about 15 times the work).  mean, std: of the three channels, for
+    inputs in [-1, 1], taken off before the first layer.
+    """
+
+    def __init__(self, backbone: str = "resnet18", stem: str = "small", mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0)):
+        super().__init__()
+        self.config = dict(backbone=backbone, stem=stem, mean=tuple(mean), std=tuple(std))
+        self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std).view(3, 1, 1), persistent=False)
+        self.backbone = getattr(torchvision.models, backbone)()
+        self.features = self.backbone.fc.in_features
+        self.backbone.fc = nn.Identity()
+        if stem == "small":
+            self.backbone.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
+            nn.init.kaiming_normal_(self.backbone.conv1.weight, mode="fan_out", nonlinearity="relu")
+            self.backbone.maxpool = nn.Identity()
+        self.projection = nn.Sequential(
+            nn.Linear(self.features, self.features), nn.ReLU(), nn.Linear(self.features, 128)
+        )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x [B, 3, S, S] float in [-1, 1] -> h [B, features], not negative."""
+        return self.backbone((x - self.mean) / self.std)
+
+
+def build(checkpoint: dict) -> Encoder:
+    """The frozen encoder in eval mode from the content of `encoder.pt`, its batch norms folded into the convolutions."""
+    encoder = Encoder(**checkpoint["config"])
+    encoder.load_state_dict(checkpoint["model"])
+    encoder.eval().requires_grad_(False)
+    for block in list(encoder.backbone.modules()):
+        if isinstance(block, nn.Sequential) and isinstance(block[-1], nn.BatchNorm2d):  # a shortcut's
+            block[0], block[1] = fuse_conv_bn_eval(block[0], block[1]), nn.Identity()
+        for i in (1, 2, 3):
+            if hasattr(block, f"bn{i}"):
+                fused = fuse_conv_bn_eval(getattr(block, f"conv{i}"), getattr(block, f"bn{i}"))
+                setattr(block, f"conv{i}", fused), setattr(block, f"bn{i}", nn.Identity())
+    return encoder
+
+
+@torch.no_grad()
+def embed(
+    encoder: Encoder,
+    source: Iterable,
+    device: torch.device | str = "cpu",
+    autocast: contextlib.AbstractContextManager | None = None,
+    total: int | None = None,
+) -> torch.Tensor:
+    """h of every image, in order: float32 [N, features] on the CPU.
+
+    source: a Dataset, or an iterable of uint8 [B, S, S, 3] tensors (or of tuples that start with one). Shows progress.
+    """
+    if hasattr(source, "sequential"):
+        source, total = source.sequential(256, device), len(source)
+    encoder, parts = encoder.eval(), []
+    with tqdm(total=total, desc="embed", unit="img", dynamic_ncols=True, leave=False) as bar:
+        for batch in source:
+            x = batch[0] if isinstance(batch, tuple | list) else batch
+            x = x.to(device).permute(0, 3, 1, 2).float() / 127.5 - 1
+            with autocast or contextlib.nullcontext():
+                parts.append(encoder(x).float())
+            bar.update(len(x))
+    return torch.cat(parts).cpu()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Augmentation, as SimCLR's, for a whole batch at once.
+
+
+def augment(x: torch.Tensor, area: float = 0.08, strength: float = 1.0) -> torch.Tensor:
+    """One random view of each image; each draws its own parameters, on its device.
+
+    x: float32 [B, 3, S, S] in [-1, 1]; so is the result.  area: smallest area of the crop as a part of the image
+    (aspect 3/4 to 4/3).  strength: 1 jitters brightness, contrast and saturation by up to 0.8, hue by up to 0.2 turns,
+    with probability 0.8.  Flip: 0.5; grey: 0.2; Gaussian blur: 0.5, sigma up to 2 pixels or S / 40 if that is less.
+
+    Crop, flip, bilinear resize and blur are separable, so together they are one matrix for the rows and one for the
+    columns of an image. The colour changes are linear (hue: a turn about the grey axis), so together one 3x3 matrix.
+    """
+    b, _, s, _ = x.shape
+
+    def uniform(low: float, high: float) -> torch.Tensor:
+        return torch.rand(b, 1, 1, device=x.device) * (high - low) + low
+
+    # Rows and columns: tent weights of bilinear resampling, then the blur.
+    pixel = torch.arange(s, device=x.device, dtype=torch.float32)
+    apart = pixel[:, None] - pixel
+    side, aspect = uniform(area, 1).sqrt(), (uniform(-0.5, 0.5) * math.log(4 / 3)).exp()
+    blurred = uniform(0, 1) < 0.5
+    sigma = torch.where(blurred, uniform(0.1, min(2.0, s / 40)), 0.1)  # 0.1 pixels: none
+    blur = torch.softmax(-(apart**2) / (2 * sigma**2), dim=2)
+
+    def resample(length: torch.Tensor, sign: torch.Tensor | float) -> torch.Tensor:
+        """[B, S, S] matrix of a crop of `length` (part of the side) at a random place."""
+        centre = uniform(-1, 1) * (1 - length)
+        place = centre + sign * length * (2 * pixel + 1 - s)[:, None] / s  # [B, S, 1] in [-1, 1]
+        place = ((place + 1) * (s / 2) - 0.5).clamp(0, s - 1)
+        return blur @ (1 - (place - pixel).abs()).clamp(min=0)
+
+    rows = resample((side / aspect).clamp(max=1), 1.0)
+    columns = resample((side * aspect).clamp(max=1), torch.where(uniform(0, 1) < 0.5, 1.0, -1.0))
+    x = rows[:, None] @ x.contiguous() @ columns[:, None].mT
+
+    # Colour: brightness and contrast scale pixels (in [0, 1]) and shift them by the mean; the rest is a matrix that keeps grey.
+    jitter = (uniform(0, 1) < 0.8) * strength
+    brightness, contrast, saturation = (1 + jitter * uniform(-0.8, 0.8) for _ in range(3))
+    angle = 2 * math.pi * jitter * uniform(-0.2, 0.2)
+    saturation = torch.where(uniform(0, 1) < 0.2, 0.0, saturation)
+    one = torch.eye(3, device=x.device)
+    grey = torch.tensor([0.299, 0.587, 0.114], device=x.device).expand(3, 3)
+    axis = 3**-0.5 * torch.tensor([[0.0, -1, 1], [1, 0, -1], [-1, 1, 0]], device=x.device)
+    turn = angle.cos() * one + (1 - angle.cos()) / 3 + angle.sin() * axis  # Rodrigues' formula about (1, 1, 1)
+    colour = (saturation * one + (1 - saturation) * grey) @ turn
+    x = ((x + 1) / 2).flatten(2)
+    mean = grey[:1] @ x.mean(2, keepdim=True)
+    x = contrast * brightness * (colour @ x) + (1 - contrast) * brightness * mean
+    return (2 * x.clamp(0, 1) - 1).view(b, 3, s, s).contiguous(memory_format=torch.channels_last)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Losses. z1, z2: float32 [B, 128], the projections of the two views of each image.
+
+
+def nt_xent(z1: torch.Tensor, z2: torch.Tensor, temperature: float) -> torch.Tensor:
+    """NT-Xent, equation 1 of SimCLR (Chen et al. 2020): mean over the 2B views of the cross-entropy of finding the other
+    view of the same image among the 2B - 1 other views, by cosine similarity / temperature."""
+    z = F.normalize(torch.cat([z1, z2]), dim=1)
+    similarity = z @ z.T / temperature
+    similarity.fill_diagonal_(-torch.inf)
+    return F.cross_entropy(similarity, torch.arange(len(z), device=z.device).roll(len(z1)))
+
+
+def infonce_bits(loss: torch.Tensor, images: int) -> torch.Tensor:
+    """Lower bound on I(X;E) of equation (1) in bits, from NT-Xent over `images` images: log2(2B - 1) - loss / ln 2."""
+    return math.log2(2 * images - 1) - loss / math.log(2)
+
+
+def byol(p1: torch.Tensor, p2: torch.Tensor, t1: torch.Tensor, t2: torch.Tensor) -> torch.Tensor:
+    """BYOL (Grill et al. 2020), equation 2, both ways: 2 - 2 cos between predictions p and the other view's target t."""
+    return 4 - 2 * (F.cosine_similarity(p1, t2).mean() + F.cosine_similarity(p2, t1).mean())
+
+
+def barlow(z1: torch.Tensor, z2: torch.Tensor) -> torch.Tensor:
+    """Barlow Twins (Zbontar et al. 2021), equation 1: sum (1 - C_ii)^2 + lambda sum C_ij^2, C the cross-correlation over
+    the batch of the two views' features; lambda = 1 / features, so that both sums weigh alike at any width."""
+    b, d = z1.shape
+    z1, z2 = ((z - z.mean(0)) / (z.std(0, correction=0) + 1e-5) for z in (z1, z2))
+    c = z1.T @ z2 / b
+    on = c.diagonal()
+    return (1 - on).square().sum() + (c.square().sum() - on.square().sum()) / d
+
+
+def gather(z: torch.Tensor) -> torch.Tensor:
+    """[B, D] of this process -> [world * B, D] of all, in the order of the ranks.
+
+    Gradient flows into this process's own rows. Each process computes the loss of the whole batch from them, so the
+    sum (not the mean) of the processes' gradients is the gradient of that loss.
+    """
+    if not dist.is_initialized():
+        return z
+    parts = [torch.empty_like(z) for _ in range(dist.get_world_size())]
+    dist.all_gather(parts, z.detach().contiguous())
+    parts[dist.get_rank()] = z
+    return torch.cat(parts)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Evaluation. labels: one-hot or multi-hot float32 [N, Y].
+
+
+def knn(bank: torch.Tensor, labels: torch.Tensor, queries: torch.Tensor, k: int = 20) -> torch.Tensor:
+    """Share of each label among the k nearest of `bank` by cosine (plain votes): [Q, Y] in [0, 1]."""
+    bank, k = F.normalize(bank, dim=1), min(k, len(bank))
+    near = [(q @ bank.T).topk(k, dim=1).indices for q in F.normalize(queries, dim=1).split(512)]
+    return labels[torch.cat(near)].mean(1)
+
+
+def linear_probe(h: torch.Tensor, labels: torch.Tensor, queries: torch.Tensor, one_hot: bool) -> torch.Tensor:
+    """Scores [Q, Y] of logistic regression on standardised features, fitted with L-BFGS. Multi-label: balanced."""
+    mean, std = h.mean(0), h.std(0) + 1e-6
+    h, queries = (h - mean) / std, (queries - mean) / std
+    linear = nn.utils.skip_init(nn.Linear, h.shape[1], labels.shape[1], device=h.device)
+    nn.init.zeros_(linear.weight), nn.init.zeros_(linear.bias)
+    weight = (len(labels) - labels.sum(0)) / labels.sum(0).clamp(min=1)
+    optimizer = torch.optim.LBFGS(linear.parameters(), max_iter=100, line_search_fn="strong_wolfe")
+
+    def closure():
+        optimizer.zero_grad()
+        logits = linear(h)
+        loss = F.cross_entropy(logits, labels) if one_hot else F.binary_cross_entropy_with_logits(
+            logits, labels, pos_weight=weight)  # fmt: skip
+        loss = loss + 1e-3 * linear.weight.square().sum()
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    return linear(queries).detach()
+
+
+def score(scores: torch.Tensor, labels: torch.Tensor, one_hot: bool, threshold: torch.Tensor | float = 0.0) -> float:
+    """Accuracy of the highest score; multi-label: balanced accuracy at `threshold`, averaged over the labels that both occur and not."""
+    if one_hot:
+        return (scores.argmax(1) == labels.argmax(1)).float().mean().item()
+    guess, on = (scores > threshold).float(), labels.sum(0)
+    off = len(labels) - on
+    rates = (guess * labels).sum(0) / on + ((1 - guess) * (1 - labels)).sum(0) / off
+    return (rates[(on > 0) & (off > 0)] / 2).mean().item()
+
+
+def effective_rank(h: torch.Tensor) -> float:
+    """exp of the entropy of the normalised singular values of centred h [N, F] (Roy and Vetterli 2007); 1 is collapse."""
+    p = torch.linalg.svdvals(h - h.mean(0))
+    p = p / p.sum().clamp(min=1e-12)
+    return torch.special.entr(p).sum().exp().item()
+
+
+def evaluate(encoder: Encoder, train, val, run, limit: int) -> tuple[dict, torch.Tensor]:
+    """What the embedding is worth, on at most `limit` images of each split, and the validation embedding itself.
+
+    train, val: Datasets. Returns a dict of numbers: kNN and linear-probe accuracy in [0, 1], kNN on raw pixels (of at
+    most 32 px) beside them, effective rank; and h [N, features] on the CPU.
+    """
+    labels, pixels, h = {}, {}, {}
+    one_hot = train.label_kind == "one-hot"
+    for split, ds in (("train", train), ("val", val)):
+        index = np.linspace(0, len(ds) - 1, min(limit, len(ds))).astype(int)
+        small = []
+
+        def batches(ds=ds, index=index, small=small):
+            for part in np.array_split(index, max(1, len(index) // 256)):
+                x = torch.from_numpy(ds.images[part])
+                small.append(F.adaptive_avg_pool2d(x.permute(0, 3, 1, 2).float(), min(32, x.shape[1])).flatten(1))
+                yield x
+
+        h[split] = embed(encoder, batches(), run.device, run.autocast(), len(index))
+        pixels[split] = torch.cat(small)
+        labels[split] = {"": torch.from_numpy(np.asarray(ds.labels)[index])}
+        for name, (value, names) in ds.hidden.items():
+            labels[split][name] = F.one_hot(torch.from_numpy(value[index]).long(), len(names)).float()
+    results = {"images": len(h["train"]), "val_images": len(h["val"]), "rank": effective_rank(h["val"])}
+    for name, y in labels["train"].items():
+        hot, ask, key = one_hot or name != "", labels["val"][name], name and name + "_"
+        rate = 0.0 if hot else y.mean(0)
+        results[key + "knn"] = score(knn(h["train"], y, h["val"]), ask, hot, rate)
+        results[key + "linear"] = score(linear_probe(h["train"], y, h["val"], hot), ask, hot)
+        centre = pixels["train"].mean(0)
+        results[key + "pixel_knn"] = score(knn(pixels["train"] - centre, y, pixels["val"] - centre), ask, hot, rate)
+    return results, h["val"]
+
+
+def scatter(path: Path, h: torch.Tensor, ds, seed: int) -> None:
+    """Picture of the validation embedding h in the plane: t-SNE if metrics.py lies beside this file, else PCA."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    index = np.linspace(0, len(ds) - 1, len(h)).astype(int)[:: -(-len(h) // 2000)]
+    h = h[:: -(-len(h) // 2000)]
+    if Path(__file__).with_name("metrics.py").exists():
+        import metrics
+
+        name, points = "t-SNE", metrics.tsne(h, dims=2, seed=seed)
+    else:
+        name, points = "PCA", (h - h.mean(0)) @ torch.linalg.svd(h - h.mean(0), full_matrices=False).Vh[:2].T
+    points, labels = points.cpu().numpy(), np.asarray(ds.labels)[index]
+    panels = [(n, labels[:, i].astype(int), ["off", "on"]) for i, n in enumerate(ds.label_names)]
+    if ds.label_kind == "one-hot":
+        panels = [("label", labels.argmax(1), ds.label_names)]
+    panels = (panels + [(n, v[index], names) for n, (v, names) in ds.hidden.items()])[:6]
+    figure, axes = plt.subplots(1, len(panels), figsize=(6 * len(panels), 6), squeeze=False)
+    for axis, (title, value, names) in zip(axes[0], panels, strict=True):
+        for i, label in enumerate(names):
+            axis.scatter(*points[value == i].T, s=6, color=plt.get_cmap("tab20")(i % 20), label=label)
+        axis.set_title(f"{name} of validation embeddings, by {title}")
+        axis.set_xticks([]), axis.set_yticks([])
+        if len(names) <= 20:
+            axis.legend(markerscale=2, fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path, dpi=100)
+    plt.close(figure)
+
+
+def report(results: dict, label_kind: str) -> None:
+    """Print the evaluation."""
+    rank, n, m = results["rank"], results["images"], results["val_images"]
+    print(f"Embedding of {m:,} validation images, neighbours among {n:,} training images: effective rank {rank:.1f}")
+    print(f"{'accuracy %':24s}{'kNN (k=20)':>12s}{'linear':>10s}{'kNN on pixels':>16s}")
+    for key in (k.removesuffix("linear") for k in results if k.endswith("linear")):
+        name = key.strip("_") or ("label" if label_kind == "one-hot" else "labels, balanced, mean")
+        values = [100 * results[key + what] for what in ("knn", "linear", "pixel_knn")]
+        print(f"{name:24s}{values[0]:12.2f}{values[1]:10.2f}{values[2]:16.2f}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Training.
+
+
+def first_weights(file: str, options: dict) -> tuple[dict, dict]:
+    """Constructor arguments and weights from --init FILE: an `encoder.pt`, or torchvision's ImageNet weights of a ResNet.
+
+    Raises click.ClickException if the file is neither.
+    """
+    import training
+
+    if not Path(file).is_file():
+        raise click.ClickException(f"--init {file}: no such file")
+    try:
+        weights = torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:  # whatever a damaged or foreign file may provoke
+        raise click.ClickException(f"--init {file} cannot be read as weights ({type(error).__name__})") from None
+    if isinstance(weights, dict) and "stage" in weights:
+        state = training.load(file, "encoder")
+        stem = state["config"]["stem"] if options["stem"] == "auto" else options["stem"]
+        return state["config"] | dict(backbone=options["backbone"], stem=stem), state["model"]
+    if not isinstance(weights, dict) or "conv1.weight" not in weights:
+        raise click.ClickException(f"--init {file} holds neither an encoder.pt nor torchvision's weights of a ResNet")
+    stem = "imagenet" if options["stem"] == "auto" else options["stem"]
+    config = dict(backbone=options["backbone"], stem=stem)
+    config.update(mean=tuple(2 * m - 1 for m in IMAGENET_MEAN), std=tuple(2 * s for s in IMAGENET_STD))
+    own = Encoder(**config).state_dict()  # the projection, and batch counters that old files do not have, stay our own
+    own = {k: v for k, v in own.items() if k.startswith("projection.") or k.endswith("num_batches_tracked")}
+    return config, own | {f"backbone.{k}": v for k, v in weights.items() if not k.startswith("fc.")}
+
+
+def rate(images: int, total: int) -> float:
+    """Learning rate as a part of the full one: linear warm-up over the first twentieth, then half a cosine to 0."""
+    return min(1.0, 20 * images / total) * 0.5 * (1 + math.cos(math.pi * min(1.0, images / total)))
+
+
+def train(encoder: Encoder, ds, run, options: dict, state: dict, total: int, log, save) -> dict:
+    """Train `encoder` in place until `total` images are seen, from images_seen = state['images_seen'].
+
+    `save(images_seen, extra)` is called about 50 times a run, at least 5,000 images apart, and at the end; the random
+    numbers restart there, so that a run resumed from any of them does what an unbroken one would.
+    """
+    method, batch = options["method"], options["batch"]
+    seen, half = state.get("images_seen", 0), batch // run.world
+    modules = {"encoder": encoder}
+    if method == "byol":
+        modules["predictor"] = nn.Sequential(
+            nn.Linear(128, 512), nn.BatchNorm1d(512), nn.ReLU(), nn.Linear(512, 128)
+        ).to(run.device)
+        modules["target"] = copy.deepcopy(encoder).requires_grad_(False)
+    parameters = [p for m in modules.values() for p in m.parameters() if p.requires_grad]
+    optimizer = torch.optim.Adam(parameters, lr=options["lr"], weight_decay=options["weight_decay"], fused=True)
+    scaler = run.scaler()
+    stateful = {"optimizer": optimizer, "scaler": scaler} | {k: m for k, m in modules.items() if k != "encoder"}
+    for name, value in state.get("training", {}).items():
+        stateful[name].load_state_dict(value)
+    encoder.train()
+
+    every = batch * max(1, max(total // 50, 2 * batch if options["smoke"] else 5_000) // batch)
+    tick = max(1, total // batch // 200)
+    run.reseed(seen)
+    for images, _ in ds.batches(half, run.device, run.seed, seen, run.rank, run.world, options["workers"]):
+        # Two views, their projections.
+        for group in optimizer.param_groups:
+            group["lr"] = options["lr"] * rate(seen + batch / 2, total)
+        x = images.permute(0, 3, 1, 2).float() / 127.5 - 1
+        views = torch.cat([augment(x, options["area"], options["strength"]) for _ in range(2)])
+        with run.autocast():
+            z = encoder.projection(encoder(views))
+            p = modules["predictor"](z) if method == "byol" else None
+            with torch.no_grad():
+                t = modules["target"].projection(modules["target"](views)) if method == "byol" else None
+
+        # The loss of the whole batch, over all processes, in fp32.
+        z1, z2 = (gather(v) for v in z.float().split(half))
+        with torch.set_grad_enabled(method == "simclr"):
+            contrast = nt_xent(z1, z2, options["temperature"])
+        if method == "simclr":
+            loss = contrast
+        elif method == "barlow":
+            loss = barlow(z1, z2)
+        else:
+            loss = byol(*(gather(v) for v in p.float().split(half)), *(gather(v) for v in t.float().split(half)))
+
+        # Update.
+        optimizer.zero_grad(set_to_none=True)
+        scaler.scale(loss * run.world).backward()
+        run.average_gradients(parameters)
+        scaler.step(optimizer)
+        scaler.update()
+        if method == "byol":
+            tau = 1 - (1 - options["tau"]) * 0.5 * (1 + math.cos(math.pi * min(1.0, seen / total)))
+            torch._foreach_lerp_(list(modules["target"].parameters()), list(encoder.parameters()), 1 - tau)
+
+        # Count, log, save.
+        seen += batch
+        log.step(batch)
+        log.add(loss=loss, mi_bits=infonce_bits(contrast, batch))
+        if seen // batch % tick == 0 or seen >= total:
+            log.write(seen, epoch=seen / len(ds), lr=optimizer.param_groups[0]["lr"])
+        if seen // every != (seen - batch) // every or seen >= total:
+            save(seen, {name: value.state_dict() for name, value in stateful.items()})
+            run.reseed(seen)
+        if seen >= total:
+            return {name: value.state_dict() for name, value in stateful.items()}
+
+
+# fmt: off
+OPTIONS = [
+    click.option("--method",   type=click.Choice(["simclr", "byol", "barlow"]), default="simclr", help="Loss: SimCLR's NT-Xent, BYOL, Barlow Twins."),
+    click.option("--backbone", type=click.Choice(["resnet18", "resnet34", "resnet50"]), default="resnet18", help="Network."),
+    click.option("--stem",     type=click.Choice(["auto", "imagenet", "small"]), help="First layers; imagenet works at a quarter of the image's size, small at the full size "
+                 "(15 times the work); auto: small below 64 px on a GPU, else imagenet.  [default: auto; critters: imagenet]"),
+    click.option("--epochs",   metavar="N", type=click.FloatRange(0, min_open=True), help="Passes over the training images.  [default: 200; critters 8; fashion-mnist 0.5; "
+                 "a path on a CPU: at most 40,000 images of 32 px, 10,000 of 64, 5,000 of more]"),
+]
+# fmt: on
+
+
+def run_stage(options: dict) -> None:
+    """Run stage 1 with the command's options."""
+    import training
+    from dataset import open_dataset
+
+    # Resolve the options.
+    options = {
+        o: options.get(o) for o in ("temperature", "area", "strength", "tau", "lr", "weight_decay", "cpu_images")
+    } | options
+    given = {"epochs": options["epochs"], "batch": options["batch"]}
+    options = training.by_data(PRESETS, options["data"], options)
+    if options["smoke"]:
+        options["batch"] = given["batch"] or 16
+    if options["dry_run"]:
+        print(json.dumps(options, indent=2))
+        return
+
+    # Start the device and the processes, open the data.
+    run = training.start(options["device"], options["precision"], options["seed"])
+    if options["batch"] % run.world:
+        raise click.UsageError(f"--batch {options['batch']} cannot be shared by {run.world} processes: give a multiple")
+    ds, val = (open_dataset(options["data"], options["size"], split) for split in ("train", "val"))
+    options["size"] = ds.size
+    if len(ds) < options["batch"]:
+        if given["batch"]:
+            raise click.UsageError(
+                f"--batch {options['batch']} is more than the {len(ds)} training images of {options['data']}"
+            )
+        options["batch"] = len(ds) // run.world * run.world
+    total = max(1, round(options["epochs"] * len(ds)))
+    if given["epochs"] is None and run.device.type == "cpu" and options["cpu_images"]:
+        total = min(total, max(5_000, round(options["cpu_images"] * (32 / ds.size) ** 2)))
+    if options["smoke"]:
+        total = 4 * options["batch"]
+    outdir = training.out_folder(options)
+    path = outdir / "encoder.pt"
+
+    # Go on from a checkpoint, or build the network.
+    config, weights = dict(backbone=options["backbone"], stem=options["stem"]), None
+    if options["init"]:
+        config, weights = first_weights(options["init"], options)
+    if config["stem"] == "auto":
+        config["stem"] = "small" if ds.size < 64 and run.device.type == "cuda" else "imagenet"
+    options["stem"] = config["stem"]
+    state = training.load(path, "encoder") if options["resume"] and path.exists() else {}
+    if state:
+        keys = ["fingerprint", "size", "smoke", "method", "backbone", "stem", "batch", "seed"] + ["init"] * bool(
+            options["init"]
+        )
+        theirs, ours = (
+            state["options"] | {"fingerprint": state["data"]["fingerprint"]},
+            options | {"fingerprint": ds.fingerprint},
+        )
+        training.check_same(theirs, ours, keys, path, "give --no-resume to start over, or another --outdir")
+        encoder = Encoder(**state["config"])
+        encoder.load_state_dict(state["model"])
+    else:
+        encoder = Encoder(**config)
+        if weights:
+            training.init_weights(encoder, weights, options["init"])
+    done = state.get("images_seen", 0)
+    if done >= total and "results" in state:
+        print(f"{path} is finished: {done:,} images seen. --epochs for more, --no-resume to start over.")
+        return
+    encoder.to(run.device, memory_format=torch.channels_last)
+
+    def save(seen: int, extra: dict, **more) -> None:
+        if run.rank == 0:
+            content = dict(stage="encoder", config=encoder.config, model=encoder.state_dict(), data=ds.info())
+            training.save(path, content | dict(options=options, images_seen=seen, training=extra) | more)
+
+    # Train.
+    if run.rank == 0:
+        outdir.mkdir(parents=True, exist_ok=True)
+        training.write_options(outdir / "encoder.json", options)
+        print(
+            f"{'Resuming' if done else 'Training'} {options['method']} {options['backbone']} on {len(ds):,} images of "
+            f"{ds.size} px, to {total:,} images seen ({total / len(ds):.3g} epochs)"
+        )
+    log = training.Log(outdir, "encoder", total, done, rank=run.rank)
+    extra = train(encoder, ds, run, options, state, total, log, save) if done < total else state["training"]
+    log.close()
+
+    # Evaluate.
+    if run.rank == 0:
+        results, h = evaluate(encoder, ds, val, run, 200 if options["smoke"] else 20_000)
+        scatter(outdir / "encoder_tsne.png", h, val, run.seed)
+        save(max(done, total), extra, results=results)
+        training.write_options(outdir / "encoder.json", options | {"results": results})
+        report(results, ds.label_kind)
+        print(f"Wrote {path}, {outdir / 'encoder.json'} and {outdir / 'encoder_tsne.png'}")
+
+
+def command() -> click.Command:
+    """The command line; built on demand, so that the network above needs no other file of the project."""
+    import training
+
+    @click.command(context_settings=dict(max_content_width=120, show_default=True))
+    @training.with_options(OPTIONS)
+    def main(**options):
+        """Train the encoder (stage 1).
+
+        Writes encoder.pt, encoder.json, encoder_tsne.png, stats.jsonl and tensorboard/ to the output folder. The same
+        command again goes on where it stopped.
+        """
+        run_stage(options)
+
+    return main
+
+
+if __name__ == "__main__":
+    command()()
