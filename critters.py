@@ -3,7 +3,7 @@
     python critters.py --out sheet.png --size 64 --num 64 --seed 0
 
 An image is a pure function of (seed, split, index): `factors` draws what there is to know about it, `draw` paints
-it at any size. Cats and dogs are kinds of their own; 'wild' mixes lions, elephants, hares and pandas, whose names stay
+it at any size. Cats and dogs are kinds of their own; 'wild' mixes lions, elephants, owls and pandas, whose names stay
 hidden from training (`kind` is there for evaluation alone). Kind decides shape and markings: ears, muzzle, eyes, mane,
 stripes, masks. Fur and background colour, light, pose, position and size vary independently of it, and so do the
 binary `ATTRIBUTES`.
@@ -17,7 +17,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 SPECIES = ["cat", "dog", "wild"]
-KINDS = ["cat", "dog", "lion", "elephant", "hare", "panda"]
+KINDS = ["cat", "dog", "lion", "elephant", "owl", "panda"]
 ATTRIBUTES = ["Eyeglasses", "Hat", "Necktie", "Open_Mouth", "Wink", "Flower"]
 RATES = [0.30, 0.25, 0.30, 0.35, 0.25, 0.25]  # probability of each attribute
 SPLITS = {"train": 12000, "val": 1500}
@@ -53,8 +53,8 @@ def factors(seed: int, index: int) -> dict:
     kind = species if species < 2 else 2 + group % 4
     attributes = np.array([next(u) < rate for rate in RATES], dtype=np.uint8)
     f = dict(species=species, kind=kind, attributes=attributes)
-    f.update(yaw=uniform(-0.30, 0.30), roll=uniform(-0.16, 0.16), pitch=uniform(-0.12, 0.12))
-    f.update(x=uniform(-0.16, 0.16), y=uniform(-0.11, 0.11), scale=uniform(0.74, 1.14))
+    f.update(yaw=uniform(-0.30, 0.30), roll=uniform(-0.18, 0.18), pitch=uniform(-0.12, 0.12))
+    f.update(x=uniform(-0.25, 0.25), y=uniform(-0.12, 0.12), scale=uniform(0.78, 1.12))
     f.update(side=-1.0 if next(u) < 0.5 else 1.0)
     f.update(width=uniform(0.93, 1.07), ears=uniform(0.9, 1.12), eyes=uniform(0.9, 1.12))
     # Coats, from dark to cream: ginger to brown, grey, and any other colour.
@@ -107,7 +107,7 @@ HEADS = {
     "elephant": _symmetric(
         [(0, -0.92), (0.5, -0.86), (0.80, -0.45), (0.80, 0.1), (0.62, 0.5), (0.40, 0.72), (0, 0.78)]
     ),
-    "hare": _symmetric([(0, -0.72), (0.42, -0.70), (0.76, -0.32), (0.86, 0.16), (0.78, 0.58), (0.42, 0.86), (0, 0.92)]),
+    "owl": _symmetric([(0, -0.86), (0.55, -0.82), (0.95, -0.45), (1.02, 0.1), (0.88, 0.62), (0.45, 0.92), (0, 0.98)]),
     "panda": _symmetric([(0, -0.85), (0.6, -0.75), (1.02, -0.2), (1.10, 0.28), (0.82, 0.74), (0.4, 0.9), (0, 0.93)]),
 }
 # Ears are drawn on the right and mirrored.
@@ -212,15 +212,10 @@ def draw(f: dict, size: int) -> np.ndarray:
     body, pen = _Pen(image, f, side, turned=False), _Pen(image, f, side)
     body.ellipse(0, -0.1, 1.55, 1.55, (255, 255, 255, 40))
 
-    # Shoulders and chest, and the tie on them.
+    # Shoulders and chest.
     body.ellipse(0, 2.1, 1.22, 1.35, line)
     body.ellipse(0, 2.1, 1.15, 1.28, shade)
     body.ellipse(0, 2.1, 0.62, 1.1, light if kind != "panda" else dark)
-    if has["Necktie"]:
-        body.polygon([(-0.46, 0.70), (0.46, 0.70), (0.30, 1.02), (-0.30, 1.02)], white)
-        body.polygon([(-0.30, 1.10), (0.30, 1.10), (0.42, 2.0), (0, 2.5), (-0.42, 2.0)], cloth_dark)
-        body.polygon([(-0.22, 1.10), (0.22, 1.10), (0.34, 2.0), (0, 2.4), (-0.34, 2.0)], cloth)
-        body.polygon([(-0.30, 0.84), (0.30, 0.84), (0.20, 1.2), (-0.20, 1.2)], cloth_dark)
 
     # Mane, and the ears that stand behind the head.
     e = f["ears"]
@@ -240,10 +235,6 @@ def draw(f: dict, size: int) -> np.ndarray:
         pen.ellipses(1.10, -0.12, 0.64 * e, 0.84 * e, line, -0.2)
         pen.ellipses(1.10, -0.12, 0.57 * e, 0.77 * e, shade, -0.2)
         pen.ellipses(1.14, -0.08, 0.38 * e, 0.54 * e, inner, -0.2)
-    elif kind == "hare":
-        pen.ellipses(0.36, -1.18, 0.29, 0.72 * e, line, -0.15, 0.14)
-        pen.ellipses(0.36, -1.18, 0.23, 0.65 * e, fur, -0.15, 0.14)
-        pen.ellipses(0.36, -1.14, 0.13, 0.52 * e, inner, -0.15, 0.14)
     elif kind == "panda":
         pen.ellipses(0.80, -0.80, 0.46 * e, 0.46 * e, line, -0.15)
         pen.ellipses(0.80, -0.80, 0.40 * e, 0.40 * e, dark, -0.15)
@@ -251,6 +242,13 @@ def draw(f: dict, size: int) -> np.ndarray:
         ear(CAT_EAR, line, 0.10)
         ear(CAT_EAR, fur)
         ear(CAT_EAR_IN, inner)
+
+    # A tie, in front of a mane.
+    if has["Necktie"]:
+        body.polygon([(-0.46, 0.70), (0.46, 0.70), (0.30, 1.02), (-0.30, 1.02)], white)
+        body.polygon([(-0.30, 1.10), (0.30, 1.10), (0.42, 2.0), (0, 2.5), (-0.42, 2.0)], cloth_dark)
+        body.polygon([(-0.22, 1.10), (0.22, 1.10), (0.34, 2.0), (0, 2.4), (-0.34, 2.0)], cloth)
+        body.polygon([(-0.30, 0.84), (0.30, 0.84), (0.20, 1.2), (-0.20, 1.2)], cloth_dark)
 
     # Head: outline, shaded rim, lit face.
     head, face = HEADS[kind], light if kind == "panda" else fur
@@ -260,7 +258,11 @@ def draw(f: dict, size: int) -> np.ndarray:
     pen.polygon(head * (0.93, 0.92) + (0, -0.05), face)
 
     # Markings.
-    if kind == "panda":
+    if kind == "owl":
+        pen.polygon([(-0.30, -0.84), (0.30, -0.84), (0, -0.20)], dark, 0.15)
+        pen.ellipses(0.45, -0.04, 0.57, 0.57, dark, 0.2)
+        pen.ellipses(0.45, -0.04, 0.49, 0.49, light, 0.2)
+    elif kind == "panda":
         pen.ellipses(0.46, -0.02, 0.31, 0.42, dark, 0.25, 0.5)
     elif kind == "dog":
         pen.polygon(DOG_BLAZE, light, 0.1)
@@ -269,8 +271,8 @@ def draw(f: dict, size: int) -> np.ndarray:
         pen.ellipses(0.36, -0.40, 0.20, 0.10, light, 0.25, -0.25)
 
     # Muzzle, mouth, nose.
-    mouth = {"cat": 0.42, "dog": 0.70, "lion": 0.60, "elephant": 0.62, "hare": 0.56, "panda": 0.56}[kind]
-    z = {"cat": 0.4, "dog": 0.75, "lion": 0.6, "elephant": 0.3, "hare": 0.5, "panda": 0.5}[kind]
+    mouth = {"cat": 0.42, "dog": 0.70, "lion": 0.60, "elephant": 0.62, "owl": 0.60, "panda": 0.56}[kind]
+    z = {"cat": 0.4, "dog": 0.75, "lion": 0.6, "elephant": 0.3, "owl": 0.3, "panda": 0.5}[kind]
     if kind == "dog":
         pen.ellipse(0, 0.50, 0.56, 0.50, shade, 0.6)
         pen.ellipse(0, 0.48, 0.52, 0.46, light, 0.65)
@@ -278,15 +280,12 @@ def draw(f: dict, size: int) -> np.ndarray:
         pen.polygon([(-0.17, -0.45), (0.17, -0.45), (0.26, 0.35), (-0.26, 0.35)], shade, 0.4)
         pen.ellipse(0, 0.78, 0.30, 0.22, light, 0.5)
         pen.ellipses(0.23, 0.52, 0.30, 0.25, light, 0.5)
-    elif kind == "hare":
-        pen.ellipses(0.21, 0.48, 0.27, 0.22, light, 0.45)
-        pen.ellipse(0, 0.70, 0.24, 0.18, light, 0.45)
     elif kind == "cat":
         pen.ellipses(0.17, 0.42, 0.22, 0.17, light, 0.4)
         pen.ellipse(0, 0.58, 0.17, 0.14, light, 0.4)
     elif kind == "panda":
         pen.ellipse(0, 0.46, 0.40, 0.32, white, 0.4)
-    wide = {"cat": 0.17, "dog": 0.27, "lion": 0.23, "elephant": 0.34, "hare": 0.18, "panda": 0.18}[kind]
+    wide = {"cat": 0.17, "dog": 0.27, "lion": 0.23, "elephant": 0.42, "owl": 0.18, "panda": 0.18}[kind]
     if has["Open_Mouth"]:
         pen.ellipse(0, mouth + 0.16, wide * 1.35, 0.30, (98, 28, 42), z - 0.1)
         pen.ellipse(0, mouth + 0.28, wide * 0.95, 0.18, (240, 100, 112), z - 0.1)
@@ -295,24 +294,23 @@ def draw(f: dict, size: int) -> np.ndarray:
     if kind == "elephant":
         pen.both([(0.32, 0.52), (0.50, 0.48), (0.56, 0.82), (0.50, 1.08)], white, 0.4)
         pen.polygon(TRUNK * (1.2, 1.03), line, 0.4)
-        pen.polygon(TRUNK, fur, 0.4)
+        pen.polygon(TRUNK, _rgb(f["fur"], 0.35), 0.4)
         for y in (0.35, 0.65, 0.95):
             pen.arc(0, y, 0.20, 0.06, 0.08, deep, 0.4)
+    elif kind == "owl":
+        pen.polygon([(-0.20, 0.16), (0.20, 0.16), (0, 0.72)], line, 0.5)
+        pen.polygon([(-0.14, 0.20), (0.14, 0.20), (0, 0.62)], (250, 165, 50), 0.5)
     else:
         nose_y, nose = {
             "cat": (0.28, 0.15),
             "dog": (0.28, 0.29),
             "lion": (0.34, 0.29),
-            "hare": (0.30, 0.15),
             "panda": (0.36, 0.19),
         }[kind]
-        nose_fill = {"cat": (226, 112, 124), "hare": (226, 112, 124), "lion": _blend(black, (150, 80, 80), 0.45)}
+        nose_fill = {"cat": (226, 112, 124), "lion": _blend(black, (150, 80, 80), 0.45)}
         pen.polygon([(-0.035, nose_y), (0.035, nose_y), (0.035, mouth + 0.05), (-0.035, mouth + 0.05)], black, z)
         pen.polygon(NOSE * (nose, nose * 0.8) + (0, nose_y), nose_fill.get(kind, black), z)
         pen.ellipse(-0.3 * nose, nose_y - 0.2 * nose, nose * 0.28, nose * 0.16, (255, 255, 255, 150), z)
-    if kind == "hare":
-        pen.polygon([(-0.17, 0.66), (0.17, 0.66), (0.14, 0.95), (-0.14, 0.95)], line, 0.5)
-        pen.polygon([(-0.13, 0.66), (0.13, 0.66), (0.11, 0.91), (-0.11, 0.91)], white, 0.5)
 
     # Cheeks, whiskers.
     pen.ellipses(0.62, 0.36, 0.19, 0.12, (*pink, 120), 0.2)
@@ -327,7 +325,7 @@ def draw(f: dict, size: int) -> np.ndarray:
         "dog": (0.36, -0.16, 0.19, 0.21, 0.0),
         "lion": (0.38, -0.18, 0.18, 0.14, 0.20),
         "elephant": (0.46, -0.24, 0.12, 0.13, 0.0),
-        "hare": (0.44, -0.08, 0.16, 0.23, 0.0),
+        "owl": (0.45, -0.04, 0.26, 0.26, 0.0),
         "panda": (0.43, -0.04, 0.15, 0.16, 0.0),
     }[kind]
     if kind == "cat":
@@ -340,7 +338,7 @@ def draw(f: dict, size: int) -> np.ndarray:
             pen.arc(s * eye_x, eye_y + 0.10, rx * 1.25, -0.20, 0.15, stroke, 0.3)
             continue
         pen.ellipse(s * eye_x, eye_y, rx * 1.22, ry * 1.22, black, 0.3, s * tilt)
-        if kind in ("cat", "lion"):
+        if kind in ("cat", "lion", "owl"):
             pen.ellipse(s * eye_x, eye_y, rx, ry, iris, 0.3, s * tilt)
             slit = 0.36 if kind == "cat" else 0.55
             pen.ellipse(s * eye_x, eye_y, rx * slit, ry * (0.92 if kind == "cat" else 0.7), black, 0.32)
@@ -369,7 +367,7 @@ def draw(f: dict, size: int) -> np.ndarray:
             pen.polygon(ring + np.array([x, -0.06]), cloth_dark, 0.5)
         pen.polygon([(-0.1, -0.16), (0.1, -0.16), (0.1, -0.07), (-0.1, -0.07)], cloth_dark, 0.55)
     if has["Hat"]:
-        top = np.array([0.0, -0.66 if kind == "hare" else -0.76])
+        top = np.array([0.0, -0.76])
         pen.polygon(np.array([(-0.42, -0.66), (0.42, -0.66), (0.33, 0), (-0.33, 0)]) + top, cloth_dark, 0.1)
         pen.polygon(np.array([(-0.36, -0.60), (0.36, -0.60), (0.28, 0), (-0.28, 0)]) + top, cloth, 0.1)
         pen.polygon(np.array([(-0.32, -0.28), (0.32, -0.28), (0.31, -0.08), (-0.31, -0.08)]) + top, cloth_light, 0.1)

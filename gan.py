@@ -594,7 +594,7 @@ def grid_inputs(trainer: Trainer, seed: int) -> tuple[Tensor | None, Tensor]:
     return None if y is None else y.to(trainer.run.device), latents.to(trainer.run.device)
 
 
-def earlier_stages(outdir: Path, data: str, needed: bool) -> tuple[dict | None, dict | None]:
+def earlier_stages(outdir: Path, needed: bool) -> tuple[dict | None, dict | None]:
     """The checkpoints of stages 1 and 2 in the run's folder, checked to belong together."""
     import training
 

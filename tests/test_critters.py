@@ -119,13 +119,14 @@ def test_every_continuous_factor_shows() -> None:
 
 @pytest.mark.parametrize("size", [32, 64, 128])
 def test_sizes_agree(size: int) -> None:
-    """An image drawn at 256 px and averaged down is close to the image drawn at the size."""
+    """An image drawn at 256 px and averaged down is the image drawn at the size, to well under a pixel's shift."""
     for index in range(6):
         f = factors(2, index)
         zoom = 256 // size
         small = draw(f, size).astype(float)
         large = draw(f, 256).reshape(size, zoom, size, zoom, 3).mean((1, 3))
-        assert np.abs(small - large).mean() < 2.5
+        pixel = np.abs(np.diff(small, axis=0)).mean()  # what a shift by one pixel would change
+        assert np.abs(small - large).mean() < 0.35 * pixel
 
 
 def test_edges_are_antialiased() -> None:
@@ -196,15 +197,17 @@ def test_sheet(tmp_path) -> None:
 
 # (seed, index): species, kind, attributes, yaw, scale, fur lightness
 # (seed, index): species, kind, attributes, yaw, scale, fur lightness
+# (seed, index): species, kind, attributes, yaw, scale, fur lightness
+# (seed, index): species, kind, attributes, yaw, scale, fur lightness
 KNOWN = {
-    (0, 0): (0, 0, [1, 1, 1, 0, 0, 1], 0.44654429278921404, 0.8767541062953945, 0.7939230343556933),
-    (0, 7): (0, 0, [0, 0, 1, 0, 0, 0], 0.4572377177552772, 0.8989525487777896, 0.5709208343787635),
-    (1, 11): (2, 5, [0, 0, 0, 0, 0, 0], 0.259306180608608, 1.018901443564881, 0.8029423619579028),
-    (123, 154618822660): (2, 3, [0, 1, 0, 1, 0, 0], 0.03238467560470204, 0.9014050709874383, 0.650135959656076),
+    (0, 0): (0, 0, [1, 1, 1, 0, 0, 0], 0.26792657567352846, 0.8246299862158363, 0.8289082332702497),
+    (0, 7): (0, 0, [0, 0, 0, 0, 0, 0], 0.2743426306531663, 0.8515852378016017, 0.563020994836218),
+    (1, 11): (2, 5, [0, 0, 0, 0, 0, 0], 0.15558370836516477, 0.9972374671859272, 0.8396620469498073),
+    (123, 154618822660): (2, 3, [0, 1, 0, 1, 0, 0], 0.019430805362821213, 0.8545633004847466, 0.6574697980514752),
 }
 # (index, size): mean red, green, blue at seed 0
 PIXELS = {
-    (0, 32): (189.08, 166.47, 145.94),
-    (1, 64): (105.91, 131.6, 95.41),
-    (5, 128): (136.39, 97.27, 87.03),
+    (0, 32): (186.53, 167.85, 151.39),
+    (1, 64): (92.03, 112.55, 79.98),
+    (5, 128): (117.1, 91.48, 108.49),
 }

@@ -1,0 +1,1392 @@
+"""Scores generated images: FID, IS, KID, t-SNE Chamfer distance, attribute control, diversity, information.
+
+    python metrics.py --network runs/critters/gan.pt
+    python metrics.py --network runs/afhq/gan.pt --metrics fid,is,chamfer,chamfer_sum,accuracy --json afhq.json
+    python metrics.py --images DIR --reference DIR --resize clean
+    python metrics.py --images DIR --reference stats.npz
+    torchrun --nproc-per-node 8 metrics.py --network runs/afhq/gan.pt
+
+FID, IS and KID look through the FID Inception network with published weights (`--inception FILE`, or downloaded once);
+where there are none, a run is scored through its own encoder and classifier, and the distance is called FD. FID depends
+by tens of per cent on how images are resized to 299 px, so every output names it: `torch` as pytorch-fid, `tf` as
+torch-fidelity and the original code, `clean` as clean-fid. All images are compared as 8-bit RGB.
+
+Everything random comes from the seed and the index of an image alone, so no number depends on the batch size or on the
+number of processes. For two folders this file needs no other; for a run it needs gan.py and what that needs.
+"""
+
+import contextlib
+import ctypes
+import functools
+import hashlib
+import itertools
+import json
+import math
+import os
+import pickle
+import platform
+import shlex
+import socket
+import subprocess
+import tempfile
+import threading
+import time
+import urllib.error
+import urllib.request
+import warnings
+import zipfile
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import click
+import numpy as np
+import scipy.linalg
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+import torchvision
+from PIL import Image, ImageOps
+from torch import Tensor, nn
+from tqdm import tqdm
+
+WEIGHTS_URL = (
+    "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/pt_inception-2015-12-05-6726825d.pth"
+)
+WEIGHTS_HASH = "6726825d"  # how the SHA-256 of the published file begins
+SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
+METRICS = ("fid", "is", "kid", "chamfer", "chamfer_sum", "accuracy", "diversity", "information")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Where images come from. Each source has a length and `batches(blocks)`, which gives for every block of indices uint8
+# RGB images: a tensor [B, H, W, 3], or a list of tensors [H, W, 3] where sizes may differ.
+
+
+def load_image(path: Path) -> Tensor:
+    """An image file as uint8 RGB [H, W, 3]: upright by its EXIF tag, transparency on white, 16 bits scaled to 8.
+
+    Raises click.ClickException naming the file if it cannot be decoded to its end.
+    """
+    try:
+        with Image.open(path) as image:
+            image = ImageOps.exif_transpose(image)
+            if image.mode.startswith("I"):
+                image = Image.fromarray((np.asarray(image).clip(0, 65535) / 257 + 0.5).astype(np.uint8))
+            elif "A" in image.getbands() or "transparency" in image.info:
+                image = image.convert("RGBA")
+                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+            return torch.from_numpy(np.array(image.convert("RGB")))
+    except Exception as error:  # decoders of untrusted files raise nearly anything
+        raise click.ClickException(f"{path} cannot be read as an image ({error}): repair or remove it") from None
+
+
+class Folder:
+    """All images of a folder and the folders in it, in the order of their paths, at most `num`."""
+
+    def __init__(self, path: str, num: int | None = None):
+        if not Path(path).is_dir():
+            raise click.ClickException(f"{path} is not a folder")
+        self.path = path
+        self.files = sorted(str(p) for p in Path(path).rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
+        if len(self.files) < 2:
+            what = "only one image, but a distance needs at least two" if self.files else "no image"
+            raise click.ClickException(f"{path} has {what} ({', '.join(sorted(SUFFIXES))})")
+        self.files = self.files[:num]
+        self.sizes: set[tuple] = set()
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def fingerprint(self) -> str:
+        """Hash of the files' contents, whatever their names."""
+        return hashlib.sha256(b"".join(hashlib.sha256(Path(f).read_bytes()).digest() for f in self.files)).hexdigest()
+
+    def batches(self, blocks: Sequence[np.ndarray]) -> Iterator[list[Tensor]]:
+        with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+            ahead = [[pool.submit(load_image, self.files[i]) for i in block] for block in blocks[:1]]
+            try:
+                for block in [*blocks[1:], []]:  # decode the next block while this one is looked at
+                    ahead.append([pool.submit(load_image, self.files[i]) for i in block])
+                    images = [job.result() for job in ahead.pop(0)]
+                    self.sizes.update(tuple(image.shape) for image in images)
+                    yield images
+            finally:
+                pool.shutdown(wait=False, cancel_futures=True)
+
+
+class Real:
+    """The images of a dataset.Dataset at the given indices."""
+
+    def __init__(self, ds, index: np.ndarray):
+        self.ds, self.index = ds, index
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def batches(self, blocks: Sequence[np.ndarray]) -> Iterator[Tensor]:
+        for block in blocks:
+            yield torch.from_numpy(self.ds.images[self.index[block]])
+
+
+class Generated:
+    """Images that a gan.Network generates for the rows of y [N, Y]; image i depends on (seed, i) and y[i] only."""
+
+    def __init__(self, net, n: int, y: Tensor | None, seed: int):
+        self.net, self.n, self.y, self.seed = net, n, y, seed
+
+    def __len__(self) -> int:
+        return self.n
+
+    def batches(self, blocks: Sequence[np.ndarray]) -> Iterator[Tensor]:
+        for block in blocks:
+            seeds = [(self.seed * 1_000_003 + int(i)) % 2**31 for i in block]
+            yield quantise(self.net.generate(None if self.y is None else self.y[block], seeds))
+
+
+def quantise(x: Tensor) -> Tensor:
+    """float [B, 3, H, W] in [-1, 1] -> uint8 [B, H, W, 3], rounded to the nearest level."""
+    return x.float().mul(127.5).add(127.5).round().clamp(0, 255).byte().permute(0, 2, 3, 1)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The FID Inception network.
+
+
+def resize(images: Tensor | list[Tensor], how: str, device: torch.device) -> Tensor:
+    """uint8 RGB images -> float32 [B, 3, 299, 299], resized and scaled as `how` ('torch', 'tf' or 'clean') does.
+
+    torch: bilinear between pixel centres, 2x/255 - 1. tf: bilinear between pixel corners, as TensorFlow 1. clean:
+    antialiased bicubic, clipped to [0, 255]. The last two scale by (x - 128)/128.
+    """
+    if isinstance(images, list):  # of several sizes: all of one size at once
+        out = torch.empty(len(images), 3, 299, 299, device=device)
+        for shape in {image.shape for image in images}:
+            index = [i for i, image in enumerate(images) if image.shape == shape]
+            out[index] = resize(torch.stack([images[i] for i in index]), how, device)
+        return out
+    x = images.to(device).permute(0, 3, 1, 2).float()
+    if how == "torch":
+        return F.interpolate(x / 255, (299, 299), mode="bilinear", align_corners=False) * 2 - 1
+    if how == "clean":
+        x = F.interpolate(x, (299, 299), mode="bicubic", align_corners=False, antialias=True).clamp(0, 255)
+    else:
+        for dim in (3, 2):
+            n = x.shape[dim]
+            at = torch.arange(299, device=device, dtype=torch.float32) * torch.tensor(n / 299, dtype=torch.float32)
+            low = at.long()
+            weight = (at - low).view(-1, 1) if dim == 2 else at - low
+            a, b = x.index_select(dim, low), x.index_select(dim, (low + 1).clamp(max=n - 1))
+            x = a + (b - a) * weight
+    return (x - 128) / 128
+
+
+# Branches of each block that start with a 1x1 convolution of its input, or of its input's average pooling.
+HEADS = {
+    **{f"Mixed_5{b}": ["branch1x1", "branch5x5_1", "branch3x3dbl_1", "branch_pool"] for b in "bcd"},
+    **{f"Mixed_6{b}": ["branch1x1", "branch7x7_1", "branch7x7dbl_1", "branch_pool"] for b in "bcde"},
+    "Mixed_7a": ["branch3x3_1", "branch7x7x3_1"],
+    "Mixed_7b": ["branch1x1", "branch3x3_1", "branch3x3dbl_1", "branch_pool"],
+    "Mixed_7c": ["branch1x1", "branch3x3_1", "branch3x3dbl_1"],
+}
+
+
+class Inception(nn.Module):
+    """The Inception v3 that FID is defined by: torchvision's with TensorFlow's pooling and 1,008 classes.
+
+    It differs from torchvision's in three places: average pooling leaves the padding out, the last block's pooling takes
+    the maximum, and there are 1,008 logits. For speed, batch norms are folded into the convolutions, all 1x1
+    convolutions that read the same input are one, and where average pooling precedes a 1x1 convolution the two change
+    places (both are linear, and fewer channels are pooled).
+
+    weights: state dict with torchvision's names, as in the published file. Raises ValueError if it does not fit.
+    """
+
+    def __init__(self, weights: dict[str, Tensor]):
+        super().__init__()
+        net = torchvision.models.inception_v3(num_classes=1008, aux_logits=False, weights=None, init_weights=False)
+        try:
+            net.load_state_dict(weights)
+        except RuntimeError as error:
+            raise ValueError(str(error).splitlines()[1].strip()) from None
+        net.eval().requires_grad_(False)
+        self.classes = net.fc.weight  # of the logits, which IS takes without their bias
+        self.convs: dict[str, tuple] = {}  # name: weight, bias, stride, padding
+        for name, module in net.named_modules():
+            if isinstance(module, torchvision.models.inception.BasicConv2d):
+                conv = nn.utils.fusion.fuse_conv_bn_eval(module.conv, module.bn)
+                self.convs[name] = (conv.weight, conv.bias, conv.stride, conv.padding)
+        for block, branches in HEADS.items():
+            weight, bias = zip(*(self.convs.pop(f"{block}.{branch}")[:2] for branch in branches), strict=True)
+            self.convs[block] = (torch.cat(weight), torch.cat(bias), 1, 0)
+            setattr(self, block, [len(b) for b in bias])
+
+    def to(self, device: torch.device) -> "Inception":
+        self.convs = {
+            name: (w.detach().to(device, memory_format=torch.channels_last), b.detach().to(device), stride, padding)
+            for name, (w, b, stride, padding) in self.convs.items()
+        }
+        return super().to(device)
+
+    def conv(self, x: Tensor, *names: str) -> Tensor:
+        """Convolutions with ReLU, one after the other."""
+        for name in names:
+            weight, bias, stride, padding = self.convs[name]
+            x = F.conv2d(x, weight, bias, stride, padding).relu_()
+        return x
+
+    def heads(self, x: Tensor, block: str) -> list[Tensor]:
+        """The first layer of a block's branches."""
+        weight, bias, _, _ = self.convs[block]
+        sizes = getattr(self, block)
+        if "branch_pool" not in HEADS[block]:
+            return list(F.conv2d(x, weight, bias).relu_().split(sizes, 1))
+        x = F.conv2d(x, weight)
+        *branches, pool = x.split(sizes, 1)
+        *biases, pool_bias = (b.view(-1, 1, 1) for b in bias.split(sizes))
+        pool = F.avg_pool2d(pool, 3, 1, 1, count_include_pad=False)
+        return [x.add_(b).relu_() for x, b in zip([*branches, pool], [*biases, pool_bias], strict=True)]
+
+    @torch.inference_mode()
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """x float32 [B, 3, 299, 299] as from `resize` -> features [B, 2048], logits without bias [B, 1008]."""
+        conv, heads = self.conv, self.heads
+        x = x.contiguous(memory_format=torch.channels_last)
+        x = F.max_pool2d(conv(x, "Conv2d_1a_3x3", "Conv2d_2a_3x3", "Conv2d_2b_3x3"), 3, 2)
+        x = F.max_pool2d(conv(x, "Conv2d_3b_1x1", "Conv2d_4a_3x3"), 3, 2)
+        for b in ("Mixed_5b", "Mixed_5c", "Mixed_5d"):
+            one, five, three, pool = heads(x, b)
+            three = conv(three, f"{b}.branch3x3dbl_2", f"{b}.branch3x3dbl_3")
+            x = torch.cat([one, conv(five, f"{b}.branch5x5_2"), three, pool], 1)
+        b = "Mixed_6a"
+        three = conv(x, *(f"{b}.branch3x3dbl_{i}" for i in (1, 2, 3)))
+        x = torch.cat([conv(x, f"{b}.branch3x3"), three, F.max_pool2d(x, 3, 2)], 1)
+        for b in ("Mixed_6b", "Mixed_6c", "Mixed_6d", "Mixed_6e"):
+            one, seven, double, pool = heads(x, b)
+            seven = conv(seven, *(f"{b}.branch7x7_{i}" for i in (2, 3)))
+            double = conv(double, *(f"{b}.branch7x7dbl_{i}" for i in (2, 3, 4, 5)))
+            x = torch.cat([one, seven, double, pool], 1)
+        b = "Mixed_7a"
+        three, seven = heads(x, b)
+        seven = conv(seven, *(f"{b}.branch7x7x3_{i}" for i in (2, 3, 4)))
+        x = torch.cat([conv(three, f"{b}.branch3x3_2"), seven, F.max_pool2d(x, 3, 2)], 1)
+        for b in ("Mixed_7b", "Mixed_7c"):
+            one, three, double, *pool = heads(x, b)
+            pool = pool or [conv(F.max_pool2d(x, 3, 1, 1), f"{b}.branch_pool")]
+            double = conv(double, f"{b}.branch3x3dbl_2")
+            ends = [conv(three, f"{b}.branch3x3_2{i}") for i in "ab"]
+            ends += [conv(double, f"{b}.branch3x3dbl_3{i}") for i in "ab"]
+            x = torch.cat([one, *ends, *pool], 1)
+        x = x.mean((2, 3))
+        return x, F.linear(x, self.classes)
+
+
+def reachable(url: str, seconds: float = 5.0) -> bool:
+    """Whether a server answers in time. Asked on a thread, because looking a name up knows no time limit."""
+    answer = []
+
+    def ask():
+        with contextlib.suppress(OSError, ValueError):
+            urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=seconds).close()
+            answer.append(True)
+
+    thread = threading.Thread(target=ask, daemon=True)
+    thread.start()
+    thread.join(seconds + 1)
+    return bool(answer)
+
+
+def published_weights() -> Path:
+    """The published weight file in torch's hub folder, downloaded and checked there the first time.
+
+    Raises click.ClickException if it can be neither found nor fetched, or is not what was published.
+    """
+    path = Path(torch.hub.get_dir()) / "checkpoints" / WEIGHTS_URL.rsplit("/", 1)[1]
+    if not path.exists():
+        if not reachable(WEIGHTS_URL):
+            raise click.ClickException(
+                f"the Inception weights are not on this machine and cannot be downloaded: fetch {WEIGHTS_URL} elsewhere "
+                f"and save it as {path}, or give it by --inception FILE, or use --features encoder|FILE"
+            )
+        path.parent.mkdir(parents=True, exist_ok=True)
+        socket.setdefaulttimeout(30)  # a download that stalls must not hang
+        try:
+            torch.hub.download_url_to_file(WEIGHTS_URL, str(path), hash_prefix=WEIGHTS_HASH)
+        except (OSError, RuntimeError) as error:
+            raise click.ClickException(f"{WEIGHTS_URL} could not be downloaded: {error}") from None
+    if not file_hash(path).startswith(WEIGHTS_HASH):
+        raise click.ClickException(f"{path} is not the published weight file (SHA-256 {WEIGHTS_HASH}...): delete it")
+    return path
+
+
+def file_hash(path: Path | str) -> str:
+    with open(path, "rb") as file:
+        digest = hashlib.sha256()
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Feature networks: uint8 images -> features float32 [B, D] and log p(c|x) [B, C] for IS (None where there is none).
+
+
+class InceptionFeatures:
+    """Features of the FID Inception network. file: weights by name, or None for the published ones."""
+
+    name = "inception"
+    dims = 2048
+
+    def __init__(self, file: str | None, how: str, device: torch.device):
+        path = Path(file) if file else published_weights()
+        try:
+            self.net = Inception(torch.load(path, map_location="cpu", weights_only=True)).to(device)
+        except (OSError, RuntimeError, ValueError, TypeError, EOFError, KeyError, pickle.UnpicklingError) as error:
+            why = error.strerror if isinstance(error, OSError) else str(error).splitlines()[0]
+            raise click.ClickException(f"{path} holds no weights of the FID Inception network: {why}") from None
+        self.hash = file_hash(path)[:16]
+        self.published = self.hash.startswith(WEIGHTS_HASH)
+        self.resize, self.device = how, device
+
+    def __call__(self, images: Tensor | list[Tensor]) -> tuple[Tensor, Tensor]:
+        features, logits = self.net(resize(images, self.resize, self.device))
+        return features, logits.double().log_softmax(1)
+
+
+class EncoderFeatures:
+    """Features h of a run's own encoder, and the class probabilities of its classifier if there is one.
+
+    Images of another size (of two folders) are cropped to the central square and resized with antialiasing.
+    """
+
+    name, resize = "encoder", "none"
+
+    def __init__(self, encoder: nn.Module, classifier: nn.Module | None, kind: str, size: int, device: torch.device):
+        self.encoder, self.classifier = encoder.to(device).eval(), classifier and classifier.to(device)
+        self.kind, self.size, self.device, self.dims = kind, size, device, encoder.features
+        weights = b"".join(v.cpu().numpy().tobytes() for v in encoder.state_dict().values())
+        self.hash = hashlib.sha256(weights).hexdigest()[:16]
+
+    @torch.inference_mode()
+    def embed(self, images: Tensor | list[Tensor]) -> Tensor:
+        """uint8 images -> h [B, features]."""
+        if isinstance(images, list):
+            parts = []
+            for image in images:
+                h, w, side = *image.shape[:2], min(image.shape[:2])
+                square = image[(h - side) // 2 :, (w - side) // 2 :][:side, :side].to(self.device).permute(2, 0, 1)
+                parts.append(F.interpolate(square[None].float(), (self.size,) * 2, mode="bilinear", antialias=True))
+            x = torch.cat(parts)
+        else:
+            x = images.to(self.device).permute(0, 3, 1, 2).float()
+        return self.encoder((x / 127.5 - 1).contiguous(memory_format=torch.channels_last)).float()
+
+    def __call__(self, images: Tensor | list[Tensor]) -> tuple[Tensor, Tensor | None]:
+        h = self.embed(images)
+        if self.classifier is None:
+            return h, None
+        logits = self.classifier(h).double()
+        if self.kind == "one-hot":
+            return h, logits.log_softmax(1)
+        return h, torch.cat([F.logsigmoid(logits), F.logsigmoid(-logits)], 1)  # a sum over independent attributes
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Statistics of features and the numbers made from them.
+
+
+class Moments:
+    """Mean and covariance as a stream, in float64 on the features' device: memory does not grow with the images.
+
+    Chan's update: parts are centred on their own means before they are joined, so nothing cancels.
+    """
+
+    def __init__(self, n: int = 0, mean: Tensor | None = None, scatter: Tensor | None = None):
+        self.n, self.mean, self.scatter = n, mean, scatter  # scatter: sum of (x - mean)(x - mean)^T
+
+    def add(self, x: Tensor) -> None:
+        """Take in features [B, D]."""
+        x = x.double()
+        mean = x.mean(0)
+        x = x - mean
+        self.join(Moments(len(x), mean, x.T @ x))
+
+    def join(self, other: "Moments") -> None:
+        if self.n == 0:
+            self.n, self.mean, self.scatter = other.n, other.mean, other.scatter
+        elif other.n:
+            n, shift = self.n + other.n, other.mean.to(self.mean.device) - self.mean
+            self.scatter.add_(other.scatter.to(self.mean.device)).addr_(shift, shift, alpha=self.n * other.n / n)
+            self.mean = self.mean + shift * (other.n / n)
+            self.n = n
+
+    def gaussian(self) -> tuple[np.ndarray, np.ndarray]:
+        """Mean [D] and unbiased covariance [D, D]. Raises click.ClickException for fewer than two images."""
+        if self.n < 2:
+            raise click.ClickException("one image has no covariance: a distance needs at least two")
+        return self.mean.cpu().numpy(), (self.scatter / (self.n - 1)).cpu().numpy()
+
+
+def frechet_distance(mean1: np.ndarray, cov1: np.ndarray, mean2: np.ndarray, cov2: np.ndarray) -> float:
+    """Squared Frechet distance of two Gaussians: |m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)), Heusel et al. 2017.
+
+    With C1 = A A^T and C2 = B B^T (Cholesky with pivoting, which stops at the rank of a singular matrix), the last trace
+    is the sum of the singular values of A^T B: real and not negative whatever the rank. In high rank they are the roots
+    of the eigenvalues of the symmetric (A^T B)(A^T B)^T, with an error of 1e-8 of the largest each.
+
+    means [D], covariances [D, D] symmetric. Raises ValueError if a covariance is not finite.
+    """
+    cov1, cov2 = np.asarray(cov1, np.float64), np.asarray(cov2, np.float64)
+    if not (np.isfinite(cov1).all() and np.isfinite(cov2).all()):
+        raise ValueError("a covariance is not finite")
+
+    def factor(cov: np.ndarray) -> np.ndarray:
+        lower, pivot, rank, _ = scipy.linalg.lapack.dpstrf(cov, lower=1)
+        a = np.empty((len(cov), rank))
+        a[pivot - 1] = np.tril(lower)[:, :rank]
+        return a
+
+    product = factor(cov1).T @ factor(cov2)
+    if min(product.shape) <= 512:
+        trace = scipy.linalg.svdvals(product).sum() if product.size else 0.0
+    else:
+        gram = product @ product.T if product.shape[0] <= product.shape[1] else product.T @ product
+        trace = np.sqrt(scipy.linalg.eigvalsh(gram, check_finite=False, overwrite_a=True).clip(0)).sum()
+    shift = np.asarray(mean1, np.float64) - np.asarray(mean2, np.float64)
+    return max(0.0, float(shift @ shift + np.trace(cov1) + np.trace(cov2) - 2 * trace))
+
+
+class InceptionScore:
+    """IS (Salimans et al. 2016): exp of the mean KL(p(c|x) || p(c)) over 10 splits, its mean and spread, as a stream.
+
+    An image's split comes from the permutation that torch-fidelity draws, so the two agree.
+    """
+
+    def __init__(self, n: int, splits: int = 10, seed: int = 2020):
+        if n < splits:
+            raise click.ClickException(f"IS needs at least {splits} images, one a split; there are {n}")
+        order = np.random.RandomState(seed).permutation(n)
+        self.split = np.empty(n, np.int64)
+        for i in range(splits):
+            self.split[order[i * n // splits : (i + 1) * n // splits]] = i
+        self.entropy, self.p = torch.zeros(splits, dtype=torch.float64), None
+
+    def add(self, index: np.ndarray, log_p: Tensor) -> None:
+        """Take in log p(c|x) float64 [B, C] of the images at `index`."""
+        log_p, split = log_p.cpu(), torch.from_numpy(self.split[index])
+        p = log_p.exp()
+        if self.p is None:
+            self.p = torch.zeros(len(self.entropy), p.shape[1], dtype=torch.float64)
+        self.entropy.index_add_(0, split, -torch.special.entr(p).sum(1))
+        self.p.index_add_(0, split, p)
+
+    def join(self, other: "InceptionScore") -> None:
+        if other.p is not None:
+            self.p = other.p if self.p is None else self.p + other.p
+            self.entropy = self.entropy + other.entropy
+
+    def value(self) -> tuple[float, float]:
+        """Mean and standard deviation over the splits."""
+        n = torch.from_numpy(np.bincount(self.split, minlength=len(self.entropy)))
+        q = self.p / n[:, None]
+        scores = (self.entropy / n - torch.special.xlogy(q, q).sum(1)).exp()
+        return scores.mean().item(), scores.std(correction=0).item()
+
+
+def kernel_distance(
+    x: Tensor, y: Tensor, subset: int = 1000, subsets: int = 100, seed: int = 2020
+) -> tuple[float, float]:
+    """KID (Binkowski et al. 2018): unbiased squared MMD of the kernel (x.y / D + 1)^3 over random subsets.
+
+    x [N, D], y [M, D]. Subsets are drawn as torch-fidelity does. Returns mean and standard deviation over the subsets.
+    Raises click.ClickException if a subset is larger than a set.
+    """
+    if not 2 <= subset <= min(len(x), len(y)):
+        raise click.ClickException(
+            f"--kid-subset {subset} must be from 2 to the {min(len(x), len(y))} images there are"
+        )
+    draw, values = np.random.RandomState(seed), []
+    for _ in range(subsets):
+        a = x[draw.choice(len(x), subset, replace=False)].double()
+        b = y[draw.choice(len(y), subset, replace=False)].double()
+        aa, bb, ab = ((u @ v.T / x.shape[1] + 1).pow_(3) for u, v in ((a, a), (b, b), (a, b)))
+        within = aa.sum() - aa.diagonal().sum() + bb.sum() - bb.diagonal().sum()
+        values.append((within / (subset * (subset - 1)) - 2 * ab.mean()).item())
+    return float(np.mean(values)), float(np.std(values))
+
+
+def save_stats(path: Path, moments: Moments, features, content: str) -> None:
+    """Write a reference's statistics as an .npz that pytorch-fid reads too. content: hash of the images."""
+    temporary = path.with_name(f".{os.getpid()}.{path.stem}.npz")
+    mean, cov = moments.gaussian()
+    try:
+        np.savez(temporary, mu=mean, sigma=cov, n=moments.n, network=features.hash, resize=features.resize,
+                 content=content)  # fmt: skip
+        os.replace(temporary, path)
+    except OSError as error:
+        raise click.ClickException(f"cannot write {path}: {error.strerror}") from None
+
+
+def load_stats(path: Path | str, features) -> tuple[Moments, bool]:
+    """Read statistics made by `save_stats` or by pytorch-fid; says whether the file names its network and resize.
+
+    Raises click.ClickException if they are of another network or resize, or no statistics at all.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            stats = {name: file[name] for name in file.files}
+        mean, cov = (torch.from_numpy(np.asarray(stats[name], np.float64)) for name in ("mu", "sigma"))
+        n = int(stats.get("n", 10**9))
+    except (OSError, ValueError, KeyError, EOFError, TypeError, AttributeError, zipfile.BadZipFile) as error:
+        raise click.ClickException(f"{path} holds no statistics ('mu' and 'sigma'): {error}") from None
+    if mean.ndim != 1 or cov.shape != (len(mean), len(mean)) or not cov.isfinite().all():
+        raise click.ClickException(f"{path}: mu {[*mean.shape]} and sigma {[*cov.shape]} are no mean and covariance")
+    if len(mean) != features.dims:
+        raise click.ClickException(
+            f"{path} has {len(mean)} features and the {features.name} network {features.dims}: it is of another network"
+        )
+    for key, ours in (("network", features.hash), ("resize", features.resize)):
+        if str(stats.get(key, ours)) != ours:
+            raise click.ClickException(f"{path} was made with {key} {stats[key]}, here it is {ours}: make it again")
+    return Moments(n, mean, cov * (n - 1)), "network" in stats
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# t-SNE and Chamfer distance.
+
+TSNE_SOURCE = r"""
+#include <math.h>
+/* Rows [from, to) of one t-SNE pass. p [n][n]; y and both forces [3][n]; returns the sum of the kernel over the rows' pairs. */
+#define PASS(NAME, ROOT, KERNEL)                                                                                      \
+double NAME(const float *restrict p, const float *restrict y, long n, long from, long to,                             \
+            float *restrict attract, float *restrict repel) {                                                         \
+  const float *restrict y0 = y, *restrict y1 = y + n, *restrict y2 = y + 2 * n;                                       \
+  double total = 0;                                                                                                   \
+  for (long i = from; i < to; i++) {                                                                                  \
+    const float *restrict row = p + i * n, x0 = y0[i], x1 = y1[i], x2 = y2[i];                                        \
+    float sum = 0, a0 = 0, a1 = 0, a2 = 0, r0 = 0, r1 = 0, r2 = 0;                                                    \
+    for (long j = 0; j < n; j++) {                                                                                    \
+      float d0 = x0 - y0[j], d1 = x1 - y1[j], d2 = x2 - y2[j], d = d0 * d0 + d1 * d1 + d2 * d2;                       \
+      float w, q; ROOT; KERNEL;                                                                                       \
+      float a = row[j] * w, r = q * w;                                                                                \
+      sum += q; a0 += a * d0; a1 += a * d1; a2 += a * d2; r0 += r * d0; r1 += r * d1; r2 += r * d2;                   \
+    }                                                                                                                 \
+    total += sum - 1;                                                                                                 \
+    attract[i] = a0; attract[n + i] = a1; attract[2 * n + i] = a2;                                                    \
+    repel[i] = r0; repel[n + i] = r1; repel[2 * n + i] = r2;                                                          \
+  }                                                                                                                   \
+  return total;                                                                                                       \
+}
+PASS(pass3, w = 1 / sqrtf(1 + 0.5f * d), q = w * w * w; w = w * w)
+PASS(pass3_sklearn, w = 1 / sqrtf(1 + 0.5f * d), q = w * w * w; w = q)
+PASS(pass2, w = 1 / (1 + d), q = w)
+"""
+
+
+@functools.cache
+def tsne_library() -> ctypes.CDLL:
+    """The compiled pass of t-SNE for this processor, built once into torch's extension folder.
+
+    Raises OSError or RuntimeError with the reason if there is no working C compiler.
+    """
+    command = [*shlex.split(os.environ.get("CC", "cc")), "-O3", "-march=native", "-ffast-math", "-shared", "-fPIC"]
+    cpu = platform.processor() + platform.machine()
+    with contextlib.suppress(OSError):
+        cpu += next((line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("flags")), "")
+    key = hashlib.sha256(repr((command, TSNE_SOURCE, cpu)).encode()).hexdigest()[:16]
+    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    folder = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or os.path.join(cache, "torch_extensions"), "metrics")
+    path = folder / f"tsne_{key}.so"
+    if not path.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder) as build:  # renamed when whole: safe against other processes
+            (Path(build) / "tsne.c").write_text(TSNE_SOURCE)
+            done = subprocess.run(
+                [*command, "tsne.c", "-o", "tsne.so", "-lm"], cwd=build, capture_output=True, text=True
+            )
+            if done.returncode:
+                raise RuntimeError(f"{command[0]}: {(done.stderr.strip() or 'failed').splitlines()[0]}")
+            os.replace(Path(build) / "tsne.so", path)
+    library = ctypes.CDLL(str(path))
+    for function in (library.pass2, library.pass3, library.pass3_sklearn):
+        function.restype = ctypes.c_double
+        function.argtypes = [ctypes.c_void_p] * 2 + [ctypes.c_long] * 3 + [ctypes.c_void_p] * 2
+    return library
+
+
+def pass_c(p: Tensor, y: Tensor, dims: int, force: str, pool: ThreadPoolExecutor) -> tuple[Tensor, Tensor, float]:
+    """As `pass_torch`, compiled, with the rows dealt to threads."""
+    library, n, threads = tsne_library(), y.shape[1], torch.get_num_threads()
+    run = library.pass2 if dims == 2 else library.pass3 if force == "gradient" else library.pass3_sklearn
+    attract, repel = torch.empty_like(y), torch.empty_like(y)
+    cut = [n * i // threads for i in range(threads + 1)]
+    own, *others = [
+        (p.data_ptr(), y.data_ptr(), n, a, b, attract.data_ptr(), repel.data_ptr()) for a, b in itertools.pairwise(cut)
+    ]
+    jobs = [pool.submit(run, *arguments) for arguments in others]
+    return attract, repel, run(*own) + sum(job.result() for job in jobs)
+
+
+def pass_torch(p: Tensor, y: Tensor, dims: int, force: str, block: int = 1024) -> tuple[Tensor, Tensor, Tensor]:
+    """Sums over j for all points i of one t-SNE iteration, by blocks of rows; q = (1 + d/v)^(-(v+1)/2), d = |y_i - y_j|^2.
+
+    p float32 [N, N], y float32 [3, N] (the third row 0 in the plane). Returns sum p w (y_i - y_j) and sum q w (y_i - y_j),
+    both [3, N], and the sum of q over all pairs. w = 1 / (1 + d/v) is the gradient's; force 'scikit-learn' has w = q.
+    """
+    points, v = y.T.contiguous(), max(dims - 1, 1)
+    attract, repel, total = torch.empty_like(points), torch.empty_like(points), 0.0
+    square = points.square().sum(1)
+    for rows in torch.arange(len(points), device=y.device).split(block):
+        a, b = int(rows[0]), int(rows[-1]) + 1
+        w = torch.addmm(square[a:b, None] + square, points[a:b], points.T, alpha=-2).clamp_(min=0)
+        w = w.div_(v).add_(1).reciprocal_()
+        q = w * w.sqrt() if dims == 3 else w
+        total = total + q.sum(dtype=torch.float64) - (b - a)
+        w = w if force == "gradient" else q
+        for out, weight in ((attract, p[a:b] * w), (repel, q * w)):
+            out[a:b] = weight.sum(1, keepdim=True) * points[a:b] - weight @ points
+    return attract.T.contiguous(), repel.T.contiguous(), total
+
+
+def affinities(x: Tensor, perplexity: float, block: int = 1024) -> Tensor:
+    """P of t-SNE, symmetric float32 [N, N] with sum 1: Gaussian neighbourhoods of the given perplexity in x [N, D].
+
+    The width of each neighbourhood is found by Newton's method on its entropy to 1e-5, kept in brackets by bisection.
+    """
+    n = len(x)
+    x = x.float() - x.float().mean(0)
+    square, target = x.square().sum(1), math.log(perplexity)
+    p = torch.empty(n, n, device=x.device)
+    for rows in torch.arange(n, device=x.device).split(block):
+        a, b = int(rows[0]), int(rows[-1]) + 1
+        d = torch.addmm(square[a:b, None] + square, x[a:b], x.T, alpha=-2, out=p[a:b]).clamp_(min=0)
+        own = (torch.arange(b - a, device=x.device), rows)
+        d[own] = torch.inf
+        d -= d.amin(1, keepdim=True)
+        d[own] = 0
+        log_beta = -d.mean(1, keepdim=True).clamp(min=1e-30).log()
+        low, high = log_beta - 40, log_beta + 40
+        for _ in range(60):
+            beta = log_beta.exp()
+            e = torch.exp(-beta * d)
+            e[own] = 0
+            e /= e.sum(1, keepdim=True)
+            ed = e * d
+            mean = ed.sum(1, keepdim=True)
+            gap = torch.special.entr(e).sum(1, keepdim=True) - target
+            if (gap.abs() < 1e-5).all():
+                break
+            low, high = torch.where(gap > 0, log_beta, low), torch.where(gap > 0, high, log_beta)
+            variance = (ed.mul_(d)).sum(1, keepdim=True) - mean.square()
+            step = log_beta + gap / (beta.square() * variance)
+            log_beta = torch.where((step > low) & (step < high), step, (low + high) / 2)
+        d.copy_(e)
+    for a in range(0, n, block):  # P = (P + P^T) / 2N in place
+        for b in range(a, n, block):
+            both = (p[a : a + block, b : b + block] + p[b : b + block, a : a + block].T) / (2 * n)
+            p[a : a + block, b : b + block] = both
+            p[b : b + block, a : a + block] = both.T
+    return p.clamp_(min=torch.finfo(torch.float64).eps)
+
+
+def tsne(
+    x: Tensor,
+    dims: int = 3,
+    perplexity: float = 30.0,
+    iterations: int = 1000,
+    init: str = "pca",
+    rate: float | None = None,
+    force: str = "gradient",
+    seed: int = 0,
+    impl: str = "auto",
+    p: Tensor | None = None,
+) -> Tensor:
+    """Exact t-SNE (van der Maaten and Hinton 2008) with the settings and the schedule of scikit-learn's exact method.
+
+    x float [N, D] on the device to compute on -> float32 [N, dims], dims 2 or 3. Kernel (1 + d^2/v)^(-(v+1)/2), v = dims
+    - 1. 250 iterations of early exaggeration 12 at momentum 0.5, the rest at 0.8; gains +0.2 and x0.8, at least 0.01;
+    rate: by default max(N/48, 50). init: 'pca' (then the seed does nothing) or 'random'. impl: 'c' (a compiled pass, for
+    the CPU), 'torch', or 'auto': 'c' where it can be, else 'torch' with one warning. p: `affinities`, if known already.
+    Memory: 4 N^2 bytes. Raises ValueError for too few points.
+
+    force: 'gradient' of KL(P || Q), or 'scikit-learn', which weighs each pair by the kernel instead. The two are the same
+    in the plane; in 3-D the second is no gradient and ends at a higher divergence, with distances several times as large,
+    and published numbers that come from scikit-learn are on its scale.
+    """
+    n = len(x)
+    if n <= perplexity:
+        raise ValueError(f"t-SNE of perplexity {perplexity:g} needs more than {perplexity:g} points, got {n}")
+    if impl == "auto":
+        impl = "c" if x.device.type == "cpu" else "torch"
+        try:
+            impl == "c" and tsne_library()
+        except (OSError, RuntimeError) as error:
+            warnings.warn(f"t-SNE runs without its compiled pass: {error}", stacklevel=2)
+            impl = "torch"
+    p = affinities(x, perplexity) if p is None else p
+    y = torch.zeros(3, n, device=x.device)
+    if init == "pca":
+        centred = (x - x.mean(0)).double()
+        vectors = torch.linalg.eigh(centred.T @ centred)[1][:, -dims:].flip(1)
+        vectors = vectors * vectors.gather(0, vectors.abs().argmax(0, keepdim=True)).sign()
+        y[:dims] = (centred @ vectors).T
+        y *= 1e-4 / y[0].std(correction=0).clamp(min=1e-30)
+    else:
+        y[:dims] = 1e-4 * torch.randn(n, dims, generator=torch.Generator().manual_seed(seed)).T
+    rate, v = rate or max(n / 48, 50.0), max(dims - 1, 1)
+    exaggeration, momentum, end = 12.0, 0.5, 250
+    gains, velocity = torch.ones_like(y), torch.zeros_like(y)
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+        for i in tqdm(range(iterations), desc=f"t-SNE of {n:,} points", unit="it", leave=False, dynamic_ncols=True):
+            if i == end:
+                exaggeration, momentum = 1.0, 0.8
+                gains, velocity = torch.ones_like(y), torch.zeros_like(y)
+            attract, repel, total = pass_c(p, y, dims, force, pool) if impl == "c" else pass_torch(p, y, dims, force)
+            gradient = (attract.mul_(exaggeration) - repel.div_(total)).mul_(2 * (v + 1) / v)
+            gains = torch.where(velocity * gradient < 0, gains + 0.2, gains * 0.8).clamp_(min=0.01)
+            gradient *= gains
+            velocity = momentum * velocity - rate * gradient
+            y = y + velocity
+            if i % 50 == 49 and i < end and gradient.norm() <= 1e-7:
+                end = i + 1  # exaggeration pulls some data into one point: let go before it is lost to rounding
+    return y[:dims].T.contiguous()
+
+
+def tsne_divergence(p: Tensor, y: Tensor, block: int = 1024) -> float:
+    """KL(P || Q) in nats of points y [N, dims] for affinities p [N, N]: what t-SNE minimises."""
+    v, y = max(y.shape[1] - 1, 1), y.double()
+    total = cross = 0.0
+    for a in range(0, len(y), block):
+        log_w = torch.log1p(torch.cdist(y[a : a + block], y).square() / v) * (-(v + 1) / 2)
+        own = torch.arange(len(log_w))
+        part = p[a : a + block].double()
+        part[own, own + a] = 0
+        cross += (torch.special.xlogy(part, part) - part * log_w).sum()
+        total += log_w.exp().sum() - len(log_w)
+    return float(cross + torch.log(total))
+
+
+def chamfer(a: Tensor, b: Tensor, block: int = 1024) -> tuple[float, float]:
+    """Chamfer distance of two clouds [N, D], [M, D] in both conventions.
+
+    First PyTorch3D's (Ravi et al. 2020): mean squared distance to the nearest point of the other cloud, both directions
+    added. Second the sum of squared distances from a to its nearest in b.
+    """
+
+    def nearest(a: Tensor, b: Tensor) -> Tensor:
+        exact = "donot_use_mm_for_euclid_dist"
+        return torch.cat([torch.cdist(part, b, compute_mode=exact).amin(1) for part in a.split(block)]).square()
+
+    rows, columns = nearest(a.double(), b.double()), nearest(b.double(), a.double())
+    return (rows.mean() + columns.mean()).item(), rows.sum().item()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Attribute control, diversity, information. y and labels are float32 [N, Y], one-hot or multi-hot.
+
+
+def questions(kind: str, real: Tensor, each: int, seed: int) -> tuple[Tensor, Tensor]:
+    """What to ask a generator for: y [N, Y], and for each image the label that it is asked for [N].
+
+    one-hot: `each` images of every class. multi-label: `each` (even) for every attribute, half with it and half without,
+    the other attributes as they occur together in the rows of `real`.
+    """
+    asked = torch.arange(real.shape[1]).repeat_interleave(each)
+    if kind == "one-hot":
+        return torch.eye(real.shape[1])[asked], asked
+    y = real[torch.from_numpy(np.random.default_rng([seed, 2]).integers(0, len(real), len(asked)))].clone()
+    y[torch.arange(len(y)), asked] = (torch.arange(len(y)) % each < each // 2).float()
+    return y, asked
+
+
+def control(logits: Tensor, y: Tensor, asked: Tensor, kind: str, names: Sequence[str]) -> dict:
+    """Attribute control accuracy: the part of the images in which a classifier finds what was asked for, in [0, 1].
+
+    one-hot: the largest logit is that of the class. multi-label: the sigmoid is above 0.5 exactly if y has the attribute;
+    beside it the number with the attribute on, off, and by the published code (on only, sigmoid above 0.2). `accuracy` is
+    the mean over labels, `exact` counts images that are right in all attributes at once.
+    """
+    own, chance = y[torch.arange(len(y)), asked] > 0.5, logits.sigmoid()[torch.arange(len(y)), asked]
+    right = logits.argmax(1) == asked if kind == "one-hot" else (chance > 0.5) == own
+    labels = {}
+    for i, name in enumerate(names):
+        its = {"accuracy": right[asked == i]}
+        if kind == "multi-label":
+            on = (asked == i) & own
+            its |= {"on": right[on], "off": right[(asked == i) & ~own], "published": chance[on] > 0.2}
+        labels[name] = {key: value.float().mean().item() for key, value in its.items()}
+    over = {key: float(np.mean([v[key] for v in labels.values()])) for key in ("accuracy", "published") if key in its}
+    exact = {} if kind == "one-hot" else {"exact": ((logits > 0) == (y > 0.5)).all(1).float().mean().item()}
+    return over | exact | {"labels": labels}
+
+
+class Judge(nn.Sequential):
+    """A small convolutional classifier, trained on real images alone; the generator never sees it."""
+
+    def __init__(self, labels: int):
+        layers: list[nn.Module] = []
+        for i, o, stride in ((3, 32, 2), (32, 64, 1), (64, 96, 2), (96, 128, 2)):
+            layers += [nn.Conv2d(i, o, 3, stride, 1, bias=False), nn.BatchNorm2d(o), nn.ReLU(inplace=True)]
+        super().__init__(*layers, nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Dropout(0.2), nn.Linear(512, labels))
+
+    def look(self, images: Tensor) -> Tensor:
+        """uint8 [B, S, S, 3] -> logits [B, Y], of images reduced to 64 px if they are larger."""
+        x = images.to(self[-1].weight.device).permute(0, 3, 1, 2).float() / 127.5 - 1
+        x = F.interpolate(x, (64, 64), mode="bilinear", antialias=True) if x.shape[2] > 64 else x
+        return self(x.contiguous(memory_format=torch.channels_last))
+
+
+def train_judge(images, labels: Tensor, kind: str, seed: int, device: torch.device, steps: int) -> tuple[Judge, float]:
+    """Train a Judge on nine tenths of the real images; returns it with its accuracy on the last tenth.
+
+    images: uint8 [N, S, S, 3], array or memory-map. steps: of 64 images, AdamW with one cycle of the learning rate.
+    """
+    draw, loss_of = np.random.default_rng([seed, 3]), F.cross_entropy
+    if kind == "multi-label":
+        loss_of = F.binary_cross_entropy_with_logits
+    held, kept = np.split(draw.permutation(len(labels)), [max(1, len(labels) // 10)])
+    held = np.sort(held[:2000])
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        judge = Judge(labels.shape[1]).to(device, memory_format=torch.channels_last)
+        optimizer = torch.optim.AdamW(judge.parameters(), weight_decay=1e-3)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, total_steps=steps)
+        for _ in tqdm(range(steps), desc="independent judge", unit="step", leave=False, dynamic_ncols=True):
+            rows = np.sort(draw.choice(kept, min(64, len(kept)), replace=False))
+            x = torch.from_numpy(images[rows])
+            loss = loss_of(judge.look(x.flip(2) if draw.random() < 0.5 else x), labels[rows].to(device))
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+    judge.eval().requires_grad_(False)
+    logits = torch.cat(
+        [judge.look(torch.from_numpy(images[rows])).cpu() for rows in np.array_split(held, -(-len(held) // 256))]
+    )
+    y = labels[held]
+    right = logits.argmax(1) == y.argmax(1) if kind == "one-hot" else (logits > 0) == (y > 0.5)
+    return judge, right.float().mean().item()
+
+
+def spread(h: Tensor) -> float:
+    """Mean distance of two different rows of h [N, D], N at least 2."""
+    return (torch.cdist(h.double(), h.double()).sum() / (len(h) * (len(h) - 1))).item()
+
+
+def entropy_bits(y: Tensor) -> float:
+    """H(Y) in bits of the rows of y as they occur together."""
+    counts = torch.unique(y, dim=0, return_counts=True)[1].double()
+    return torch.special.entr(counts / counts.sum()).sum().item() / math.log(2)
+
+
+def information_bits(logits: Tensor, y: Tensor, kind: str, h_y: float) -> float:
+    """Lower bound H(Y) - H(Y|E) in bits, equations (2)-(5): h_y minus the mean cross-entropy of y [N, Y] under logits.
+
+    multi-label: minus the sum of the attributes' binary cross-entropies.
+    """
+    if kind == "one-hot":
+        loss = F.cross_entropy(logits, y)
+    else:
+        loss = F.binary_cross_entropy_with_logits(logits, y, reduction="none").sum(1).mean()
+    return h_y - loss.item() / math.log(2)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Processes, and one pass over a source.
+
+
+@dataclass
+class World:
+    """This process, of how many; its device; images at once."""
+
+    device: torch.device
+    rank: int = 0
+    size: int = 1
+    batch: int = 64
+
+    def gather(self, value) -> list:
+        """The values of all processes in the order of their ranks, everywhere."""
+        values = [value] * self.size
+        if self.size > 1:
+            dist.all_gather_object(values, value)
+        return values
+
+    def first(self, action: Callable[[], object]) -> None:
+        """Run something on the first process only, the others waiting; its error for the user is raised on all."""
+        error = None
+        if self.rank == 0:
+            try:
+                action()
+            except click.ClickException as e:
+                error = e.message
+        if error := self.gather(error)[0]:
+            raise click.ClickException(error)
+
+
+def start(device: str, batch: int) -> World:
+    """Choose the device, join the processes of torchrun. Raises click.ClickException for a device that is not there."""
+    rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    try:
+        if device == "auto":
+            device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
+        chosen = torch.device(device)
+        torch.empty(1, device=chosen)
+    except (RuntimeError, AssertionError) as error:
+        raise click.ClickException(f"--device {device}: {str(error).splitlines()[0]}") from None
+    if chosen.type == "cuda":
+        torch.cuda.set_device(chosen)
+        torch.backends.cudnn.allow_tf32 = False  # features must agree to 1e-4
+    if size > 1 and not dist.is_initialized():
+        dist.init_process_group("gloo")
+    return World(chosen, rank, size, batch)
+
+
+def scan(source, network: Callable, world: World, what: str) -> Iterator[tuple[np.ndarray, object]]:
+    """network(images) for the blocks of a source that are this process's, with the images' indices."""
+    n, b = len(source), world.batch
+    blocks = [np.arange(i, min(i + b, n)) for i in range(0, n, b)][world.rank :: world.size]
+    total = sum(map(len, blocks))
+    with tqdm(total=total, desc=what, unit="img", leave=False, dynamic_ncols=True, disable=world.rank > 0) as bar:
+        for block, images in zip(blocks, source.batches(blocks), strict=True):
+            yield block, network(images)
+            bar.update(len(block))
+
+
+def in_order(parts: dict[int, Tensor], world: World) -> Tensor:
+    """Join the blocks {first index: tensor} of all processes."""
+    for others in world.gather(parts):
+        parts = parts | others
+    return torch.cat([parts[i] for i in sorted(parts)])
+
+
+def measure(source, features, world: World, what: str, score: bool = False, keep: bool = False):
+    """One pass over a source: Moments, and if wanted InceptionScore and all features [N, D] (else None)."""
+    moments, joined, kept = Moments(), Moments(), {}
+    inception = InceptionScore(len(source)) if score else None
+    for index, (f, log_p) in scan(source, features, world, what):
+        moments.add(f)
+        if score:
+            inception.add(index, log_p)
+        if keep:
+            kept[index[0]] = f.cpu()
+    for i, (other, scores) in enumerate(world.gather((moments, inception))):
+        joined.join(other)
+        if score and i != world.rank:
+            inception.join(scores)
+    return joined, inception, in_order(kept, world) if keep else None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A trained run, and what is measured on it.
+
+
+class Run:
+    """What `--network` names: the generator, its encoder and classifier, and the images it was trained on."""
+
+    def __init__(self, path: str, world: World):
+        import dataset
+        import gan
+        import training
+
+        self.net, self.folder, self.world = gan.load(path, world.device), Path(path).parent, world
+        self.kind, self.names, self.real = self.net.label_kind, self.net.label_names, self.net.real_labels
+        data = self.net.data
+        self.clusters = bool(self.names) and str(data["attributes"]).startswith("clusters")
+        attributes = None if self.clusters or not self.names else data["attributes"]
+        self.images = {s: dataset.open_dataset(data["data"], data["size"], s, attributes) for s in ("train", "val")}
+        self.train = self.images["train"]
+        remedy = "give the run's folder the data it was trained on, or train again"
+        training.check_same(data, self.train.info(), ("fingerprint", "size"), path, remedy)
+
+        # A run without labels carries no encoder, but stages 1 and 2 may lie beside it.
+        encoder, classifier, kind = self.net.encoder, self.net.classifier, self.kind
+        if encoder is None and (self.folder / "encoder.pt").exists():
+            import classifier as stage2
+            import encoder as stage1
+
+            state = training.load(self.folder / "encoder.pt", "encoder")
+            encoder = stage1.build(state)
+            if (self.folder / "classifier.pt").exists():
+                found = training.load(self.folder / "classifier.pt", "classifier")
+                if found["encoder_hash"] == training.fingerprint(state["model"]):
+                    classifier, kind = stage2.build(found), found["data"]["label_kind"]
+        self.features = encoder and EncoderFeatures(encoder, classifier, kind, data["size"], world.device)
+
+    def labels(self, split: str) -> Tensor | None:
+        """Labels of the real images, float32 [N, Y] in their order; None for clusters without their classifier.pt."""
+        if not self.clusters:
+            return torch.from_numpy(np.array(self.images[split].labels))
+        import training
+
+        path = self.folder / "classifier.pt"
+        state = training.load(path, "classifier") if path.exists() else {"data": {"attributes": None}}
+        if state["data"]["attributes"] != self.net.data["attributes"]:
+            return None
+        return torch.eye(len(self.names))[state["assignments"][split].long()]
+
+    def generated(self, n: int, seed: int, y: Tensor | None = None) -> Generated:
+        """n images; y by default drawn from the labels of the training images as they occur together."""
+        if y is None and self.real is not None:
+            y = self.real[torch.from_numpy(np.random.default_rng([seed, 1]).integers(0, len(self.real), n))]
+        return Generated(self.net, n, y, seed)
+
+    def embed(self, source) -> Tensor:
+        """Encoder features h float32 [N, F] of a source, on the CPU."""
+        what = "generated images" if isinstance(source, Generated) else "real images"
+        parts = {block[0]: h.cpu() for block, h in scan(source, self.features.embed, self.world, what)}
+        return in_order(parts, self.world)
+
+    def classify(self, h: Tensor) -> Tensor:
+        """Logits [N, Y] of the run's classifier for features h, on the CPU."""
+        return self.features.classifier(h.to(self.world.device)).cpu()
+
+    def logged(self, stage: str, key: str) -> float | None:
+        """The last value of `key` that a stage wrote to stats.jsonl."""
+        value = None
+        with contextlib.suppress(OSError, ValueError):
+            for line in (self.folder / "stats.jsonl").read_text().splitlines():
+                entry = json.loads(line)
+                value = entry.get(key, value) if entry.get("stage") == stage else value
+        return value
+
+
+def measure_chamfer(run: Run, seeds: list[int], points: int, published: bool) -> dict:
+    """t-SNE Chamfer distance of `points` real and as many generated images, with every seed's own images.
+
+    published: the published code's way (random start, rate 200, scikit-learn's force, sum from real to generated). The
+    floor is the same number between two disjoint halves of real images.
+    """
+    how = {"init": "random", "rate": 200.0, "force": "scikit-learn"} if published else {}
+    values, floors = {}, {}
+    for i, seed in enumerate(seeds):
+        order = np.random.default_rng([seed, 4]).permutation(len(run.train))[: 2 * points]
+        real, other = (run.embed(Real(run.train, np.sort(part))) for part in np.split(order, [points]))
+        fake = run.embed(run.generated(points, seed))
+        if i % run.world.size == run.world.rank:  # the t-SNEs of different seeds go to different processes
+            for h, into in ((fake, values), (other, floors)):
+                y = tsne(torch.cat([real, h]).to(run.world.device), seed=seed, **how)
+                into[seed] = chamfer(y[:points], y[points:])[int(published)]
+    for v, f in run.world.gather((values, floors)):
+        values, floors = values | v, floors | f
+    values, floors = ([found[seed] for seed in seeds] for found in (values, floors))
+    return {"": float(np.mean(values)), "_std": float(np.std(values)), "_values": values, "_n": points,
+            "_floor": float(np.mean(floors)), "_floor_std": float(np.std(floors))}  # fmt: skip
+
+
+def measure_control(run: Run, n: int, seed: int, steps: int) -> dict:
+    """Attribute control accuracy of n generated images by the run's classifier and by an independent judge."""
+    y, asked = questions(run.kind, run.real, max(2, n // len(run.names) // 2 * 2), seed)
+    source = run.generated(len(y), seed, y)
+    found = control(run.classify(run.embed(source)), y, asked, run.kind, run.names)
+    results = {f"accuracy_{key}".removesuffix("_accuracy"): value for key, value in found.items()}
+    results["accuracy_n"] = len(y)
+    labels = run.labels("train")
+    if labels is not None:
+        judge, results["judge_real"] = load_judge(run, labels, seed, steps)
+        parts = {block[0]: out.cpu() for block, out in scan(source, judge.look, run.world, "independent judge")}
+        found = control(in_order(parts, run.world), y, asked, run.kind, run.names)
+        results |= {"accuracy_judge": found["accuracy"], "accuracy_judge_labels": found["labels"]}
+    return results
+
+
+def load_judge(run: Run, labels: Tensor, seed: int, steps: int) -> tuple[Judge, float]:
+    """The run's independent judge, from judge.pt beside it or trained now and kept there."""
+    key = f"{run.train.fingerprint} {run.train.size} {run.net.data['attributes']} {seed} {steps}"
+    path, state = run.folder / "judge.pt", {}
+
+    def prepare():
+        with contextlib.suppress(OSError, RuntimeError, EOFError, pickle.UnpicklingError):
+            state.update(torch.load(path, map_location="cpu", weights_only=True))
+        if state.get("key") != key:
+            judge, accuracy = train_judge(run.train.images, labels, run.kind, seed, run.world.device, steps)
+            state.update(key=key, model={k: v.cpu() for k, v in judge.state_dict().items()}, accuracy=accuracy)
+            with contextlib.suppress(OSError):  # only spares time
+                torch.save(state, f"{path}.{os.getpid()}")
+                os.replace(f"{path}.{os.getpid()}", path)
+
+    run.world.first(prepare)
+    state = run.world.gather(state)[0]
+    judge = Judge(labels.shape[1])
+    judge.load_state_dict(state["model"])
+    return judge.to(run.world.device).eval().requires_grad_(False), state["accuracy"]
+
+
+def measure_diversity(run: Run, labels: Tensor, each: int, seed: int) -> dict:
+    """Mean distance of encoder features within one y, of generated and of real images, over the ten most frequent y's."""
+    _, inverse, counts = torch.unique(labels, dim=0, return_inverse=True, return_counts=True)
+    often = counts.argsort(descending=True, stable=True)[:10]
+    groups = [(inverse == i).nonzero()[:each, 0] for i in often if counts[i] > 1]
+    y = torch.cat([labels[g] for g in groups])
+    sources = run.generated(len(y), seed, y), Real(run.train, torch.cat(groups).numpy())
+    fake, real = ([spread(h) for h in run.embed(s).split([len(g) for g in groups])] for s in sources)
+    return {"diversity": float(np.mean(fake)), "diversity_real": float(np.mean(real)), "diversity_n": len(y)}
+
+
+def measure_information(run: Run, n: int, seed: int) -> dict:
+    """The chain of bounds on mutual information in bits: eqs. (1) and (6)-(7) from the logs, (2)-(5) measured here."""
+    on, prior = run.real.sum(0).clamp(1, len(run.real) - 1), 0.0
+    if (
+        run.kind == "multi-label"
+    ):  # attributes are classified as if on and off in equal number: back to their real rates
+        prior = ((len(run.real) - on) / on).log()
+    source, h_y = run.generated(n, seed), entropy_bits(run.real)
+    bits = lambda source, y: information_bits(run.classify(run.embed(source)) - prior, y, run.kind, h_y)  # noqa: E731
+    results = {"h_y_bits": h_y, "mi_generated_bits": bits(source, source.y), "information_n": n}
+    labels = run.labels("val")
+    if labels is not None:
+        index = np.arange(len(labels))[:n]
+        results["mi_real_bits"] = bits(Real(run.images["val"], index), labels[index])
+    logged = {"mi_encoder_bits": run.logged("encoder", "mi_bits"), "jsd_bits": run.logged("gan", "jsd_bound")}
+    return results | {key: value for key, value in logged.items() if value is not None}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The command.
+
+# How much is looked at by default. num: images a side for FID, IS and KID, with Inception `inception`; points: images a
+# side for chamfer, seeds: of it; control: images for attribute control and information; each: images of one y for
+# diversity; judge: its training steps.
+AMOUNTS = {
+    "gpu": dict(num=50_000, inception=50_000, points=6400, seeds=5, control=20_000, each=500, judge=600),
+    "cpu": dict(num=5000, inception=1000, points=500, seeds=3, control=1500, each=100, judge=600),
+    "smoke": dict(num=64, inception=64, points=64, seeds=1, control=60, each=8, judge=8),
+}
+
+
+def choose_features(option: str, inception: str | None, how: str, run: Run | None, world: World):
+    """The feature network for FID, IS and KID, by --features."""
+    own, kind = run and run.features, "none"
+    if option == "encoder":
+        if run is None:
+            raise click.UsageError("--features encoder needs --network; for two folders name an encoder.pt or gan.pt")
+        if own is None:
+            raise click.ClickException(f"there is no encoder in the run nor {run.folder / 'encoder.pt'}")
+        return own
+    if option not in ("auto", "inception"):
+        import encoder
+        import gan
+        import training
+
+        try:
+            state = training.load(option, "encoder")
+            network, classifier, size = encoder.build(state), None, state["data"]["size"]
+        except click.ClickException as error:
+            if "written by gan.py" not in error.message:
+                raise
+            net = gan.load(option, world.device)
+            network, classifier, kind, size = net.encoder, net.classifier, net.label_kind, net.size
+            if network is None:
+                raise click.ClickException(f"{option} holds no encoder: its run had no labels") from None
+        return EncoderFeatures(network, classifier, kind, size, world.device)
+    try:
+        if inception is None:
+            world.first(published_weights)
+        features = InceptionFeatures(inception, how, world.device)
+    except click.ClickException as error:
+        if option == "inception" or inception or own is None:
+            raise
+        if world.rank == 0:
+            click.echo(f"Warning: FD through the run's own encoder in place of FID: {error.message}", err=True)
+        return own
+    if not features.published and world.rank == 0:
+        click.echo(
+            f"Warning: {inception} is not the published weight file: its numbers compare with no others", err=True
+        )
+    return features
+
+
+def measure_fidelity(options: dict, amounts: dict, need: set, run: Run | None, world: World) -> dict:
+    """FID or FD, IS and KID, of a run or of two folders."""
+    features = choose_features(options["features"], options["inception"], options["resize"], run, world)
+    num, seed, reference = options["num"], options["seed"], options["reference"] or ""
+    results, notes, target, content = (
+        {"features": features.name, "resize": features.resize},
+        [],
+        options["save_stats"],
+        None,
+    )
+    if run:
+        num = num or amounts["inception" if features.name == "inception" else "num"]
+        n = min(num, len(run.train))
+        images = run.generated(num, seed)
+        real = Real(run.train, np.sort(np.random.default_rng([seed, 5]).permutation(len(run.train))[:n]))
+        results["reference"] = f"{n:,} of {len(run.train):,} training images"
+        content = f"{run.train.fingerprint}-{seed}-{n}"
+        key = hashlib.sha256(f"{content} {features.hash} {features.resize}".encode()).hexdigest()[:12]
+        target = target or run.folder / f"reference-{features.name}-{features.resize}-{key}.npz"
+        reference = str(target) if Path(target).exists() and "kid" not in need and not options["save_stats"] else ""
+    else:
+        images = Folder(options["images"], num)
+        real = Folder(reference, num) if reference and not reference.endswith(".npz") else None
+        if real is None and "kid" in need:
+            raise click.UsageError("--metrics kid needs a folder as --reference: statistics hold no single features")
+    if features.name == "encoder" and features.classifier is None and "is" in need:
+        notes.append("no IS: it needs class probabilities, and there is no classifier with this encoder")
+        need = need - {"is"}
+
+    moments, scores, kept = measure(
+        images, features, world, "generated" if run else "images", "is" in need, "kid" in need
+    )
+    results["n"] = moments.n
+    if "is" in need:
+        results["is"], results["is_std"] = scores.value()
+    if need & {"fid", "kid"}:
+        if reference.endswith(".npz"):
+            theirs, named = load_stats(reference, features)
+            if not named:
+                notes.append(f"{reference} does not name its network and resize: taken to be these")
+        else:
+            theirs, _, kept_real = measure(real, features, world, "reference", keep="kid" in need)
+            if target:
+                content = content or real.fingerprint()
+                world.first(lambda: save_stats(Path(target), theirs, features, content))
+        results["n_reference"] = theirs.n if theirs.n < 10**9 else None
+        if "fid" in need:
+            name, n = "fid" if features.name == "inception" else "fd", min(moments.n, theirs.n)
+            results[name] = frechet_distance(*moments.gaussian(), *theirs.gaussian())
+            if n <= features.dims:
+                notes.append(f"{n:,} images for {features.dims:,} features: the covariance is singular and {name.upper()} "
+                             "comes out too high; compare it at equal n only")  # fmt: skip
+        if "kid" in need:
+            subset = options["kid_subset"] or min(1000, len(kept), len(kept_real))
+            results["kid"], results["kid_std"] = kernel_distance(kept, kept_real, subset)
+            results["kid_subset"] = subset
+    for source in (images, real):
+        if isinstance(source, Folder) and len(source.sizes) > 1:
+            notes.append(f"{source.path} has images of {len(source.sizes)} sizes: each is resized from its own")
+    return results | ({"notes": notes} if notes else {})
+
+
+def evaluate(options: dict, world: World) -> dict:
+    """Run the command with its options; returns the results, keyed as in the JSON file."""
+    began, slow, seed = time.time(), world.device.type == "cpu", options["seed"]
+    run = Run(options["network"], world) if options["network"] else None
+    wanted = options["metrics"] and [m.strip() for m in options["metrics"].split(",")]
+    wanted = wanted and ["fid" if m == "fd" else m for m in wanted]
+    possible = [m for m in METRICS if run or m in ("fid", "is", "kid")]
+    if run and run.features is None:
+        possible = [m for m in possible if not m.startswith("chamfer")]
+    if run and run.kind == "none":
+        possible = [m for m in possible if m not in ("accuracy", "diversity", "information")]
+    for name in wanted or []:
+        if name not in METRICS:
+            raise click.UsageError(f"--metrics: no {name!r}; choose from {', '.join(METRICS)}")
+        if name not in possible:
+            raise click.UsageError(f"--metrics {name} needs {'a run with labels and encoder' if run else '--network'}")
+    need = set(wanted or possible)
+    if not wanted:
+        need -= {"kid"} if run or (options["reference"] or "").endswith(".npz") else set()
+        need -= {"chamfer_sum"} if slow else set()  # minutes
+    amounts = AMOUNTS["smoke" if options["smoke"] else "cpu" if slow else "gpu"]
+    results: dict = {key: options[key] for key in ("network", "images", "reference") if options[key]}
+    results |= {"seed": seed, "processes": world.size, "device": world.device.type}
+
+    if need & {"fid", "is", "kid"}:
+        results |= measure_fidelity(options, amounts, need, run, world)
+    seeds = list(range(seed, seed + (options["seeds"] or amounts["seeds"])))
+    for name in need & {"chamfer", "chamfer_sum"}:
+        points = 6400 if name == "chamfer_sum" and not options["smoke"] else amounts["points"]
+        points = min(options["points"] or points, len(run.train) // 2)
+        found = measure_chamfer(run, seeds, points, name == "chamfer_sum")
+        results |= {name + key: value for key, value in found.items()} | {"seeds": seeds}
+    n = min(options["num"] or 10**9, amounts["control"])
+    if "accuracy" in need:
+        results |= measure_control(run, n, seed, amounts["judge"])
+    if "diversity" in need and (labels := run.labels("train")) is not None:
+        results |= measure_diversity(run, labels, amounts["each"], seed)
+    if "information" in need:
+        results |= measure_information(run, n, seed)
+    return results | {"seconds": round(time.time() - began, 1)}
+
+
+# Lines of the report: key, name, number, remark.
+LINES = (
+    ("fid", "FID", "{:.4f}", "lower is better"),
+    ("fd", "FD", "{:.4f}", "lower is better; the run's own encoder in place of Inception"),
+    ("is", "IS", "{:.4f}", "+- {is_std:.4f} over 10 splits; by the network above"),
+    ("kid", "KID", "{:.6f}", "+- {kid_std:.6f} over 100 subsets of {kid_subset:,}"),
+    ("chamfer", "t-SNE Chamfer", "{:.3f}", "+- {chamfer_std:.3f}; mean both ways, {chamfer_n:,} + {chamfer_n:,} images, seeds {seeds}"),
+    ("chamfer_floor", "  real against real", "{:.3f}", "+- {chamfer_floor_std:.3f}"),
+    ("chamfer_sum", "t-SNE Chamfer, sum", "{:.1f}", "+- {chamfer_sum_std:.1f}; real to generated, {chamfer_sum_n:,} + {chamfer_sum_n:,} images, seeds {seeds}"),
+    ("chamfer_sum_floor", "  real against real", "{:.1f}", "+- {chamfer_sum_floor_std:.1f}"),
+    ("accuracy", "control accuracy", "{:.2%}", "by the run's own classifier, {accuracy_n:,} images"),
+    ("accuracy_published", "", "{:.2%}", "attribute on only, sigmoid above 0.2"),
+    ("accuracy_exact", "", "{:.2%}", "all attributes of an image at once"),
+    ("accuracy_judge", "", "{:.2%}", "by an independent judge, right on {judge_real:.2%} of real images"),
+    ("diversity", "diversity within one y", "{:.3f}", "of real images {diversity_real:.3f}, over {diversity_n:,} images"),
+    ("mi_encoder_bits", "I(X;E)     eq. (1)", "{:.3f}", "bits at least, InfoNCE in training"),
+    ("h_y_bits", "H(Y)", "{:.3f}", "bits, the ceiling of the next two"),
+    ("mi_real_bits", "I(Y;E)     eqs. (2)-(3)", "{:.3f}", "bits at least, real validation images"),
+    ("mi_generated_bits", "I(Y;E~)    eqs. (4)-(5)", "{:.3f}", "bits at least, {information_n:,} generated images"),
+    ("jsd_bits", "JSD(x, x~) eqs. (6)-(7)", "{:.3f}", "bits at least, by the discriminator in training"),
+)  # fmt: skip
+
+
+def report(r: dict, columns: int = 5) -> str:
+    """The results as text; attribute control in the layout of the paper's Tables 1-3, five attributes a row."""
+    lines = [r["network"] if "network" in r else f"{r['images']} against {r.get('reference')}"]
+    if "features" in r:
+        against = f", against {r['reference']}" if "network" in r else ""
+        lines.append(f"features: {r['features']}, resize: {r['resize']}, seed: {r['seed']}, n: {r['n']:,}{against}")
+    lines += [
+        f"  {name:25s}{form.format(r[key]):>12s}  {more.format(**r)}" for key, name, form, more in LINES if key in r
+    ]
+    lines += [f"  note: {note}" for note in r.get("notes", [])]
+    if "accuracy" in r:
+        names, distance = list(r["accuracy_labels"]), "fd" if "fd" in r else "fid"
+        width = max(9, *map(len, names)) + 2
+        lines += ["", f"{distance.upper():>9s}{'IS':>9s}  Attribute control accuracy"]
+        for i in range(0, len(names), columns):
+            part = names[i : i + columns]
+            lines.append(" " * 20 + "".join(f"{name.replace('_', ' '):<{width}s}" for name in part))
+            for by, side, who in (("", "accuracy", "own"), ("", "on", "own, on"), ("", "off", "own, off"),
+                                  ("judge_", "accuracy", "judge")):  # fmt: skip
+                found = [r.get(f"accuracy_{by}labels", {}).get(name, {}).get(side) for name in part]
+                if None not in found:
+                    first = [
+                        f"{r[key]:.2f}" if key in r and i == 0 and who == "own" else "" for key in (distance, "is")
+                    ]
+                    cells = "".join(f"{f'{value:.2%}':<{width}s}" for value in found)
+                    lines.append(f"{first[0]:>9s}{first[1]:>9s}  {cells}{who}")
+    return "\n".join(lines)
+
+
+@click.command(help=__doc__.replace("\n\n", "\n\n\b\n", 1))
+@click.option("--network", metavar="FILE", help="A run's gan.pt, scored against its training images.")
+@click.option("--images", metavar="DIR", help="Folder of images to score without a run.")
+@click.option("--reference", metavar="DIR|NPZ", help="What to score --images against: a folder, or statistics.")
+@click.option("--metrics", metavar="A,B,...", help=f"Some of {', '.join(METRICS)}.  [default: those that apply, but kid for folders only, chamfer_sum on GPUs only]")  # fmt: skip
+@click.option("--json", "json_file", metavar="FILE", help="Write the results as one JSON object.")
+@click.option("--features", metavar="auto|inception|encoder|FILE", default="auto", show_default=True, help="Network of FID, IS and KID; FILE: an encoder.pt or gan.pt. auto: Inception if it can be had, else the run's encoder.")  # fmt: skip
+@click.option("--inception", metavar="FILE", help="The Inception weights, if not to be downloaded.")
+@click.option("--resize", type=click.Choice(["torch", "tf", "clean"]), default="torch", show_default=True, help="To 299 px as pytorch-fid, torch-fidelity or clean-fid does.")  # fmt: skip
+@click.option("--num", metavar="N", type=click.IntRange(2), help="Images a side.  [default: folders all; runs 50,000, on CPUs 5,000, with Inception 1,000]")  # fmt: skip
+@click.option("--points", metavar="N", type=click.IntRange(32), help="Images a side for Chamfer.  [default: 6,400; chamfer on CPUs 500]")  # fmt: skip
+@click.option("--kid-subset", metavar="N", type=click.IntRange(2), help="Images a subset of KID.  [default: 1,000, or all if fewer]")  # fmt: skip
+@click.option("--save-stats", metavar="NPZ", help="Keep the statistics of the reference here.  [default: beside the run; not for folders]")  # fmt: skip
+@click.option("--seed", metavar="N", type=click.IntRange(0), default=0, show_default=True, help="Seed of everything random.")  # fmt: skip
+@click.option("--seeds", metavar="N", type=click.IntRange(1), help="Seeds of Chamfer, from --seed on.  [default: 5, on CPUs 3]")  # fmt: skip
+@click.option("--batch", metavar="N", type=click.IntRange(1), default=64, show_default=True, help="Images at once; changes no result.")  # fmt: skip
+@click.option("--device", metavar="DEVICE", default="auto", show_default=True, help="cpu, cuda, cuda:1; auto: cuda if there is one.")  # fmt: skip
+@click.option("--smoke", is_flag=True, help="A run of seconds that takes every code path; its results mean nothing.")  # fmt: skip
+def main(json_file: str | None, **options) -> None:
+    if bool(options["network"]) == bool(options["images"]) or bool(options["network"] and options["reference"]):
+        raise click.UsageError("give either --network FILE, or --images DIR and --reference DIR|NPZ")
+    if options["images"] and not options["reference"] and options["metrics"] != "is":
+        raise click.UsageError("--images needs a --reference, except for --metrics is")
+    for name, file in (("--json", json_file), ("--save-stats", options["save_stats"])):
+        if file and not Path(file).absolute().parent.is_dir():
+            raise click.UsageError(f"{name} {file}: there is no such folder")
+    world = start(options["device"], options["batch"])
+    results = evaluate(options, world)
+    if world.rank == 0:
+        click.echo(report(results))
+        if json_file:
+            Path(json_file).write_text(json.dumps(results, indent=2) + "\n")
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

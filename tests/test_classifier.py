@@ -1,0 +1,316 @@
+"""classifier.py: information on channels where it is known, scores and clusters against scikit-learn, the command."""
+
+import csv
+import json
+import math
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+import classifier
+import encoder
+import training
+
+ROOT = Path(__file__).parent.parent
+OPTIONS = dict(batch=256, lr=3e-3, weight_decay=1e-6, seed=0)
+
+
+def h2(p: float) -> float:
+    """Entropy of a coin in bits."""
+    return -p * math.log2(p) - (1 - p) * math.log2(1 - p)
+
+
+# Information.
+
+
+def test_information_of_a_discrete_channel():
+    joint = torch.tensor([[30, 5, 5], [2, 20, 8], [10, 10, 10]])  # counts of (y, e)
+    y, e = (v.flatten() for v in torch.meshgrid(torch.arange(3), torch.arange(3), indexing="ij"))
+    y, e = y.repeat_interleave(joint.flatten()), e.repeat_interleave(joint.flatten())
+    logits = (joint.double() / joint.sum(0)).log().T[e]
+    p = joint.double() / joint.sum()
+    expected = (p * (p / p.sum(0) / p.sum(1, keepdim=True)).log2()).sum().item()
+    h_y, given, bits = classifier.information_bits(logits, F.one_hot(y).float(), True)
+    assert bits == pytest.approx(expected, abs=1e-9) and bits == pytest.approx(h_y - given)
+    assert h_y == pytest.approx(-(p.sum(1) * p.sum(1).log2()).sum().item())
+
+
+def test_information_of_attributes_uses_their_joint_entropy():
+    rows = torch.tensor([[0, 0]] * 45 + [[1, 1]] * 45 + [[0, 1]] * 5 + [[1, 0]] * 5).float()
+    joint = 1 + h2(0.1)  # not 2, the sum of both entropies
+    assert classifier.entropy_bits(rows) == pytest.approx(joint)
+    h_y, given, bits = classifier.information_bits((2 * rows - 1) * 100, rows, False)
+    assert (h_y, given, bits) == pytest.approx((joint, 0, joint))
+    # E knows the first attribute alone, so the second with error 0.1: 1 bit in all.
+    first = rows[:, :1]
+    logits = torch.cat([(2 * first - 1) * 100, (2 * first - 1) * math.log(9)], 1)
+    assert classifier.information_bits(logits, rows, False)[2] == pytest.approx(1, abs=1e-6)
+    # A guess that knows nothing gives no more than nothing.
+    assert classifier.information_bits(torch.zeros(100, 2), rows, False)[2] == pytest.approx(joint - 2)
+
+
+def channel(n: int, on: float, off: float, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Features that say a fair coin e, at an odd scale, and an attribute that is on with probability `on` or `off`."""
+    draw = torch.Generator().manual_seed(seed)
+    e = (torch.rand(n, generator=draw) < 0.5).float()
+    y = (torch.rand(n, generator=draw) < torch.where(e == 1, on, off)).float()
+    return torch.stack([e * 1e-3 + 7, 500 * torch.randn(n, generator=draw)], 1), y[:, None]
+
+
+def test_training_reaches_the_known_information():
+    (h, y), (hv, yv) = (channel(n, 0.9, 0.1, seed) for n, seed in ((8000, 0), (8000, 1)))
+    one_hot = [torch.cat([1 - v, v], 1) for v in (y, yv)]
+    net = classifier.fit(h, one_hot[0], True, OPTIONS, 20, None, {})
+    bits = classifier.evaluate(net(hv), one_hot[1], ["a", "b"], True, torch.zeros(2))["bits"]
+    assert bits["mi"] == pytest.approx(1 - h2(0.1), abs=0.03) and bits["mi"] <= bits["h_y"]
+
+
+def test_rare_attributes_are_balanced_and_still_calibrated():
+    (h, y), (hv, yv) = (channel(20000, 0.15, 0.01, seed) for seed in (0, 1))  # 8 % on
+    net = classifier.fit(h, y, False, OPTIONS, 20, None, {})
+    balance = classifier.pos_weight(y).log()
+    assert balance.item() == pytest.approx(math.log(0.92 / 0.08), abs=0.1)
+    results = classifier.evaluate(net(hv), yv, ["rare"], False, balance)
+    assert results["labels"]["rare"]["balanced"] > 0.7  # an unbalanced one would say 'off' always: 0.5
+    expected = h2(0.08) - (h2(0.15) + h2(0.01)) / 2
+    assert results["bits"]["mi"] == pytest.approx(expected, abs=0.01)
+    naive = classifier.information_bits(net(hv), yv, False)[2]
+    assert naive < 0  # the same logits without their balance taken off
+
+
+def test_the_held_out_tenth_stops_overfitting():
+    draw = torch.Generator().manual_seed(0)
+    h, y = torch.randn(100, 300, generator=draw), F.one_hot(torch.arange(100) % 2).float()  # nothing to learn
+    hv, yv = torch.randn(500, 300, generator=draw), F.one_hot(torch.arange(500) % 2).float()
+    net = classifier.fit(h, y, True, OPTIONS, 200, None, {})
+    assert classifier.information_bits(net(hv), yv, True)[2] > -0.3
+    first = classifier.fit(h, y, True, OPTIONS, 200, net, {})  # starts where `net` is, so its first epoch is no worse
+    assert classifier.information_bits(first(hv), yv, True)[2] > -0.3
+
+
+def test_scores_agree_with_scikit_learn():
+    from sklearn.metrics import average_precision_score, balanced_accuracy_score
+
+    draw = np.random.default_rng(0)
+    y = (draw.random((400, 3)) < (0.1, 0.5, 0.8)).astype(np.float32)
+    logits = (2 * y - 1 + 2 * draw.normal(size=y.shape)).round(1).astype(np.float32)  # rounded: with ties
+    results = classifier.evaluate(torch.from_numpy(logits), torch.from_numpy(y), ["a", "b", "c"], False, torch.zeros(3))
+    for i, v in enumerate(results["labels"].values()):
+        guess = logits[:, i] > 0
+        assert v["ap"] == pytest.approx(average_precision_score(y[:, i], logits[:, i]), abs=1e-6)
+        assert v["balanced"] == pytest.approx(balanced_accuracy_score(y[:, i], guess), abs=1e-6)
+        assert v["accuracy"] == pytest.approx((guess == y[:, i]).mean(), abs=1e-6)
+        assert v["majority"] == pytest.approx(max(y[:, i].mean(), 1 - y[:, i].mean()), abs=1e-6)
+
+    classes = draw.integers(0, 3, 400)
+    logits = np.eye(3)[classes] + draw.normal(size=(400, 3))
+    one_hot = torch.from_numpy(np.eye(3)[classes])
+    overall = classifier.evaluate(torch.from_numpy(logits), one_hot, ["a", "b", "c"], True, torch.zeros(3))["overall"]
+    assert overall["accuracy"] == pytest.approx((logits.argmax(1) == classes).mean())
+    assert overall["balanced"] == pytest.approx(balanced_accuracy_score(classes, logits.argmax(1)))
+    assert overall["majority"] == pytest.approx(np.bincount(classes).max() / 400)
+    assert overall["ap"] == pytest.approx(average_precision_score(np.eye(3)[classes], logits), abs=1e-6)
+    assert math.isnan(classifier.average_precision(torch.randn(5), torch.zeros(5)))
+
+
+# Clusters.
+
+
+def blobs(k: int, n: int = 600) -> tuple[torch.Tensor, torch.Tensor]:
+    """n points in k well separated clumps on the sphere, and their clump."""
+    draw = torch.Generator().manual_seed(0)
+    which = torch.arange(n) % k
+    centres = F.normalize(torch.randn(k, 16, generator=draw), dim=1)
+    return F.normalize(centres[which] + 0.08 * torch.randn(n, 16, generator=draw), dim=1), which
+
+
+def test_agreement_and_silhouette_agree_with_scikit_learn():
+    from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score, silhouette_score
+
+    draw = np.random.default_rng(0)
+    a = draw.integers(0, 5, 300)
+    b = np.where(draw.random(300) < 0.6, a % 3 + 7, draw.integers(7, 10, 300))  # values need not start at 0
+    ours = classifier.agreement(torch.from_numpy(a), torch.from_numpy(b))
+    assert ours["nmi"] == pytest.approx(normalized_mutual_info_score(b, a), abs=1e-9)
+    assert ours["ari"] == pytest.approx(adjusted_rand_score(b, a), abs=1e-9)
+    assert ours["purity"] == pytest.approx(sum(np.bincount(b[a == v]).max() for v in range(5)) / 300)
+    same = classifier.agreement(torch.from_numpy(a), torch.from_numpy(a + 1))
+    assert same == pytest.approx({"purity": 1, "nmi": 1, "ari": 1})
+    x, which = blobs(4, 200)
+    x = x + 0.2 * torch.randn(200, 16, generator=torch.Generator().manual_seed(1))
+    which[which == 3] = 5  # with an empty cluster, and one of one
+    which[0] = 6
+    assert classifier.silhouette(x, which) == pytest.approx(silhouette_score(x, which), abs=1e-5)
+
+
+def test_kmeans_is_as_good_as_scikit_learns_and_seeded():
+    from sklearn.cluster import KMeans
+
+    x, which = blobs(7)
+    centres, _ = classifier.kmeans(x, 7, seed=0)
+    assert classifier.agreement(classifier.assign(x, centres)[0], which)["ari"] == pytest.approx(1)
+    noise = torch.randn(500, 6, generator=torch.Generator().manual_seed(0))
+    for k in (3, 8):
+        ours, theirs = (
+            classifier.kmeans(noise, k, seed=0)[1],
+            KMeans(k, n_init=8, random_state=0).fit(noise).inertia_ / 500,
+        )
+        assert ours < theirs * 1.02
+    assert torch.equal(classifier.kmeans(noise, 8, seed=0)[0], classifier.kmeans(noise, 8, seed=0)[0])
+    assert not torch.equal(classifier.kmeans(noise, 8, seed=0)[0], classifier.kmeans(noise, 8, seed=1)[0])
+    several = torch.zeros(20, 2)
+    several[0] = 1
+    assert classifier.kmeans(several, 4, seed=0)[1] == pytest.approx(0)  # more clusters than different points
+
+
+@pytest.mark.parametrize("k", [4, 6])
+def test_the_number_of_clusters_is_found(tmp_path, k):
+    assert classifier.choose_clusters(blobs(k)[0], 0, tmp_path / "k.png") == k
+    assert Image.open(tmp_path / "k.png").size[0] > 300
+
+
+# The command.
+
+
+def state_of(folder: Path) -> dict:
+    return training.load(folder / "classifier.pt", "classifier")
+
+
+def test_run_reports_and_builds(command, class_run, class_folder, tmp_path):
+    out = shutil.copytree(class_run, tmp_path / "run")
+    (out / "classifier.pt").unlink()
+    output = command("classifier", "--data", class_folder, "--outdir", out).output
+    state = state_of(out)
+    assert state["data"]["label_names"] == ["high", "low", "middle"] and state["config"] == dict(features=512, labels=3)
+    assert state["encoder_hash"] == training.fingerprint(training.load(out / "encoder.pt", "encoder")["model"])
+    assert state["results"] == json.loads((out / "classifier.json").read_text())["results"]
+    assert "I(Y;E) >= H(Y) - H(Y|E)" in output and "majority" in output and "middle" in output
+    assert state["results"]["bits"]["mi"] <= state["results"]["bits"]["h_y"]
+    assert state["results"]["overall"]["accuracy"] > state["results"]["overall"]["majority"]  # bars are easy
+
+    # The saved layer gives the reported accuracy through the saved encoder.
+    import dataset
+
+    val = dataset.open_dataset(str(class_folder), 32, "val")
+    h = encoder.embed(encoder.build(training.load(out / "encoder.pt", "encoder")), val)
+    net = classifier.build(state)
+    right = net(h).argmax(1) == torch.from_numpy(np.asarray(val.labels)).argmax(1)
+    assert right.float().mean().item() == pytest.approx(state["results"]["overall"]["accuracy"])
+    assert not net.weight.requires_grad and not net.training
+    assert "is finished" in command("classifier", "--data", class_folder, "--outdir", out).output
+
+
+def test_going_on_equals_an_unbroken_run_and_options_count(command, class_run, class_folder, tmp_path):
+    def train(name, *extra):
+        if not (tmp_path / name).exists():
+            (tmp_path / name).mkdir()
+            shutil.copy(class_run / "encoder.pt", tmp_path / name)
+        command("classifier", "--data", class_folder, "--outdir", tmp_path / name, *extra)
+        return state_of(tmp_path / name)["model"]["weight"]
+
+    whole = train("whole", "--epochs", "6")
+    half = train("half", "--epochs", "3")
+    assert not torch.equal(whole, half)
+    assert torch.equal(train("half", "--epochs", "6"), whole)
+    assert torch.equal(train("whole", "--epochs", "6", "--no-resume"), whole)
+    assert torch.equal(train("workers", "--epochs", "6", "--workers", "0"), whole)
+    for extra in (
+        ("--seed", "1"),
+        ("--batch", "8"),
+        ("--precision", "bf16"),
+        ("--init", tmp_path / "half/classifier.pt"),
+    ):
+        assert not torch.equal(train(extra[0], "--epochs", "6", *extra), whole), extra
+
+
+def test_attributes_are_chosen_by_name(command, attribute_run, attribute_folder, tmp_path):
+    out = shutil.copytree(attribute_run, tmp_path / "run")
+    common = ("--data", attribute_folder, "--outdir", out)
+    line = command("classifier", *common, "--attributes", "Top,Left", "--smoke", code=1).output.splitlines()[-1]
+    assert "made with attributes" in line and "--no-resume" in line
+    output = command("classifier", *common, "--attributes", "Top,Left", "--no-resume").output
+    state = state_of(out)
+    assert state["data"]["label_names"] == ["Top", "Left"] and state["data"]["label_kind"] == "multi-label"
+    assert list(state["results"]["labels"]) == ["Top", "Left"] and len(state["balance"]) == 2
+    assert "Imbalance" in output
+    line = command("classifier", *common, "--attributes", "Bald", "--no-resume", code=1).output.splitlines()[-1]
+    assert "Bald" in line and "Left" in line
+
+
+def test_clusters_become_the_labels(command, class_run, class_folder, tmp_path):
+    out = shutil.copytree(class_run, tmp_path / "run")
+    common = ("--data", class_folder, "--outdir", out, "--smoke", "--no-resume")
+    output = command("classifier", *common, "--attributes", "clusters:4").output
+    state = state_of(out)
+    assert state["data"]["attributes"] == "clusters:4" and state["data"]["label_kind"] == "one-hot"
+    assert state["data"]["label_names"] == [f"cluster{i}" for i in range(4)] and state["config"]["labels"] == 4
+    assert state["assignments"]["train"].dtype == torch.uint8 and "purity" in output and "NMI" in output
+    rows = list(csv.DictReader((out / "clusters" / "assignments.csv").read_text().splitlines()))
+    for split, value in state["assignments"].items():
+        assert [int(r["cluster"]) for r in rows if r["split"] == split] == value.tolist()
+    assert len(rows) == 72 and rows[0].keys() == {"index", "split", "cluster"}
+    sheets = sorted((out / "clusters").glob("cluster*.png"))
+    assert len(sheets) == 4 and Image.open(sheets[0]).size == (256, 256)
+    agreement = state["results"]["clusters"]["label"]
+    assert 0 <= agreement["nmi"] <= 1
+
+    command("classifier", *common, "--attributes", "clusters:auto")
+    state = state_of(out)
+    k = state["config"]["labels"]
+    assert 3 <= k <= 15 and state["data"]["attributes"] == f"clusters:{k}" and (out / "clusters" / "k.png").exists()
+    assert len(list((out / "clusters").glob("cluster*.png"))) == k
+    again = command("classifier", *common[:-1], "--attributes", "clusters:auto").output
+    assert "is finished" in again
+
+
+def test_bad_input_is_one_line_and_loses_nothing(command, class_run, class_folder, attribute_folder, tmp_path):
+    out = shutil.copytree(class_run, tmp_path / "run")
+    before = (out / "classifier.pt").read_bytes()
+    common = ("--data", class_folder, "--outdir", out, "--smoke")
+    for arguments, code, said in (
+        (("--data", class_folder, "--outdir", tmp_path / "empty"), 1, "run encoder.py"),
+        (("--data", attribute_folder, "--outdir", out), 1, "other images"),
+        ((*common, "--size", "16"), 1, "made with size 32"),
+        ((*common, "--attributes", "clusters:1"), 2, "clusters:K"),
+        ((*common, "--attributes", "clusters:many"), 2, "clusters:auto"),
+        ((*common, "--attributes", "clusters:99", "--no-resume"), 2, "training images"),
+        ((*common, "--init", out / "encoder.pt", "--no-resume"), 1, "encoder.py"),
+        ((*common, "--seed", "3"), 1, "made with seed 0"),
+    ):
+        line = command("classifier", *arguments, code=code).output.splitlines()[-1]
+        assert line.startswith("Error: ") and said in line, line
+    assert (out / "classifier.pt").read_bytes() == before
+
+    # A classifier of another encoder is refused, not used.
+    state = training.load(out / "encoder.pt", "encoder")
+    state["model"]["backbone.conv1.weight"] += 1
+    training.save(out / "encoder.pt", state)
+    line = command("classifier", *common, code=1).output.splitlines()[-1]
+    assert "made with encoder" in line and "--no-resume" in line
+
+
+def test_dry_run_prints_the_published_settings(command, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    row = json.loads(command("classifier", "--data", "celeba", "--attributes", "celeba5", "--dry-run").output)
+    assert [row[k] for k in ("lr", "weight_decay", "batch", "epochs", "attributes")] == [
+        3e-4,
+        1e-6,
+        256,
+        200,
+        "celeba5",
+    ]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_works_alone_in_an_empty_folder(tmp_path):
+    shutil.copy(ROOT / "classifier.py", tmp_path)
+    code = "import classifier, torch; print(classifier.Classifier(512, 3)(torch.zeros(2, 512)).shape)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, env={"PATH": ""})
+    assert "[2, 3]" in done.stdout, done.stderr

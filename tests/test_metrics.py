@@ -1,0 +1,737 @@
+"""metrics.py against closed forms, against the field's own libraries, and as a command."""
+
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+import textwrap
+import time
+import warnings
+from pathlib import Path
+from types import SimpleNamespace
+from unittest import mock
+
+import click
+import numpy as np
+import pytest
+import torch
+import torchvision
+from click.testing import CliRunner
+from PIL import Image
+from torch import nn
+
+import metrics
+
+ROOT = Path(__file__).parent.parent
+CPU = torch.device("cpu")
+
+
+def write_pictures(folder: Path, n: int, seed: int, size: int = 48, shift: int = 0) -> Path:
+    """Smooth random pictures."""
+    folder.mkdir(parents=True, exist_ok=True)
+    draw = np.random.default_rng(seed)
+    for i in range(n):
+        blobs = Image.fromarray(draw.integers(0, 256, (6, 6, 3)).astype(np.uint8)).resize((size, size), Image.BICUBIC)
+        picture = np.clip(np.asarray(blobs).astype(int) + shift, 0, 255).astype(np.uint8)
+        Image.fromarray(picture).save(folder / f"{i:03d}.png")
+    return folder
+
+
+def command(*arguments):
+    """Run the command in this process; returns click's result."""
+    return CliRunner().invoke(metrics.main, [*map(str, arguments), "--device", "cpu"])
+
+
+def fails(*arguments, text: str, code: int = 1) -> None:
+    """The command must stop with one line that has `text`, and no traceback."""
+    result = command(*arguments)
+    assert result.exit_code == code, result.output
+    message = [line for line in result.output.splitlines() if line.startswith("Error: ")]
+    assert len(message) == 1 and text in message[0], result.output
+
+
+@pytest.fixture(scope="module")
+def space(tmp_path_factory) -> SimpleNamespace:
+    """Two folders of pictures, and Inception weights that are random but keep activations at a sane scale."""
+    root = tmp_path_factory.mktemp("metrics")
+    a, b = write_pictures(root / "a", 14, 0), write_pictures(root / "b", 14, 1, shift=30)
+    torch.manual_seed(0)
+    net = torchvision.models.inception_v3(num_classes=1008, aux_logits=False, weights=None, init_weights=False)
+    for module in net.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.momentum = 1.0  # the running statistics become those of some of the pictures
+            nn.init.uniform_(module.weight, 0.8, 1.2)
+            nn.init.uniform_(module.bias, -0.2, 0.2)
+    nn.init.normal_(net.fc.weight, std=0.1)
+    with torch.no_grad():
+        net.train()(metrics.resize([metrics.load_image(p) for p in sorted(b.iterdir())[:4]], "torch", CPU))
+    torch.save(net.state_dict(), root / "weights.pth")
+    return SimpleNamespace(root=root, a=a, b=b, weights=root / "weights.pth", state=net.state_dict(), seen={})
+
+
+def ours(space, how: str) -> SimpleNamespace:
+    """What metrics.py finds for the two folders under a resize: features x and y, FID, IS."""
+    if how not in space.seen:
+        network = metrics.InceptionFeatures(str(space.weights), how, CPU)
+        first, scores, x = metrics.measure(
+            metrics.Folder(space.a), network, metrics.World(CPU, batch=5), "", score=True, keep=True
+        )
+        second, _, y = metrics.measure(metrics.Folder(space.b), network, metrics.World(CPU, batch=7), "", keep=True)
+        fid = metrics.frechet_distance(*first.gaussian(), *second.gaussian())
+        space.seen[how] = SimpleNamespace(x=x, y=y, fid=fid, score=scores.value())
+    return space.seen[how]
+
+
+def gram_frechet(x: np.ndarray, y: np.ndarray) -> float:
+    """Frechet distance from the features themselves: tr (C1 C2)^(1/2) is the nuclear norm of X Y^T / (n - 1)."""
+    x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
+    a, b = ((f - f.mean(0)) / math.sqrt(len(f) - 1) for f in (x, y))
+    trace = np.linalg.svd(a @ b.T, compute_uv=False).sum()
+    return float(((x.mean(0) - y.mean(0)) ** 2).sum() + (a**2).sum() + (b**2).sum() - 2 * trace)
+
+
+def close(features: torch.Tensor, theirs) -> None:
+    """Equal to 1e-4 of the features' scale."""
+    theirs = torch.as_tensor(np.asarray(theirs))
+    assert features.shape == theirs.shape
+    assert (features - theirs).abs().max() < 1e-4 * theirs.std()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The same numbers as the field's libraries, with the same weights. Their Frechet step takes a minute at 2,048 features,
+# so it is compared on the first 64; all 2,048 are compared with the formula on the features themselves.
+
+
+def libraries_inception(space, **options):
+    import pytorch_fid.inception
+
+    with mock.patch.object(pytorch_fid.inception, "load_state_dict_from_url", lambda *a, **k: space.state):
+        return pytorch_fid.inception.InceptionV3([3], **options).eval()
+
+
+def test_agrees_with_pytorch_fid(space):
+    from pytorch_fid.fid_score import calculate_frechet_distance, get_activations
+
+    network, found, stats = libraries_inception(space), ours(space, "torch"), []
+    theirs = [get_activations(sorted(f.iterdir()), network, 7, 2048, "cpu", 0) for f in (space.a, space.b)]
+    for features, expected in zip((found.x, found.y), theirs, strict=True):
+        close(features, expected.astype(np.float32))
+        stats += [expected[:, :64].mean(0), np.cov(expected[:, :64], rowvar=False)]
+    assert found.fid == pytest.approx(gram_frechet(*theirs), rel=1e-4)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        expected = calculate_frechet_distance(*stats)
+    assert metrics.frechet_distance(*stats) == pytest.approx(expected, rel=1e-4)
+
+
+def test_agrees_with_torch_fidelity(space):
+    from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+    from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
+    from torch_fidelity.metric_isc import isc_features_to_metric
+    from torch_fidelity.metric_kid import kid_features_to_metric
+
+    theirs = FeatureExtractorInceptionV3("inception-v3-compat", ["2048", "logits_unbiased"], str(space.weights))
+    found, features = ours(space, "tf"), []
+    for folder in (space.a, space.b):
+        images = torch.stack([metrics.load_image(p) for p in sorted(folder.iterdir())]).permute(0, 3, 1, 2)
+        features.append(theirs(images))
+    (x, logits), (y, _) = features
+    close(found.x, x)
+    close(found.y, y)
+    assert found.fid == pytest.approx(gram_frechet(x, y), rel=1e-4)
+    expected = isc_features_to_metric(logits)
+    assert found.score[0] == pytest.approx(expected["inception_score_mean"], rel=1e-4)
+    assert found.score[1] == pytest.approx(expected["inception_score_std"], rel=1e-3)
+    kid = kid_features_to_metric(x, y, kid_subset_size=10, verbose=False)
+    mean, std = metrics.kernel_distance(found.x, found.y, 10)
+    assert mean == pytest.approx(kid["kernel_inception_distance_mean"], rel=1e-5)
+    assert std == pytest.approx(kid["kernel_inception_distance_std"], rel=1e-5)
+    stats = [fid_features_to_statistics(f[:, :64]) for f in (x, y)]
+    expected = fid_statistics_to_metric(*stats, verbose=False)["frechet_inception_distance"]
+    means = [(s["mu"], s["sigma"]) for s in stats]
+    assert metrics.frechet_distance(*means[0], *means[1]) == pytest.approx(expected, rel=1e-4)
+
+
+def test_agrees_with_clean_fid(space):
+    cleanfid = pytest.importorskip("cleanfid.fid", exc_type=ImportError)
+    network, found = libraries_inception(space, resize_input=False, normalize_input=False), ours(space, "clean")
+    theirs = [
+        cleanfid.get_folder_features(str(folder), lambda x: network((x - 128) / 128)[0][:, :, 0, 0], num_workers=0,
+                                     batch_size=7, device=CPU, mode="clean", verbose=False)
+        for folder in (space.a, space.b)
+    ]  # fmt: skip
+    close(found.x, theirs[0])
+    close(found.y, theirs[1])
+    assert found.fid == pytest.approx(gram_frechet(*theirs), rel=1e-4)
+    stats = [f(x[:, :64]) for x in theirs for f in (lambda x: x.mean(0), lambda x: np.cov(x, rowvar=False))]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert metrics.frechet_distance(*stats) == pytest.approx(cleanfid.frechet_distance(*stats), rel=1e-4)
+
+
+def test_resizes_differ_and_downsample_as_the_libraries(space):
+    fids = [ours(space, how).fid for how in ("torch", "tf", "clean")]
+    assert min(abs(a - b) for a, b in ((fids[0], fids[1]), (fids[0], fids[2]), (fids[1], fids[2]))) > 1e-3 * fids[0]
+    from torch_fidelity.interpolate_compat_tensorflow import interpolate_bilinear_2d_like_tensorflow1x
+
+    large = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (350, 420, 3)).astype(np.uint8))
+    x = large.permute(2, 0, 1)[None].float()
+    expected = interpolate_bilinear_2d_like_tensorflow1x(x, (299, 299), align_corners=False)
+    torch.testing.assert_close(metrics.resize([large], "tf", CPU) * 128 + 128, expected, atol=1e-3, rtol=0)
+    resizer = pytest.importorskip("cleanfid.resize").build_resizer("clean")
+    expected = torch.from_numpy(resizer(large.numpy())).permute(2, 0, 1)[None]
+    torch.testing.assert_close(metrics.resize([large], "clean", CPU) * 128 + 128, expected, atol=1e-2, rtol=0)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Closed forms.
+
+
+def test_moments_stream():
+    x = torch.randn(101, 7, dtype=torch.float64) * 3 + 1e4
+    whole, parts = metrics.Moments(), [metrics.Moments(), metrics.Moments(), metrics.Moments()]
+    for i, part in enumerate(x.split(9)):
+        parts[i % 2].add(part)
+    for part in parts:  # the last one is empty
+        whole.join(part)
+    mean, cov = whole.gaussian()
+    np.testing.assert_allclose(mean, x.mean(0), rtol=1e-12)
+    np.testing.assert_allclose(cov, np.cov(x.numpy(), rowvar=False), rtol=1e-9, atol=1e-9)
+
+
+def test_frechet_of_gaussians():
+    draw = np.random.default_rng(0)
+    q = np.linalg.qr(draw.standard_normal((600, 600)))[0]
+    a, b, m = draw.uniform(0.1, 4, 600), draw.uniform(0.1, 4, 600), draw.standard_normal(600)
+    expected = (m**2).sum() + ((np.sqrt(a) - np.sqrt(b)) ** 2).sum()  # covariances that commute
+    assert metrics.frechet_distance(m, q * a @ q.T, 0 * m, q * b @ q.T) == pytest.approx(expected, rel=1e-10)
+    same = q * a @ q.T
+    assert metrics.frechet_distance(m, same, m, same) == pytest.approx(0, abs=1e-6)
+    assert metrics.frechet_distance(m + 1, same, m, same) == pytest.approx(600, rel=1e-9)  # a shifted set
+
+
+@pytest.mark.parametrize("size", [40, 700])  # by singular values and by eigenvalues
+def test_frechet_of_singular_covariances(size):
+    draw = np.random.default_rng(1)
+    q = np.linalg.qr(draw.standard_normal((size, size)))[0]
+    spectrum = 10.0 ** -np.linspace(0, 14, size)  # near-singular
+    half = np.where(np.arange(size) < size // 2, 1.0, 0.0)
+    zero = np.zeros(size)
+    for a, b in ((half, 1 - half), (half, spectrum), (spectrum, spectrum), (zero, half), (zero, zero)):
+        expected = ((np.sqrt(a) - np.sqrt(b)) ** 2).sum()
+        found = metrics.frechet_distance(zero, q * a @ q.T, zero, q * b @ q.T)
+        assert isinstance(found, float) and found == pytest.approx(expected, abs=2e-5)
+    with pytest.raises(ValueError, match="not finite"):
+        metrics.frechet_distance(zero, np.full((size, size), np.nan), zero, np.eye(size))
+
+
+def test_inception_score_closed_forms():
+    def score(p: torch.Tensor, **options) -> tuple[float, float]:
+        scores = metrics.InceptionScore(len(p), **options)
+        for index in np.array_split(np.arange(len(p)), 7):
+            scores.add(index, p[index].double().log())
+        return scores.value()
+
+    classes = torch.eye(8).repeat(10, 1)
+    assert score(classes, splits=1) == (pytest.approx(8), 0)
+    assert score(torch.full((80, 8), 1 / 8)) == (pytest.approx(1), pytest.approx(0, abs=1e-9))
+    assert score(classes[::8]) == (pytest.approx(1), pytest.approx(0, abs=1e-9))  # always the same class
+    with pytest.raises(click.ClickException, match="at least 10 images"):
+        metrics.InceptionScore(9)
+
+
+def test_kid_closed_form():
+    zero, one = torch.zeros(30, 5), torch.full((30, 5), 2.0)  # k = 1 in the first, (4 + 1)^3 in the second, 1 across
+    assert metrics.kernel_distance(zero, one, 10) == (pytest.approx(1 + 125 - 2), pytest.approx(0))
+    assert metrics.kernel_distance(zero, zero, 30)[0] == pytest.approx(0)
+    with pytest.raises(click.ClickException, match="--kid-subset 31"):
+        metrics.kernel_distance(zero, one, 31)
+
+
+def test_chamfer_of_shifted_clouds():
+    grid = torch.cartesian_prod(*[torch.arange(5.0) * 10] * 3)
+    shifted = grid + torch.tensor([0.3, 0.0, 0.4])
+    mean, total = metrics.chamfer(grid, shifted[torch.randperm(125)], block=50)
+    assert mean == pytest.approx(2 * 0.25, rel=1e-5) and total == pytest.approx(125 * 0.25, rel=1e-5)
+    one_way = metrics.chamfer(grid[:1], torch.cat([grid[:1], grid[:1] + 3]))
+    assert one_way == (pytest.approx(27 / 2), 0)  # the far point counts in one direction only
+
+
+def test_control_accuracy():
+    y = torch.tensor([[1.0, 0], [1, 0], [0, 1], [0, 1]])
+    asked = y.argmax(1)
+    found = metrics.control(torch.tensor([[2.0, 1], [1, 2], [0, 1], [0, 1]]), y, asked, "one-hot", ["a", "b"])
+    assert found["accuracy"] == 0.75 and found["labels"] == {"a": {"accuracy": 0.5}, "b": {"accuracy": 1.0}}
+
+    y = torch.tensor([[1.0, 0], [0, 0], [0, 1], [1, 0]])  # asked: a on, a off, b on, b off
+    low = math.log(0.3 / 0.7)  # sigmoid 0.3: off at 0.5, on at 0.2
+    logits = torch.tensor([[low, -9], [-9.0, 9], [9, 9], [9, 9]])
+    found = metrics.control(logits, y, torch.tensor([0, 0, 1, 1]), "multi-label", ["a", "b"])
+    assert found["labels"]["a"] == {"accuracy": 0.5, "on": 0.0, "off": 1.0, "published": 1.0}
+    assert found["labels"]["b"] == {"accuracy": 0.5, "on": 1.0, "off": 0.0, "published": 1.0}
+    assert (found["accuracy"], found["published"], found["exact"]) == (0.5, 1.0, 0.0)
+
+
+def test_questions_ask_on_and_off_equally():
+    real = torch.tensor([[1.0, 1, 0], [0, 0, 1]])
+    y, asked = metrics.questions("multi-label", real, 40, seed=0)
+    for i in range(3):
+        own = y[asked == i]
+        assert len(own) == 40 and own[:, i].mean() == 0.5
+        others = [j for j in range(3) if j != i]
+        assert {tuple(r) for r in own[:, others].tolist()} == {tuple(r) for r in real[:, others].tolist()}
+    y, asked = metrics.questions("one-hot", torch.eye(3), 5, seed=0)
+    assert (y.argmax(1) == asked).all() and (torch.bincount(asked) == 5).all()
+
+
+def test_information_in_known_cases():
+    y = torch.eye(4).repeat(25, 1)
+    h = metrics.entropy_bits(y)
+    assert h == pytest.approx(2)
+    assert metrics.information_bits(200 * y, y, "one-hot", h) == pytest.approx(2)
+    assert metrics.information_bits(0 * y, y, "one-hot", h) == pytest.approx(0, abs=1e-6)
+    # A binary symmetric channel that is wrong one time in ten: 1 - h(0.1).
+    y = torch.tensor([[0.0], [1.0]]).repeat(50, 1)
+    seen = torch.where(torch.arange(100)[:, None] < 10, 1 - y, y)
+    found = metrics.information_bits((2 * seen - 1) * math.log(9), y, "multi-label", metrics.entropy_bits(y))
+    assert found == pytest.approx(1 + 0.1 * math.log2(0.1) + 0.9 * math.log2(0.9), rel=1e-4)
+    # Two attributes that always agree hold one bit together, not two.
+    assert metrics.entropy_bits(torch.tensor([[0.0, 0], [1, 1]]).repeat(9, 1)) == pytest.approx(1)
+
+
+def test_spread_is_the_mean_distance_of_pairs():
+    assert metrics.spread(torch.tensor([[0.0, 0], [3, 4], [0, 0]])) == pytest.approx(10 / 3)
+
+
+def test_judge_learns_what_is_there_and_only_that():
+    draw = np.random.default_rng(0)
+    images = draw.integers(0, 100, (400, 16, 16, 3)).astype(np.uint8)
+    labels = torch.from_numpy(draw.integers(0, 2, (400, 2))).float()
+    images[..., 0] += (labels[:, 0].numpy() * 80).astype(np.uint8)[:, None, None]  # the second label is not to be seen
+    judge, accuracy = metrics.train_judge(images, labels[:, :1], "multi-label", 0, CPU, 60)
+    assert accuracy > 0.95 and not judge.training
+    assert metrics.train_judge(images, torch.eye(2)[labels[:, 0].long()], "one-hot", 0, CPU, 60)[1] > 0.95
+    assert metrics.train_judge(images, labels[:, 1:], "multi-label", 0, CPU, 60)[1] < 0.8
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# t-SNE.
+
+
+@pytest.fixture(scope="module")
+def cloud() -> torch.Tensor:
+    draw = np.random.default_rng(0)
+    return torch.from_numpy(
+        draw.normal(size=(6, 20))[draw.integers(0, 6, 210)] * 2 + draw.normal(size=(210, 20))
+    ).float()
+
+
+def test_affinities_are_scikit_learns(cloud):
+    from scipy.spatial.distance import squareform
+    from sklearn.manifold._t_sne import _joint_probabilities
+
+    for perplexity in (5.0, 30.0, 60.0):
+        expected = squareform(_joint_probabilities(torch.cdist(cloud, cloud).square().numpy(), perplexity, 0))
+        found = metrics.affinities(cloud, perplexity, block=64)
+        assert torch.equal(found, found.T)
+        np.testing.assert_allclose(found - torch.diag(found.diagonal()), expected, rtol=2e-3, atol=1e-8)
+
+
+@pytest.mark.parametrize("dims", [2, 3])
+def test_tsne_force_is_the_gradient(cloud, dims):
+    p = metrics.affinities(cloud, 30.0)
+    y = torch.zeros(3, 210)
+    y[:dims] = torch.randn(dims, 210, generator=torch.Generator().manual_seed(0))
+    leaf, v = y[:dims].T.double().requires_grad_(), dims - 1
+    w = (1 + (leaf[:, None] - leaf).square().sum(2) / v) ** (-(v + 1) / 2)
+    off = p.double().fill_diagonal_(0)
+    loss = (torch.special.xlogy(off, off) - off * (w / (w.sum() - len(w))).log()).sum()
+    assert metrics.tsne_divergence(p.clone(), y[:dims].T) == pytest.approx(loss.item(), rel=1e-6)
+    loss.backward()
+    with metrics.ThreadPoolExecutor(2) as pool:
+        for attract, repel, total in (
+            metrics.pass_c(p, y, dims, "gradient", pool),
+            metrics.pass_torch(p, y, dims, "gradient", block=64),
+        ):
+            found = 2 * (v + 1) / v * (attract - repel / total)[:dims].T
+            torch.testing.assert_close(found.double(), leaf.grad, rtol=1e-3, atol=1e-6)
+
+
+def test_tsne_force_of_scikit_learn(cloud):
+    from scipy.spatial.distance import squareform
+    from sklearn.manifold._t_sne import _kl_divergence
+
+    p = metrics.affinities(cloud, 30.0)
+    y = torch.randn(3, 210, generator=torch.Generator().manual_seed(0))
+    condensed = squareform(p.double().fill_diagonal_(0).numpy(), checks=False)
+    _, gradient = _kl_divergence(y.T.numpy().ravel(), condensed, 2, 210, 3)
+    with metrics.ThreadPoolExecutor(2) as pool:
+        for attract, repel, total in (
+            metrics.pass_c(p, y, 3, "scikit-learn", pool),
+            metrics.pass_torch(p, y, 3, "scikit-learn", block=64),
+        ):
+            found = 3 * (attract - repel / total).T
+            np.testing.assert_allclose(found.ravel(), gradient, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("dims", [2, 3])
+def test_tsne_divergence_is_no_worse_than_scikit_learns(cloud, dims):
+    from sklearn.manifold import TSNE
+
+    theirs = TSNE(dims, method="exact", init="pca", learning_rate="auto", random_state=0).fit(cloud.numpy())
+    p = metrics.affinities(cloud, 30.0)
+    for options in ({"impl": "c"}, {"impl": "torch"}, {"init": "random"}):
+        y = metrics.tsne(cloud, dims, p=p.clone(), **options)
+        assert y.shape == (210, dims) and y.dtype == torch.float32
+        assert metrics.tsne_divergence(p.clone(), y) < 1.01 * theirs.kl_divergence_
+
+
+def test_tsne_options(cloud):
+    few = {"iterations": 60}
+    assert torch.equal(metrics.tsne(cloud, **few), metrics.tsne(cloud, seed=1, **few))  # from PCA nothing is drawn
+    random = metrics.tsne(cloud, init="random", **few)
+    assert not torch.allclose(random, metrics.tsne(cloud, init="random", seed=1, **few))
+    assert not torch.allclose(random, metrics.tsne(cloud, init="random", rate=20.0, **few))
+    noise = torch.randn(200, 10, generator=torch.Generator().manual_seed(0))
+    p = metrics.affinities(noise, 30.0)
+    forces = [metrics.tsne(noise, force=force, p=p) for force in ("gradient", "scikit-learn")]
+    assert metrics.tsne_divergence(p.clone(), forces[0]) < 0.95 * metrics.tsne_divergence(p.clone(), forces[1])
+    with pytest.raises(ValueError, match="more than 30 points"):
+        metrics.tsne(cloud[:30])
+    with mock.patch.object(metrics, "tsne_library", side_effect=RuntimeError("cc: not found")):
+        with pytest.warns(UserWarning, match="cc: not found"):
+            metrics.tsne(cloud, iterations=2)
+        with pytest.raises(RuntimeError, match="not found"):
+            metrics.tsne(cloud, iterations=2, impl="c")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Files.
+
+
+def test_images_of_every_kind_become_right_rgb(tmp_path):
+    def seen(picture: Image.Image, name: str, **options) -> np.ndarray:
+        picture.save(tmp_path / name, **options)
+        return metrics.load_image(tmp_path / name).numpy()
+
+    half = Image.new("RGBA", (2, 1), (200, 0, 0, 255))
+    half.putpixel((1, 0), (9, 9, 9, 0))
+    assert seen(half, "rgba.png").tolist() == [[[200, 0, 0], [255, 255, 255]]]
+    assert seen(half.convert("LA"), "la.png")[0, 1].tolist() == [255, 255, 255]
+    palette = Image.new("P", (2, 1))
+    palette.putpalette([10, 20, 30, 40, 50, 60])
+    palette.putpixel((1, 0), 1)
+    assert seen(palette, "p.png").tolist() == [[[10, 20, 30], [40, 50, 60]]]
+    assert seen(palette, "p2.png", transparency=1).tolist() == [[[10, 20, 30], [255, 255, 255]]]
+    assert seen(Image.new("L", (1, 1), 77), "l.png").tolist() == [[[77, 77, 77]]]
+    deep = Image.fromarray(np.array([[0, 257 * 100, 65535]], np.uint16))
+    assert seen(deep, "16.png")[0, :, 0].tolist() == [0, 100, 255]
+    assert seen(Image.new("CMYK", (8, 8), (0, 255, 255, 0)), "cmyk.jpg")[0, 0] == pytest.approx([255, 0, 0], abs=40)
+    turned = Image.new("RGB", (6, 2))
+    exif = turned.getexif()
+    exif[0x0112] = 6
+    assert seen(turned, "turned.jpg", exif=exif).shape == (6, 2, 3)
+
+
+def test_quantise_undoes_the_dataset_s_scaling():
+    levels = torch.arange(256, dtype=torch.uint8).view(1, 16, 16, 1).expand(1, 16, 16, 3)
+    x = levels.permute(0, 3, 1, 2).float() / 127.5 - 1
+    assert torch.equal(metrics.quantise(x), levels)
+    assert torch.equal(metrics.quantise(x + 0.003), levels) and metrics.quantise(3 + 0 * x).min() == 255
+
+
+def test_alone_in_a_folder_and_any_mix_of_images(space, tmp_path):
+    """A copy of metrics.py with nothing beside it: formats, sizes and transparency mixed, and a set against itself."""
+    shutil.copy(ROOT / "metrics.py", tmp_path)
+    mixed = tmp_path / "mixed"
+    (mixed / "deeper").mkdir(parents=True)
+    for i, name in enumerate(["a.png", "b.jpg", "deeper/c.webp", "d.bmp"]):
+        picture = Image.open(space.a / f"{i:03d}.png").resize((40 + 4 * i, 40))
+        if name == "a.png":
+            picture.putalpha(Image.linear_gradient("L").resize(picture.size))
+        picture.save(mixed / name)
+    (mixed / "notes.txt").write_text("not an image")
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    arguments = ["--images", "mixed", "--reference", "mixed", "--metrics", "fid", "--inception", str(space.weights)]
+    done = subprocess.run([sys.executable, "metrics.py", *arguments, "--json", "out.json", "--device", "cpu"],
+                          cwd=tmp_path, env=environment, capture_output=True, text=True)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    results = json.loads((tmp_path / "out.json").read_text())
+    assert results["fid"] == pytest.approx(0, abs=1e-3) and results["n"] == 4 and results["resize"] == "torch"
+    notes = " ".join(results["notes"])
+    assert "images of 4 sizes" in notes and "4 images for 2,048 features" in notes
+    assert "FID" in done.stdout and "resize: torch" in done.stdout
+
+
+def test_folders_as_a_command_and_statistics(space, tmp_path):
+    """One pass gives FID, IS and KID; statistics stand in for the folder; another resize refuses them."""
+    stats, out = tmp_path / "b.npz", tmp_path / "out.json"
+    options = ("--inception", space.weights, "--num", 12, "--resize", "tf", "--json", out)
+    result = command("--images", space.a, "--reference", space.b, *options, "--save-stats", stats, "--kid-subset", 6)
+    assert result.exit_code == 0 and "not the published weight file" in result.output, result.output
+    first = json.loads(out.read_text())
+    x, y = (f[:12] for f in (ours(space, "tf").x, ours(space, "tf").y))
+    assert first["fid"] == pytest.approx(gram_frechet(x, y), rel=1e-4)
+    assert (first["kid"], first["kid_std"]) == pytest.approx(metrics.kernel_distance(x, y, 6), rel=1e-4)
+    alone = command("--images", space.a, "--metrics", "is", *options)
+    assert alone.exit_code == 0 and json.loads(out.read_text())["is"] == pytest.approx(first["is"])
+    assert first["kid_subset"] == 6 and first["n"] == first["n_reference"] == 12 and first["is"] > 1
+    network = SimpleNamespace(name="inception", dims=2048, hash=metrics.file_hash(space.weights)[:16], resize="tf")
+    moments, named = metrics.load_stats(stats, network)
+    assert named and moments.n == 12
+    np.testing.assert_allclose(moments.gaussian()[1], np.cov(y.double().numpy(), rowvar=False), atol=1e-3)
+    np.savez(tmp_path / "theirs.npz", mu=y.mean(0), sigma=np.cov(y.numpy(), rowvar=False))  # as pytorch-fid saves them
+    assert not metrics.load_stats(tmp_path / "theirs.npz", network)[1]
+    with pytest.raises(click.ClickException, match="resize tf, here it is clean"):
+        metrics.load_stats(stats, SimpleNamespace(**vars(network) | {"resize": "clean"}))
+    with pytest.raises(click.ClickException, match=r"network .* make it again"):
+        metrics.load_stats(stats, SimpleNamespace(**vars(network) | {"hash": "other"}))
+    with pytest.raises(click.ClickException, match=r"2048 features .* another network"):
+        metrics.load_stats(stats, SimpleNamespace(**vars(network) | {"dims": 512}))
+    for content in (b"garbage", b""):
+        (tmp_path / "bad.npz").write_bytes(content)
+        with pytest.raises(click.ClickException, match="holds no statistics"):
+            metrics.load_stats(tmp_path / "bad.npz", network)
+
+
+def test_bad_folders_get_one_line(space, tmp_path):
+    options = ("--inception", space.weights)
+    fails("--images", tmp_path / "none", "--reference", space.b, *options, text="is not a folder")
+    empty, single, corrupt = tmp_path / "empty", tmp_path / "single", tmp_path / "corrupt"
+    empty.mkdir()
+    fails("--images", empty, "--reference", space.b, *options, text="has no image")
+    write_pictures(single, 1, 0)
+    fails("--images", single, "--reference", space.b, *options, text="only one image")
+    write_pictures(corrupt, 3, 0)
+    whole = (corrupt / "001.png").read_bytes()
+    (corrupt / "001.png").write_bytes(whole[: len(whole) // 2])
+    fails(
+        "--images",
+        corrupt,
+        "--reference",
+        space.b,
+        *options,
+        "--metrics",
+        "fid",
+        text=f"{corrupt}/001.png cannot be read",
+    )
+    write_pictures(tmp_path / "three", 3, 0)
+    fails("--images", tmp_path / "three", "--reference", space.b, *options, text="IS needs at least 10 images")
+    fails("--images", space.a, "--metrics", "fid,is", text="--reference", code=2)
+    fails("--images", space.a, "--reference", space.b, "--metrics", "fid,beauty", text="'beauty'", code=2)
+    fails("--images", space.a, "--reference", space.b, "--metrics", "accuracy", text="needs --network", code=2)
+    fails("--images", space.a, "--reference", space.b, "--features", "encoder", text="needs --network", code=2)
+    fails(
+        "--images", space.a, "--reference", space.b, "--json", tmp_path / "no" / "x.json", text="no such folder", code=2
+    )
+    (tmp_path / "text.pth").write_text("no weights")
+    torch.save({"fc.weight": torch.zeros(2)}, tmp_path / "other.pth")
+    for name in ("text.pth", "other.pth", "missing.pth"):
+        fails(
+            "--images", space.a, "--reference", space.b, "--inception", tmp_path / name, text=f"{name} holds no weights"
+        )
+
+
+def test_without_weights_or_network_it_says_what_to_fetch_and_where(space, tmp_path, monkeypatch):
+    monkeypatch.setattr(metrics, "WEIGHTS_URL", "http://127.0.0.1:9/pt_inception-2015-12-05-6726825d.pth")
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    began = time.time()
+    target = tmp_path / "hub" / "checkpoints" / "pt_inception-2015-12-05-6726825d.pth"
+    fails(
+        "--images",
+        space.a,
+        "--reference",
+        space.b,
+        text=f"fetch {metrics.WEIGHTS_URL} elsewhere and save it as {target}",
+    )
+    assert time.time() - began < 15
+    target.parent.mkdir(parents=True)
+    shutil.copy(space.weights, target)
+    fails("--images", space.a, "--reference", space.b, text="not the published weight file")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A run. The modules it comes from are stood in for by small ones, so that the right answers are known.
+
+FAKES = {
+    "gan": """
+        import torch
+        from torch import nn
+
+        KIND, WRONG = {kind!r}, {wrong}
+
+        class Encoder(nn.Module):
+            features = 12
+            def forward(self, x):  # mean colour of each quarter
+                return nn.functional.adaptive_avg_pool2d(x, 2).flatten(1)
+
+        class Network:
+            encoder, images_seen, options, size = Encoder(), 1, {{}}, 16
+            label_kind, label_names = KIND, [] if KIND == "none" else ["red", "green", "blue"]
+            data = dict(data="fake", size=16, attributes=None, fingerprint="f")
+            real_labels = None if KIND == "none" else torch.eye(3)[torch.arange(300) % 3]
+
+            def __init__(self):
+                self.classifier = None
+                if KIND != "none":
+                    self.classifier = nn.Linear(12, 3).requires_grad_(False)
+                    self.classifier.weight.copy_(20 * torch.eye(3).repeat_interleave(4, 1))
+                    self.classifier.bias.zero_()
+
+            def generate(self, y, seeds, truncation=1.0):
+                x = [torch.randn(3, 16, 16, generator=torch.Generator().manual_seed(s)) * 0.2 for s in seeds]
+                x = torch.stack(x)
+                if y is not None:
+                    y = y.clone()
+                    if WRONG:  # red for blue
+                        y = torch.stack([y[:, 0] + y[:, 2], y[:, 1], 0 * y[:, 2]], 1)
+                    x = x + (2 * y - 1)[:, :, None, None] * 0.6
+                return x.clamp(-1, 1)
+
+        def load(path, device="cpu"):
+            return Network()
+        """,
+    "dataset": """
+        import numpy as np
+
+        class Dataset:
+            fingerprint, size, name = "f", 16, "fake"
+            def __init__(self, n, seed):
+                draw = np.random.default_rng(seed)
+                self.labels = np.eye(3, dtype=np.float32)[np.arange(n) % 3]
+                x = (2 * self.labels - 1)[:, None, None] * 0.6 + draw.standard_normal((n, 16, 16, 3)) * 0.2
+                self.images = ((x.clip(-1, 1) + 1) * 127.5).round().astype(np.uint8)
+            def __len__(self):
+                return len(self.images)
+            def info(self):
+                return dict(fingerprint="f", size=16)
+
+        def open_dataset(data, size, split, attributes=None):
+            return Dataset({"train": 300, "val": 60}[split], split == "val")
+        """,
+    "training": """
+        def check_same(*arguments):
+            pass
+        """,
+}
+
+
+def fake_run(folder: Path, kind: str = "one-hot", wrong: bool = False) -> Path:
+    """metrics.py beside stand-ins for gan.py, dataset.py and training.py; the path of a gan.pt."""
+    folder.mkdir(exist_ok=True)
+    for name, text in FAKES.items():
+        text = text.format(kind=kind, wrong=wrong) if name == "gan" else text
+        (folder / f"{name}.py").write_text(textwrap.dedent(text))
+    shutil.copy(ROOT / "metrics.py", folder)
+    return folder / "gan.pt"
+
+
+@pytest.fixture
+def stand_ins(tmp_path, monkeypatch):
+    """Makes the command import the stand-ins; returns fake_run bound to the test's folder."""
+
+    def make(**options) -> Path:
+        path = fake_run(tmp_path, **options)
+        monkeypatch.syspath_prepend(str(tmp_path))
+        for name in FAKES:
+            monkeypatch.delitem(sys.modules, name, raising=False)
+        return path
+
+    monkeypatch.setattr(metrics, "published_weights", mock.Mock(side_effect=click.ClickException("no weights")))
+    monkeypatch.setitem(metrics.AMOUNTS["cpu"], "judge", 80)
+    yield make
+    for name in FAKES:
+        sys.modules.pop(name, None)
+
+
+def score_run(path: Path, *arguments) -> dict:
+    out = path.with_name("out.json")
+    result = command("--network", path, "--json", out, "--points", 40, "--seeds", 1, *arguments)
+    assert result.exit_code == 0, result.output
+    return json.loads(out.read_text()) | {"output": result.output}
+
+
+def test_run_of_a_perfect_generator(stand_ins):
+    path = stand_ins()
+    found = score_run(path, "--num", 150)
+    assert found["output"].count("Warning") == 1 and found["features"] == "encoder" and "fid" not in found
+    assert 0 <= found["fd"] < 0.05 and found["n"] == 150 and found["is"] == pytest.approx(3, abs=0.3)
+    assert found["accuracy"] == 1 and found["accuracy_judge"] > 0.95 and found["judge_real"] > 0.95
+    assert found["diversity"] == pytest.approx(found["diversity_real"], rel=0.1)
+    assert found["h_y_bits"] == pytest.approx(math.log2(3))
+    for key in ("mi_real_bits", "mi_generated_bits"):
+        assert math.log2(3) - 0.05 < found[key] <= found["h_y_bits"] + 1e-6
+    assert found["chamfer"] < 4 * found["chamfer_floor"] and found["chamfer_n"] == 40
+    assert "100.00%" in found["output"] and "eqs. (4)-(5)" in found["output"]
+    assert list(path.parent.glob("reference-encoder-none-*.npz")) and (path.parent / "judge.pt").exists()
+    again = score_run(path, "--num", 150, "--metrics", "fid,accuracy")  # from the statistics and the judge kept there
+    assert again["fd"] == found["fd"] and again["accuracy_judge"] == found["accuracy_judge"] and "chamfer" not in again
+    other = score_run(path, "--num", 150, "--metrics", "fid", "--seed", 1)
+    assert other["fd"] != found["fd"]
+
+
+def test_run_of_a_generator_without_one_class(stand_ins):
+    path = stand_ins(wrong=True)
+    found = score_run(path, "--num", 150, "--metrics", "fd,kid,accuracy,information,chamfer", "--seeds", 2)
+    assert found["accuracy"] == pytest.approx(2 / 3, abs=0.01)
+    assert found["accuracy_labels"]["red"]["accuracy"] == 1 and found["accuracy_labels"]["blue"]["accuracy"] == 0
+    assert found["accuracy_judge"] == pytest.approx(2 / 3, abs=0.1)
+    assert found["fd"] > 0.3 and found["kid"] > 0.01 and found["mi_generated_bits"] < 1
+    assert len(found["chamfer_values"]) == 2 and found["chamfer_values"][0] != found["chamfer_values"][1]
+    assert found["chamfer"] > 3 * found["chamfer_floor"]
+
+
+def test_run_with_several_attributes(stand_ins):
+    """Attributes on and off in equal number, in the layout of the paper's tables."""
+    found = score_run(stand_ins(kind="multi-label"), "--num", 120, "--metrics", "accuracy,information,fid,is")
+    assert found["accuracy"] == found["accuracy_published"] == 1 and found["accuracy_exact"] > 0.9
+    assert found["accuracy_labels"]["green"] == {"accuracy": 1, "on": 1, "off": 1, "published": 1}
+    assert found["mi_generated_bits"] <= found["h_y_bits"] + 1e-6 and found["h_y_bits"] == pytest.approx(math.log2(3))
+    rows = found["output"].splitlines()
+    head = next(i for i, row in enumerate(rows) if "Attribute control accuracy" in row)
+    assert rows[head].split()[:2] == ["FD", "IS"] and rows[head + 1].split() == ["red", "green", "blue"]
+    assert rows[head + 2].split()[1:5] == [f"{found['is']:.2f}", "100.00%", "100.00%", "100.00%"]
+
+
+def test_run_without_labels(stand_ins):
+    path = stand_ins(kind="none")
+    found = score_run(path, "--num", 150)
+    assert {"fd", "chamfer"} <= found.keys() and not {"is", "accuracy", "diversity", "h_y_bits"} & found.keys()
+    assert "no IS" in found["notes"][0]
+    fails("--network", path, "--metrics", "accuracy", text="needs a run with labels", code=2)
+
+
+def test_batch_and_processes_change_nothing(stand_ins):
+    path = stand_ins()
+    options = ("--num", 60, "--metrics", "fid,is,kid,chamfer,chamfer_sum,accuracy,diversity,information", "--smoke")
+    one, other = score_run(path, *options), score_run(path, *options, "--batch", 7)
+    out = path.with_name("two.json")
+    arguments = ["--network", str(path), "--json", str(out), "--points", "40", "--seeds", "1", *map(str, options)]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "metrics.py"]
+    arguments += ["--features", "encoder", "--device", "cpu"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*launch, *arguments], cwd=path.parent, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    two = json.loads(out.read_text())
+    assert two["processes"] == 2
+    for key in (
+        "fd",
+        "is",
+        "is_std",
+        "kid",
+        "accuracy",
+        "accuracy_judge",
+        "diversity",
+        "mi_generated_bits",
+        "mi_real_bits",
+    ):
+        assert one[key] == pytest.approx(other[key], rel=1e-4, abs=1e-6), key
+        assert one[key] == pytest.approx(two[key], rel=1e-4, abs=1e-6), key
+
+
+def test_help_touches_no_device():
+    with mock.patch.object(metrics, "start", side_effect=AssertionError):
+        result = CliRunner().invoke(metrics.main, ["--help"])
+    assert result.exit_code == 0 and "--reference" in result.output
