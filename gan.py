@@ -52,6 +52,21 @@ def channels_at(size: int, resolution: int) -> int:
     return min(16 * size // resolution, 512)
 
 
+def he_init(network: nn.Module) -> None:
+    """Start every convolution and linear layer at He et al.'s scale, biases at 0, so that signals keep their size.
+
+    From torch's default scale a generator's first images are hundreds of times fainter, and stay so for many steps.
+    """
+    for layer in network.modules():
+        if isinstance(layer, (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)):
+            inputs = layer.weight[0].numel()
+            if isinstance(layer, nn.ConvTranspose2d):  # each output pixel sees a quarter of the taps at stride 2
+                inputs = layer.in_channels * math.prod(layer.kernel_size) / math.prod(layer.stride)
+            nn.init.normal_(layer.weight, std=(2 / 1.04 / inputs) ** 0.5)
+            if layer.bias is not None:
+                nn.init.zeros_(layer.bias)
+
+
 class Subspace(nn.Module):
     """phi = U (L * z) + mu (EigenGAN, eq. 1): `basis` orthonormal maps U [basis, r, r, C], importances L, origin mu.
 
@@ -152,6 +167,8 @@ class Decoder(nn.Module):
         self.embed = nn.Linear(labels, labels) if labels else None
         self.mapper = nn.Linear(labels + NOISE, NOISE) if labels else None
         self.generator = Generator(size, orthonormal)
+        he_init(self)
+        self.generator.last.weight.data.mul_(0.5)  # keeps tanh out of saturation
 
     @property
     def latent_width(self) -> int:
@@ -255,7 +272,9 @@ class PerClass(nn.Module):
 def build_discriminator(kind: str, size: int, classes: int = 0) -> nn.Module:
     """kind 'global' or 'patch'; classes > 0: one discriminator a class."""
     make = {"global": GlobalDiscriminator, "patch": PatchDiscriminator}[kind]
-    return PerClass([make(size) for _ in range(classes)]) if classes else make(size)
+    D = PerClass([make(size) for _ in range(classes)]) if classes else make(size)
+    he_init(D)
+    return D
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -454,7 +473,7 @@ class Trainer:
     def iteration(self, i: int, real: Tensor, y_real: Tensor | None) -> dict[str, Tensor]:
         """One iteration on a batch of real images in [-1, 1] and their labels; returns scalars for the log."""
         o = self.options
-        regularised = o["reg_every"] > 0 and i % o["reg_every"] == 0
+        regularised = self.labels is not None and o["reg_every"] > 0 and i % o["reg_every"] == 0
         stats = {}
         if regularised and o["reg_mode"] == "separate":
             stats["H_y_given_e"] = self.regularise()
@@ -712,7 +731,7 @@ def train(options: dict) -> None:
     run.reseed(images)
     batches = data.batches(trainer.batch, run.device, run.seed, images, run.rank, run.world, options["workers"])
     for real, y in batches:
-        log.add(**trainer.iteration(iteration, dataset.to_float(real), y))
+        log.add(**trainer.iteration(iteration, dataset.to_float(real), y if conditional else None))
         before, images, iteration = images, images + options["batch"], iteration + 1
         log.step(options["batch"])
         done = images >= total
