@@ -18,7 +18,7 @@ demo: .venv/done
 	$(BIN)/python explore.py sample --network $(RUN)/gan.pt
 	$(BIN)/python explore.py traverse --network $(RUN)/gan.pt
 	$(BIN)/python metrics.py --network $(RUN)/gan.pt --json $(RUN)/metrics.json
-	@echo "pictures: $(RUN)/sample.png, $(RUN)/traverse.png, $(RUN)/tsne.png"
+	@echo "pictures: $(RUN)/sample.png, $(RUN)/traverse.png, $(RUN)/encoder_tsne.png"
 
 test: .venv/done
 	$(BIN)/python -m pytest -q

@@ -397,7 +397,6 @@ class Trainer:
         self.opt_d = torch.optim.Adam(self.D.parameters(), **adam)
         self.scaler_g, self.scaler_d = run.scaler(), run.scaler()
         self.batch = options["batch"] // run.world
-        self.ema_update = torch.optim.swa_utils.get_ema_multi_avg_fn(0.5 ** (options["batch"] / EMA_HALF_LIFE))
 
     def draw_y(self, n: int) -> Tensor | None:
         """Labels to generate for: rows of the training labels, or each attribute on its own at its rate."""
@@ -466,9 +465,14 @@ class Trainer:
         return adversarial, orthogonality, classification
 
     @torch.no_grad()
-    def average(self) -> None:
-        """Exponential moving average of the decoder's weights, its half-life counted in images."""
-        self.ema_update(list(self.ema.parameters()), list(self.decoder.parameters()), None)
+    def average(self, images: int) -> None:
+        """Exponential moving average of the decoder's weights after `images` images.
+
+        Its half-life is EMA_HALF_LIFE images, or a twentieth of those seen, so that short runs forget their start too.
+        """
+        decay = 0.5 ** (self.options["batch"] / min(EMA_HALF_LIFE, images / 20))
+        update = torch.optim.swa_utils.get_ema_multi_avg_fn(decay)
+        update(list(self.ema.parameters()), list(self.decoder.parameters()), None)
 
     def iteration(self, i: int, real: Tensor, y_real: Tensor | None) -> dict[str, Tensor]:
         """One iteration on a batch of real images in [-1, 1] and their labels; returns scalars for the log."""
@@ -489,7 +493,7 @@ class Trainer:
             stats["H_y_given_e"] = classification
         if regularised:  # eq. 4: a lower bound on I(Y; E) through the generated images, at most H(Y)
             stats["mi_bits"] = self.entropy - stats["H_y_given_e"] / math.log(2)
-        self.average()
+        self.average((i + 1) * o["batch"])
         return stats
 
     def state(self) -> dict:
@@ -649,9 +653,9 @@ def train(options: dict) -> None:
     ):  # fmt: skip
         if bad:
             raise click.UsageError(why)
+    smoke = {"batch": 8, "kimg": 0.256, "snap": 0.128} if options["smoke"] else {}
+    options |= {name: value for name, value in smoke.items() if options[name] is None}
     options = training.by_data(PRESETS, options["data"], options)
-    if options["smoke"]:
-        options |= {"batch": 8, "kimg": 0.256, "snap": 0.128}
     outdir = training.out_folder(options)
     if options["dry_run"]:
         return click.echo(json.dumps(options, indent=2))
@@ -665,17 +669,18 @@ def train(options: dict) -> None:
     size = options["size"] or (stage1["data"]["size"] if stage1 else None)
     attributes = stage2["data"]["attributes"] if stage2 else None
     internal = stage2 is not None and "assignments" in stage2
-    data = dataset.open_dataset(options["data"], size, "train", None if internal else attributes)
-    if stage1:
-        remedy = "give the same --data and --size to all stages, or run encoder.py again"
-        training.check_same(stage1["data"], data.info(), ("fingerprint", "size"), outdir / "encoder.pt", remedy)
+    data = dataset.open_dataset(options["data"], size, "train")
+    remedy = "give the same --data and --size to all stages, or run the earlier stages again"
+    for stage, file in ((stage1, "encoder.pt"), (stage2, "classifier.pt")):
+        if stage:
+            training.check_same(stage["data"], data.info(), ("fingerprint", "size"), outdir / file, remedy)
     if stage2:
-        remedy = "run classifier.py again"
-        training.check_same(stage2["data"], data.info(), ("fingerprint", "size"), outdir / "classifier.pt", remedy)
         if internal:  # internal attributes: y is the cluster of an image's embedding
             clusters = stage2["data"]["label_names"]
             data.labels = np.eye(len(clusters), dtype=np.float32)[stage2["assignments"]["train"].numpy()]
             data.label_names, data.label_kind, data.attributes = clusters, "one-hot", attributes
+        else:
+            data = dataset.open_dataset(options["data"], size, "train", attributes)
     kind = data.label_kind if conditional else "none"
     if kind == "multi-label" and options["per_class"]:
         raise click.UsageError(
@@ -697,8 +702,9 @@ def train(options: dict) -> None:
         start = training.load(options["init"], "gan")
         training.init_weights(trainer.decoder, start["ema"], options["init"])
         trainer.ema.load_state_dict(trainer.decoder.state_dict())
-        if all(start["options"][key] == options[key] for key in ("disc", "per_class")):
-            training.init_weights(trainer.D, start["D"], options["init"])
+        same = all(start["options"][key] == options[key] for key in ("disc", "per_class"))
+        if same and "trainer" in start:  # numbered snapshots leave the discriminator out
+            training.init_weights(trainer.D, start["trainer"]["D"], options["init"])
     if options["resume"] and checkpoint.exists():
         state = training.load(checkpoint, "gan")
         remedy = "give the same options, or start over with --no-resume or another --outdir"
@@ -739,10 +745,10 @@ def train(options: dict) -> None:
             log.write(images)
         if done or images // snap > before // snap:
             if run.rank == 0:
-                picture = save_grid(trainer, outdir / "samples" / f"{images // 1000:06d}.png", *fixed)
+                picture = save_grid(trainer, outdir / "samples" / f"{images:08d}.png", *fixed)
                 log.picture("samples", picture, images)
                 state = frozen | {"images_seen": images, "iteration": iteration, "ema": trainer.ema.state_dict()}
-                training.save(outdir / "snapshots" / f"gan-{images // 1000:06d}.pt", state)
+                training.save(outdir / "snapshots" / f"gan-{images:08d}.pt", state)
                 training.save(checkpoint, state | {"trainer": trainer.state()})
             run.reseed(images)  # a run resumed here draws the same numbers
         if done:

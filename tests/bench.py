@@ -207,8 +207,8 @@ class PlainTrainer:
         score = self.D(plain_augment(x, self.options["augment"]))
         return self.step(gan.loss_g(self.options["loss"], score) + 100 * self.decoder.orthogonality(), self.opt_g)
 
-    def average(self) -> None:
-        decay = 0.5 ** (self.options["batch"] / gan.EMA_HALF_LIFE)
+    def average(self, images: int) -> None:
+        decay = 0.5 ** (self.options["batch"] / min(gan.EMA_HALF_LIFE, images / 20))
         with torch.no_grad():
             for p, q in zip(self.ema.parameters(), self.decoder.parameters(), strict=True):
                 p.mul_(decay).add_(q, alpha=1 - decay)
@@ -220,7 +220,7 @@ class PlainTrainer:
         if i % gan.R1_EVERY == 0:
             self.penalise(real, y)
         self.generate()
-        self.average()
+        self.average((i + 1) * self.options["batch"])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -264,7 +264,7 @@ def serve(side: str, size: int, batch: int, disc: str, backbone: str) -> None:
     if side == "ours":
         real = real.contiguous(memory_format=torch.channels_last)
     parts = dict(regularisation=trainer.regularise, D=lambda: trainer.discriminate(real, y), G=trainer.generate)
-    parts |= dict(R1=lambda: trainer.penalise(real, y), EMA=trainer.average)
+    parts |= dict(R1=lambda: trainer.penalise(real, y), EMA=lambda: trainer.average(200_000))
     for _ in sys.stdin:
         start = time.perf_counter()
         for i in range(gan.R1_EVERY):

@@ -136,11 +136,11 @@ def test_translation_shifts_by_up_to_an_eighth():
 
 
 def test_augmentation_is_differentiable_twice():
-    x = torch.randn(3, 3, 16, 16, dtype=torch.float64, requires_grad=True)
+    x = torch.randn(2, 3, 8, 8, dtype=torch.float64, requires_grad=True)
 
     def f(x):
         torch.manual_seed(1)
-        return gan.augment(x, "color,translation,cutout", p=1.0)[:, :, ::5, ::5]
+        return gan.augment(x, "color,translation,cutout", p=1.0)[:, :, ::3, ::3]
 
     assert torch.autograd.gradcheck(f, x) and torch.autograd.gradgradcheck(f, x)
 
@@ -228,7 +228,7 @@ def test_updates_touch_their_network_only():
     assert changed(lambda: t.discriminate(real, y)) == {"D"}
     assert changed(lambda: t.penalise(real, y)) == {"D"}
     assert changed(t.generate) == {"decoder"}
-    assert changed(t.average) == {"ema"}
+    assert changed(lambda: t.average(1000)) == {"ema"}
     assert all(p.grad is None for p in classifier.parameters())
     assert all(p.requires_grad for p in t.D.parameters())
 
@@ -240,13 +240,15 @@ def test_generator_step_costs_the_discriminator_no_weight_gradients():
 
 
 def test_ema_half_life_counts_images():
-    t = trainer(0, kind="none")
-    for p, q in zip(t.decoder.parameters(), t.ema.parameters(), strict=True):
-        p.data.fill_(1.0)
-        q.data.fill_(0.0)
-    for _ in range(gan.EMA_HALF_LIFE // OPTIONS["batch"]):
-        t.ema_update([next(t.ema.parameters())], [next(t.decoder.parameters())], None)
-    torch.testing.assert_close(next(t.ema.parameters()), torch.full_like(next(t.ema.parameters()), 0.5))
+    t = trainer(0, kind="none", batch=2000)
+    for images, half_life in ((20 * gan.EMA_HALF_LIFE, gan.EMA_HALF_LIFE), (40_000, 2000)):
+        for p, q in zip(t.decoder.parameters(), t.ema.parameters(), strict=True):
+            p.data.fill_(1.0)
+            q.data.fill_(0.0)
+        for _ in range(half_life // 2000):
+            t.average(images)
+        for q in t.ema.parameters():
+            torch.testing.assert_close(q, torch.full_like(q, 0.5))
 
 
 def test_regularisation_counts_iterations(monkeypatch):
@@ -321,7 +323,7 @@ def digest(path):
 
 def test_command_writes_what_it_says(command, class_folder, run_folder):
     command("gan", "--data", class_folder, "--outdir", run_folder, "--smoke")
-    for name in ("gan.pt", "gan.json", "stats.jsonl", "samples/000000.png"):
+    for name in ("gan.pt", "gan.json", "stats.jsonl", "samples/00000256.png"):
         assert (run_folder / name).exists(), name
     assert list((run_folder / "tensorboard" / "gan").iterdir()) and list((run_folder / "snapshots").iterdir())
     lines = [json.loads(line) for line in (run_folder / "stats.jsonl").read_text().splitlines()]
@@ -329,7 +331,7 @@ def test_command_writes_what_it_says(command, class_folder, run_folder):
     assert last["images"] == 256 and all(math.isfinite(v) for v in last.values() if not isinstance(v, str))
     assert last["mi_bits"] <= math.log2(3) + 1e-6
     assert json.loads((run_folder / "gan.json").read_text())["size"] == 32
-    assert Image.open(run_folder / "samples/000000.png").size == (256, 96)
+    assert Image.open(run_folder / "samples/00000256.png").size == (256, 96)
 
     network = gan.load(run_folder / "gan.pt")
     assert network.label_names == ["high", "low", "middle"] and network.labels == 3
@@ -347,7 +349,7 @@ def test_resumed_run_equals_an_unbroken_one(command, class_folder, class_run, tm
     whole, broken = (shutil.copytree(class_run, tmp_path / name) for name in ("whole", "broken"))
     common = ["--data", class_folder, "--smoke"]
     command("gan", *common, "--outdir", whole)
-    state = training.load(whole / "snapshots" / "gan-000000.pt", "gan")
+    state = training.load(whole / "snapshots" / "gan-00000256.pt", "gan")
     assert state["images_seen"] == 256
     with pytest.MonkeyPatch.context() as patch:  # the same run, ended after its first save
         save = training.save
@@ -376,16 +378,18 @@ def test_each_option_changes_the_result(command, class_folder, class_run, tmp_pa
     seen = {}
     for i, variant in enumerate(variants):
         outdir = shutil.copytree(class_run, tmp_path / str(i))
-        command("gan", "--data", class_folder, "--outdir", outdir, "--smoke", "--kimg", 0.064, *variant)
+        command("gan", "--data", class_folder, "--outdir", outdir, "--smoke", "--kimg", 0.016, *variant)
         seen.setdefault(digest(outdir / "gan.pt"), []).append(variant)
     assert all(len(same) == 1 for same in seen.values()), seen
     count = len(list((tmp_path / "0" / "snapshots").iterdir()))
     outdir = shutil.copytree(class_run, tmp_path / "snap")
-    command("gan", "--data", class_folder, "--outdir", outdir, "--smoke", "--kimg", 2.1, "--snap", 1.0, "--workers", 0)
+    command(
+        "gan", "--data", class_folder, "--outdir", outdir, "--smoke", "--kimg", 0.048, "--snap", 0.016, "--workers", 0
+    )
     assert len(list((outdir / "snapshots").iterdir())) > count
     start = tmp_path / "0" / "gan.pt"
     outdir = shutil.copytree(class_run, tmp_path / "init")
-    command("gan", "--data", class_folder, "--outdir", outdir, "--smoke", "--kimg", 0.064, "--init", start)
+    command("gan", "--data", class_folder, "--outdir", outdir, "--smoke", "--kimg", 0.016, "--init", start)
     assert digest(outdir / "gan.pt") not in seen
 
 
@@ -497,5 +501,5 @@ def test_traversal_moves_one_dimension_and_is_sorted():
     strip = explore.traverse(
         network, None, latent, 2, 4, torch.tensor([-4.5, latent[0, gan.NOISE + 6 + 3].item(), 4.5])
     )
-    torch.testing.assert_close(strip[1:2], network.decode(None, latent), rtol=0, atol=1e-6)
+    torch.testing.assert_close(strip[1:2], network.decode(None, latent), rtol=0, atol=1e-5)
     assert (strip[0] - strip[2]).abs().max() > 1e-3
