@@ -549,7 +549,8 @@ def run_stage(options: dict) -> None:
     if run.rank == 0:
         results, h = evaluate(encoder, ds, val, run, 200 if options["smoke"] else 20_000)
         scatter(outdir / "encoder_tsne.png", h, val, run.seed)
-        save(max(done, total), extra, results=results)
+        steps = max(0, math.ceil((total - done) / options["batch"]))
+        save(done + steps * options["batch"], extra, results=results)
         training.write_options(outdir / "encoder.json", options | {"results": results})
         report(results, ds.label_kind)
         print(f"Wrote {path}, {outdir / 'encoder.json'} and {outdir / 'encoder_tsne.png'}")

@@ -36,11 +36,11 @@ LOG_EVERY = 2_000  # images
 
 # Published: AFHQ at 256 px and CelebA at 128 px, 200,000 iterations. The row '' serves any other data.
 PRESETS = {
-    "":              dict(batch=32, lr=1e-4, kimg=200.0,   snap=50.0),
-    "critters":      dict(batch=32, lr=4e-4, kimg=100.0,   snap=20.0),
-    "fashion-mnist": dict(batch=32, lr=4e-4, kimg=200.0,   snap=50.0),
-    "afhq":          dict(batch=32, lr=1e-4, kimg=6400.0,  snap=200.0),
-    "celeba":        dict(batch=64, lr=1e-4, kimg=12800.0, snap=200.0),
+    "":              dict(batch=32, lr=1e-4, kimg=200.0,   snap=50.0,  augment="color,translation,cutout"),
+    "critters":      dict(batch=16, lr=5e-4, kimg=60.0,    snap=10.0,  augment="none"),
+    "fashion-mnist": dict(batch=16, lr=5e-4, kimg=60.0,    snap=10.0,  augment="none"),
+    "afhq":          dict(kimg=6400.0,  snap=200.0),
+    "celeba":        dict(batch=64, kimg=12800.0, snap=200.0),
 }  # fmt: skip
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -645,6 +645,9 @@ def train(options: dict) -> None:
     import encoder as encoder_stage
     import training
 
+    smoke = {"batch": 8, "kimg": 0.256, "snap": 0.128} if options["smoke"] else {}
+    options |= {name: value for name, value in smoke.items() if options[name] is None}
+    options = training.by_data(PRESETS, options["data"], options)
     for bad, why in (
         (options["per_class"] and options["unconditional"], "--per-class needs labels, --unconditional has none"),
         (options["unconditional"] and options["reg_mode"] == "joint", "--reg-mode joint needs labels"),
@@ -653,9 +656,6 @@ def train(options: dict) -> None:
     ):  # fmt: skip
         if bad:
             raise click.UsageError(why)
-    smoke = {"batch": 8, "kimg": 0.256, "snap": 0.128} if options["smoke"] else {}
-    options |= {name: value for name, value in smoke.items() if options[name] is None}
-    options = training.by_data(PRESETS, options["data"], options)
     outdir = training.out_folder(options)
     if options["dry_run"]:
         return click.echo(json.dumps(options, indent=2))
@@ -767,7 +767,7 @@ OPTIONS = [
     click.option("--reg-mode",      type=click.Choice(["separate", "joint"]), default="separate", help="Regularise by an update of its own, or in the adversarial one."),
     click.option("--orth",          type=click.Choice(["penalty", "exact", "none"]), default="penalty", help="How the bases U are kept orthonormal."),
     click.option("--r1",            metavar="W", type=click.FloatRange(0), default=10.0, help="Weight of the gradient penalty, every 16th iteration; 0: none."),
-    click.option("--augment",       metavar="LIST|none", default="color,translation,cutout", help="Augmentations of the discriminator's inputs."),
+    click.option("--augment",       metavar="LIST|none", help="Of the discriminator's inputs: color,translation,cutout or some of them.  [default: by data]"),
     click.option("--sample-y",      type=click.Choice(["joint", "independent"]), default="joint", help="Draw y jointly as in the data, or each attribute on its own."),
     click.option("--unconditional", is_flag=True, help="Vanilla EigenGAN: no labels, no regularisation; needs no earlier stage."),
     click.option("--lr",            metavar="RATE", type=click.FloatRange(0, min_open=True), help="Learning rate of both Adams.  [default: by data]"),

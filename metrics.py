@@ -4,7 +4,7 @@
     python metrics.py --network runs/afhq/gan.pt --metrics fid,is,chamfer,chamfer_sum,accuracy --json afhq.json
     python metrics.py --images DIR --reference DIR --resize clean
     python metrics.py --images DIR --reference stats.npz
-    torchrun --nproc-per-node 8 metrics.py --network runs/afhq/gan.pt
+    torchrun --nproc-per-node 8 -- metrics.py --network runs/afhq/gan.pt
 
 FID, IS and KID look through the FID Inception network with published weights (`--inception FILE`, or downloaded once);
 where there are none, a run is scored through its own encoder and classifier, and the distance is called FD. FID depends
