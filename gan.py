@@ -52,6 +52,11 @@ def channels_at(size: int, resolution: int) -> int:
     return min(16 * size // resolution, 512)
 
 
+def full(x: Tensor) -> Tensor:
+    """x in at least single precision: out of an autocast network, before tanh and the losses."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
 def he_init(network: nn.Module) -> None:
     """Start every convolution and linear layer at He et al.'s scale, biases at 0, so that signals keep their size.
 
@@ -156,7 +161,7 @@ class Generator(nn.Module):
         h = self.first(eps).view(len(eps), 4, 4, -1).permute(0, 3, 1, 2)
         for i, block in enumerate(self.blocks):
             h = block(h, z[:, i], convolved[i] if convolved else None)
-        return torch.tanh(self.last(bias_lrelu(h, self.last_bias)).float())
+        return torch.tanh(full(self.last(bias_lrelu(h, self.last_bias))))
 
 
 class Decoder(nn.Module):
@@ -231,7 +236,7 @@ class GlobalDiscriminator(nn.Module):
 
     def forward(self, x: Tensor, y: Tensor | None = None) -> Tensor:
         h = self.hidden(self.features(x).flatten(1))
-        return self.score(bias_lrelu(h, self.hidden_bias)).float()
+        return full(self.score(bias_lrelu(h, self.hidden_bias)))
 
 
 class PatchDiscriminator(nn.Module):
@@ -252,7 +257,7 @@ class PatchDiscriminator(nn.Module):
         )
 
     def forward(self, x: Tensor, y: Tensor | None = None) -> Tensor:
-        return self.layers(x).float()
+        return full(self.layers(x))
 
 
 class PerClass(nn.Module):
@@ -342,8 +347,8 @@ def loss_g(kind: str, fake: Tensor) -> Tensor:
 def loss_y(kind: str, logits: Tensor, y: Tensor) -> Tensor:
     """H(Y | E) of eq. 5 in nats, mean over images: cross-entropy, or the sum of an image's binary cross-entropies."""
     if kind == "one-hot":
-        return F.cross_entropy(logits.float(), y)
-    return F.binary_cross_entropy_with_logits(logits.float(), y, reduction="sum") / len(y)
+        return F.cross_entropy(full(logits), y)
+    return F.binary_cross_entropy_with_logits(full(logits), y, reduction="sum") / len(y)
 
 
 def entropy_bits(labels: Tensor) -> float:

@@ -245,9 +245,9 @@ def build(side: str, size: int, batch: int, disc: str, backbone: str, loss: str 
     if side == "ours":
         import encoder
 
-        state = encoder.Encoder(backbone, "imagenet").state_dict()
         theirs = resnet.state_dict()
-        own = {k: next((v for n, v in theirs.items() if k.endswith(n)), v0) for k, v0 in state.items()}
+        state = encoder.Encoder(backbone, "imagenet").state_dict()
+        own = {name: theirs.get(name.removeprefix("backbone."), value) for name, value in state.items()}
         config = dict(backbone=backbone, stem="imagenet", mean=(0.0,) * 3, std=(1.0,) * 3)
         frozen = encoder.build({"config": config, "model": own}).to(memory_format=torch.channels_last)
         return gan.Trainer(options, run, torch.eye(3), "one-hot", frozen, classifier.requires_grad_(False))
