@@ -104,7 +104,7 @@ def test_two_processes_compute_the_loss_of_the_joint_batch(tmp_path):
         "work.py",
         str(ROOT),
     ]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=400)
     assert done.returncode == 0, done.stderr[-2000:]
     assert all(done.stdout.count(f"equal {name}") == 2 for name in ("simclr", "barlow", "byol"))
 
@@ -184,8 +184,9 @@ def test_build_gives_the_same_function_frozen(backbone):
                 module.weight.data.uniform_(0.5, 2),
             )
     built = encoder.build({"config": net.config, "model": net.state_dict()})
-    x = torch.rand(2, 3, 64, 64)
-    torch.testing.assert_close(built(x), net.eval()(x), rtol=1e-3, atol=1e-3)
+    x = torch.rand(2, 3, 64, 64).double()
+    h = net.eval().double()(x)  # evaluated in float64: what is left is the rounding of the folded weights to float32
+    torch.testing.assert_close(built.double()(x), h, rtol=0, atol=1e-5 * h.abs().max().item())
     assert not built.training and not any(p.requires_grad for p in built.parameters())
 
 
