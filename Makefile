@@ -1,5 +1,6 @@
 # make demo   train all three stages on the built-in data, measure, draw
 # make test   run the tests          make lint    check style
+# make ablations  after the demo: train each variant of stage 3 on its encoder and classifier, one table of all
 # make bench  time ops, training step, metrics and data loading against the usual ways
 
 PYTHON ?= python3
@@ -20,6 +21,15 @@ demo: .venv/done
 	$(BIN)/python metrics.py --network $(RUN)/gan.pt --json $(RUN)/metrics.json
 	@echo "pictures: $(RUN)/sample.png, $(RUN)/traverse.png, $(RUN)/encoder_tsne.png"
 
+VARIANTS := --orth=penalty --orth=exact --orth=none --reg-mode=joint --per-class --unconditional
+
+ablations: .venv/done
+	for option in $(VARIANTS); do \
+		mkdir -p runs/ablations/$${option#--} && cp $(RUN)/encoder.pt $(RUN)/classifier.pt runs/ablations/$${option#--} && \
+		$(BIN)/python gan.py --outdir runs/ablations/$${option#--} $$option || exit 1; \
+	done
+	$(BIN)/python metrics.py $(VARIANTS:--%=--network runs/ablations/%/gan.pt)
+
 test: .venv/done
 	$(BIN)/python -m pytest -q
 
@@ -30,4 +40,4 @@ lint: .venv/done
 bench: .venv/done
 	$(BIN)/python tests/bench.py
 
-.PHONY: demo test lint bench
+.PHONY: demo ablations test lint bench

@@ -6,7 +6,7 @@
 
 The classifier is one linear layer on h = E(x), fitted by cross-entropy (classes) or binary cross-entropy (attributes that
 are on or off, those weighted by rarity), which maximises the bound on I(Y;E) = H(Y) - H(Y|E), equations (2) and (3) of the
-paper. y comes from the data set, or, with clusters:K, from k-means on the embeddings of the training images themselves.
+paper. y comes from the data set, or, with clusters:K, from clusters of the embeddings of the training images themselves.
 The results are `classifier.pt`, `classifier.json` and, for clusters, the pictures and the table in `clusters/`.
 """
 
@@ -26,6 +26,7 @@ from torch import nn
 PRESETS = {"": dict(epochs=200.0, batch=256, lr=3e-4, weight_decay=1e-6)}  # the published settings
 STEPS = 3000  # at least so many, for data sets so small that 200 epochs are fewer
 CLUSTERS = range(3, 16)  # that clusters:auto chooses from
+STRENGTH = 0.73  # prediction strength that it asks for
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -165,11 +166,12 @@ def evaluate(logits: torch.Tensor, y: torch.Tensor, names: list[str], one_hot: b
         guess = (logits > 0).to(y)
         overall = dict(accuracy=(guess == y).float().mean().item(),
                        majority=torch.maximum(y.mean(0), 1 - y.mean(0)).mean().item())  # fmt: skip
+    scores = logits.log_softmax(1) if one_hot else logits
     labels = {}
     for i, name in enumerate(names):
         rate = y[:, i].mean().item()
         labels[name] = dict(rate=rate, accuracy=(guess[:, i] == y[:, i]).float().mean().item(), majority=max(rate, 1 - rate),
-                            balanced=balanced_accuracy(guess[:, i], y[:, i]), ap=average_precision(logits[:, i], y[:, i]))  # fmt: skip
+                            balanced=balanced_accuracy(guess[:, i], y[:, i]), ap=average_precision(scores[:, i], y[:, i]))  # fmt: skip
     recalls = [(guess[:, i] * y[:, i]).sum().item() / y[:, i].sum().item() for i in range(len(names)) if y[:, i].any()]
     overall["balanced"] = float(np.mean(recalls) if one_hot else np.nanmean([v["balanced"] for v in labels.values()]))
     overall["ap"] = float(np.nanmean([v["ap"] for v in labels.values()]))
@@ -259,37 +261,97 @@ def agreement(clusters: torch.Tensor, labels: torch.Tensor) -> dict:
     return {"purity": (table.max(1).values.sum() / n).item(), "nmi": nmi.item(), "ari": ari.item()}
 
 
-def silhouette(x: torch.Tensor, clusters: torch.Tensor) -> float:
-    """Mean silhouette (Rousseeuw 1987) of x [N, F] in clusters [N]: (b - a) / max(a, b), a the mean distance within the
-    own cluster, b the least to another one; 0 for a cluster of one."""
-    hot = F.one_hot(clusters).to(x)
-    hot = hot[:, hot.any(0)]
-    count, own = hot.sum(0), hot.bool()
-    total = torch.cdist(x, x) @ hot  # [N, K]
-    within = total[own] / (count - 1).clamp(min=1).expand_as(total)[own]
-    other = (total / count).masked_fill(own, math.inf).min(1).values
-    value = (other - within) / torch.maximum(within, other).clamp(min=1e-12)
-    return value.masked_fill(count.expand_as(total)[own] == 1, 0).mean().item()
+def partitions(x: torch.Tensor, least: int, most: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Clusterings of x [N, F] into least..most clusters by k-means++ and merging, on its device.
+
+    k-means++ makes `cells`, at most 120 or `most`. Then, two at a time, the clusters A and B merge that have the most
+    links for their size, w(A, B) / sqrt(w(A) w(B)), where links join images that are among each other's 20 nearest. So
+    the gaps between clusters count, while plain k-means also cuts what varies without one, like brightness. In the end
+    what holds less than a thirtieth of the images merges first. Fitted on four fifths of x, at most 10,000.
+
+    Returns the cells' centres [cells, F] and, a row for each number of clusters, the cells' cluster [most - least + 1,
+    cells], clusters being numbered from 0 by size.
+    """
+    part = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))[: min(10_000, len(x) * 4 // 5)]
+    x = x[part.to(x.device)]
+    n, k = len(x), min(20, len(x) // 5 + 1)
+    near = torch.cat([(part @ x.T).topk(k + 1).indices[:, 1:] for part in x.split(1000)])  # on the sphere: by cosine
+    a, b = torch.arange(n, device=x.device).repeat_interleave(k), near.flatten()
+    mutual = torch.isin(b * n + a, a * n + b)
+    cells = max(most, min(120, n // 10))
+    centres = kmeans(x, cells, seed, restarts=1, iterations=25)[0]
+    cell = assign(x, centres)[0]
+    links = torch.full((cells, cells), 1e-6, device=x.device)  # not 0, so that what is not linked can merge at last
+    links = links.index_put_(
+        (cell[a[mutual]], cell[b[mutual]]), torch.tensor(1.0, device=x.device), accumulate=True
+    ).cpu()
+    size = torch.bincount(cell, minlength=cells).cpu()
+    owner, rows = torch.arange(cells), []
+    while len(links) >= least:
+        total = torch.zeros(len(links)).index_add_(0, owner, size.float())
+        if len(links) <= most:
+            rows.append(total.argsort(descending=True).argsort()[owner])
+        weight = links.sum(1)
+        closeness = (links / (weight[:, None] * weight).sqrt()).fill_diagonal_(-1)
+        if len(links) <= 2 * most and total.min() < n / 30:  # too small to learn from: merges first
+            closeness[total > total.min()] = -1
+        i, j = sorted(divmod(closeness.argmax().item(), len(links)))
+        keep = torch.arange(len(links)) != j
+        links[i] += links[j]
+        links[:, i] += links[:, j]
+        links = links[keep][:, keep]
+        owner = torch.where(owner == j, i, owner) - (owner > j).long()
+    return centres, torch.stack(rows[::-1])
 
 
-def choose_clusters(x: torch.Tensor, seed: int, path: Path) -> int:
-    """The number of clusters with the greatest silhouette on (at most) 3,000 images of x; draws all of them at `path`."""
-    from matplotlib.figure import Figure
+def prediction_strength(a: torch.Tensor, b: torch.Tensor) -> float:
+    """Of the cluster of a [N] that b [N] keeps worst, the share of its pairs that are together in b too, in [0, 1].
+
+    Tibshirani & Walther 2005; a and b number the clusters of the same images.
+    """
+    table = torch.zeros(int(a.max()) + 1, int(b.max()) + 1, dtype=torch.float64)
+    table.index_put_((a, b), torch.tensor(1.0, dtype=torch.float64), accumulate=True)
+    size = table.sum(1)[table.any(1)]
+    pairs = (table * (table - 1)).sum(1)[table.any(1)]
+    return (pairs / (size * (size - 1)).clamp(min=1)).min().item()
+
+
+def choose_clusters(
+    x: torch.Tensor, least: int, most: int, seed: int, path: Path | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of five `partitions` of different parts of x, the one that agrees best with the others: centres, cells' cluster.
+
+    The number of clusters K, from least to most, is the largest at which the mean `prediction_strength` between the
+    five is at least STRENGTH, or else the one where it is greatest. Draws that of all K at `path`.
+    """
     from tqdm import tqdm
 
-    x = x[torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))[:3000].to(x.device)]
-    ks = [k for k in CLUSTERS if k < len(x)]
-    values = []
-    for k in tqdm(ks, desc="clusters", unit="K", dynamic_ncols=True):
-        values.append(silhouette(x, assign(x, kmeans(x, k, seed, restarts=3)[0])[0]))
-    k = ks[int(np.argmax(values))]
-    figure = Figure(figsize=(6, 4))
-    axes = figure.subplots()
-    axes.plot(ks, values, "o-")
-    axes.axvline(k, ls=":")
-    axes.set(xlabel="clusters K", ylabel="mean silhouette", title=f"clusters:auto chooses K = {k}")
-    figure.savefig(path, dpi=100)
-    return k
+    runs = [
+        partitions(x, least, most, seed + i) for i in tqdm(range(5), desc="clusters", unit="run", dynamic_ncols=True)
+    ]
+    every = [assign(x, centres)[0].cpu() for centres, _ in runs]
+    scores = []  # [K, run]: mean strength with which the other runs predict it
+    for row in range(most - least + 1):
+        labels = [clusters[row][cell] for (_, clusters), cell in zip(runs, every, strict=True)]
+        scores.append([np.mean([prediction_strength(a, b) for b in labels if b is not a]) for a in labels])
+    strength = np.mean(scores, axis=1)
+    row = int(max(np.flatnonzero(strength >= STRENGTH), default=strength.argmax()))
+    if path:
+        from matplotlib.figure import Figure
+
+        figure = Figure(figsize=(6, 4))
+        axes = figure.subplots()
+        axes.plot(range(least, most + 1), strength, "o-")
+        axes.axvline(least + row, ls=":")
+        axes.axhline(STRENGTH, ls=":")
+        axes.set(
+            xlabel="clusters K",
+            ylabel="prediction strength",
+            title=f"clusters:auto chooses K = {least + row}",
+        )
+        figure.savefig(path, dpi=100)
+    centres, clusters = runs[int(np.argmax(scores[row]))]
+    return centres, clusters[row].to(x.device)
 
 
 def contact_sheet(images: np.ndarray, rows: np.ndarray, side: int = 8) -> Image.Image:
@@ -301,7 +363,7 @@ def contact_sheet(images: np.ndarray, rows: np.ndarray, side: int = 8) -> Image.
 
 
 def cluster(h: dict, sets: dict, spec: str, seed: int, folder: Path, device) -> tuple[dict, dict]:
-    """Internal attributes: k-means of the L2-normalised embeddings of the training images; images go to the nearest centre.
+    """Internal attributes: clusters of the L2-normalised embeddings of the training images.
 
     h: {'train': [N, F], 'val': [M, F]}.  sets: the Datasets.  spec: 'clusters:K' or 'clusters:auto'.
     Writes assignments.csv, a picture of each cluster and, for auto, the criterion's plot to `folder`. Returns the
@@ -311,18 +373,23 @@ def cluster(h: dict, sets: dict, spec: str, seed: int, folder: Path, device) -> 
     for old in folder.glob("cluster*.png"):
         old.unlink()
     x = {split: F.normalize(v.to(device), dim=1) for split, v in h.items()}
-    value = spec.removeprefix("clusters:")
-    k = choose_clusters(x["train"], seed, folder / "k.png") if value == "auto" else int(value)
-    if k > len(x["train"]):
-        raise click.UsageError(f"--attributes {spec}: there are only {len(x['train'])} training images")
-    centres = kmeans(x["train"], k, seed)[0]
-    near = {split: [v.cpu() for v in assign(points, centres)] for split, points in x.items()}
+    value, n = spec.removeprefix("clusters:"), len(x["train"])
+    least, most = (
+        (CLUSTERS[0], max(CLUSTERS[0], min(CLUSTERS[-1], n // 2))) if value == "auto" else (int(value), int(value))
+    )
+    if n < 2 * least:
+        raise click.UsageError(f"--attributes {spec}: there are only {n} training images")
+    centres, clusters = choose_clusters(x["train"], least, most, seed, folder / "k.png" if value == "auto" else None)
+    found = {split: clusters[assign(points, centres)[0]] for split, points in x.items()}
+    means = torch.stack([x["train"][found["train"] == c].mean(0) for c in range(int(clusters.max()) + 1)])
+    distance = (x["train"] - means[found["train"]]).square().sum(1).cpu()
+    found = {split: v.cpu() for split, v in found.items()}
     with open(folder / "assignments.csv", "w", newline="") as file:
         table = csv.writer(file)
         table.writerow(["index", "split", "cluster"])
-        table.writerows((i, split, c) for split, (c, _) in near.items() for i, c in enumerate(c.tolist()))
-    clusters, distance = near["train"]
-    for c in range(k):  # from the most to the least typical
+        table.writerows((i, split, c) for split, v in found.items() for i, c in enumerate(v.tolist()))
+    clusters = found["train"]
+    for c in range(len(means)):  # from the most to the least typical
         rows = (clusters == c).nonzero()[:, 0]
         rows = rows[distance[rows].argsort()]
         rows = rows[np.linspace(0, len(rows) - 1, min(64, len(rows))).astype(int)]
@@ -333,7 +400,7 @@ def cluster(h: dict, sets: dict, spec: str, seed: int, folder: Path, device) -> 
     known |= (
         {"label": labels.argmax(1)} if ds.label_kind == "one-hot" else dict(zip(ds.label_names, labels.T, strict=True))
     )
-    return {split: c for split, (c, _) in near.items()}, {name: agreement(clusters, v) for name, v in known.items()}
+    return found, {name: agreement(clusters, v) for name, v in known.items()}
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -36,14 +36,14 @@ def factors(seed: int, index: int) -> dict:
     lightness, saturation, in [0, 1]), and independent of the kind: `yaw`, `roll`, `pitch` (radians); `x`, `y` (shift,
     in image sides); `scale` (1 is usual); `side` (-1 or 1: where the one-sided things are); `width`, `ears`, `eyes`
     (relative sizes); `fur`, `eye`, `background`, `background2`, `cloth` (of hat, tie and glasses), `cloth2` (of the
-    flower); `slope` (of the background, radians), `sun` (where the light comes from, radians), `glow` (how much more of
-    it there is on that side) and `exposure` (1 is usual).
+    flower); `slope` (of the background, radians); `haze` (how much of it lies over all, and its grey level) and `light`
+    (the logarithm of the red, green and blue of the light on it).
     Raises ValueError for a negative seed or index.
     """
     if seed < 0 or index < 0:
         raise ValueError(f"seed and index must not be negative, got {seed} and {index}")
     key = np.array([seed, index], dtype=np.uint64)
-    u = iter(np.random.Generator(np.random.Philox(key=key)).random(64).tolist())
+    u = iter(np.random.Generator(np.random.Philox(key=key)).random(80).tolist())
 
     def uniform(low: float, high: float) -> float:
         return low + (high - low) * next(u)
@@ -53,8 +53,8 @@ def factors(seed: int, index: int) -> dict:
     kind = species if species < 2 else 2 + group % 4
     attributes = np.array([next(u) < rate for rate in RATES], dtype=np.uint8)
     f = dict(species=species, kind=kind, attributes=attributes)
-    f.update(yaw=uniform(-0.30, 0.30), roll=uniform(-0.18, 0.18), pitch=uniform(-0.12, 0.12))
-    f.update(x=uniform(-0.25, 0.25), y=uniform(-0.12, 0.12), scale=uniform(0.78, 1.12))
+    f.update(yaw=uniform(-0.22, 0.22), roll=uniform(-0.08, 0.08), pitch=uniform(-0.10, 0.10))
+    f.update(x=uniform(-0.07, 0.07), y=uniform(-0.045, 0.045), scale=uniform(0.91, 1.08))
     f.update(side=-1.0 if next(u) < 0.5 else 1.0)
     f.update(width=uniform(0.93, 1.07), ears=uniform(0.9, 1.12), eyes=uniform(0.9, 1.12))
     # Coats, from dark to cream: ginger to brown, grey, and any other colour.
@@ -65,11 +65,12 @@ def factors(seed: int, index: int) -> dict:
     f.update(eye=(uniform(0.10, 0.60), uniform(0.50, 0.62), uniform(0.55, 0.85)))
     hue, light = next(u), uniform(0.15, 0.90)
     f.update(background=(hue, light, uniform(0.25, 0.70)))
-    f.update(background2=((hue + uniform(-0.15, 0.15)) % 1.0, light + uniform(-0.40, 0.40), f["background"][2]))
-    f.update(slope=uniform(-math.pi, math.pi), sun=uniform(-math.pi, math.pi), glow=uniform(0.0, 0.70))
-    f.update(exposure=uniform(0.65, 1.25))
+    f.update(background2=((hue + uniform(-0.10, 0.10)) % 1.0, light + uniform(-0.20, 0.20), f["background"][2]))
+    f.update(slope=uniform(-math.pi, math.pi))
     f.update(cloth=(next(u), uniform(0.35, 0.55), uniform(0.55, 0.85)))
     f.update(cloth2=(next(u), uniform(0.62, 0.75), uniform(0.70, 0.95)))
+    bright = uniform(-0.5, 0.5)
+    f.update(light=tuple(bright + uniform(-0.9, 0.9) for _ in range(3)), haze=(uniform(0, 0.4), uniform(0, 1)))
     return f
 
 
@@ -381,9 +382,11 @@ def draw(f: dict, size: int) -> np.ndarray:
                 pen.ellipse(x + 0.21 * math.cos(a), y + 0.21 * math.sin(a), grow, grow, fill, 0.2)
         pen.ellipse(x, y, 0.14, 0.14, (255, 226, 90), 0.2)
 
-    # Light that falls from one side.
-    light = _ramp(size, f["sun"], f["exposure"] * (1 + f["glow"] / 2), f["exposure"] * (1 - f["glow"] / 2))
-    return np.rint(np.minimum(np.asarray(image.reduce(zoom)) * light, 255)).astype(np.uint8)
+    # Haze, then coloured light; what gets too much of it goes softly into white.
+    amount, level = f["haze"]
+    hazy = np.asarray(image.reduce(zoom)) * np.float32((1 - amount) / 255) + np.float32(amount * level)
+    lit = hazy * np.exp(np.float32(f["light"]))
+    return np.rint(255 * lit / (1 + lit**4) ** 0.25).astype(np.uint8)
 
 
 def render(seed: int, split: str, index: int, size: int) -> tuple[np.ndarray, int, np.ndarray, int]:

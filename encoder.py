@@ -30,14 +30,15 @@ from tqdm import tqdm
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # for pixels in [0, 1]
 
 # Settings by data. '' is the published row, for anything not named here. area: smallest crop; strength: of the colour
-# jitter; tau: BYOL's momentum at the start; cpu_images: most images (of 32 px) a run without --epochs sees on a CPU.
+# jitter; grey: probability of a grey view; tau: BYOL's momentum at the start; cpu_images: most images (of 32 px) a run
+# without --epochs sees on a CPU.
 PRESETS = {
-    "": dict(epochs=200.0, batch=32, lr=3e-4, weight_decay=1e-4, temperature=0.5, area=0.08, strength=1.0, tau=0.99,
-             stem="auto", cpu_images=40_000),
+    "": dict(epochs=200.0, batch=32, lr=3e-4, weight_decay=1e-4, temperature=0.5, area=0.08, strength=1.0, grey=0.2,
+             tau=0.99, stem="auto", cpu_images=40_000),
     "afhq": dict(cpu_images=None),
     "celeba": dict(batch=128, cpu_images=None),
-    "critters": dict(epochs=5.0, batch=64, lr=1e-3, temperature=0.2, area=0.3, strength=0.5, tau=0.9, stem="imagenet",
-                     cpu_images=None),
+    "critters": dict(epochs=5.0, batch=64, lr=1e-3, temperature=0.2, area=0.3, strength=1.0, grey=0.75, tau=0.9,
+                     stem="imagenet", cpu_images=None),
     "fashion-mnist": dict(epochs=0.5, batch=128, lr=1e-3, temperature=0.2, area=0.2, strength=0.5, tau=0.9),
 }  # fmt: skip
 
@@ -119,12 +120,13 @@ def embed(
 # Augmentation, as SimCLR's, for a whole batch at once.
 
 
-def augment(x: torch.Tensor, area: float = 0.08, strength: float = 1.0) -> torch.Tensor:
+def augment(x: torch.Tensor, area: float = 0.08, strength: float = 1.0, grey: float = 0.2) -> torch.Tensor:
     """One random view of each image; each draws its own parameters, on its device.
 
     x: float32 [B, 3, S, S] in [-1, 1]; so is the result.  area: smallest area of the crop as a part of the image
     (aspect 3/4 to 4/3).  strength: 1 jitters brightness, contrast and saturation by up to 0.8, hue by up to 0.2 turns,
-    with probability 0.8.  Flip: 0.5; grey: 0.2; Gaussian blur: 0.5, sigma up to 2 pixels or S / 40 if that is less.
+    with probability 0.8.  grey: probability of it.  Flip: 0.5; Gaussian blur: 0.5, sigma up to 2 pixels or S / 40 if
+    that is less.
 
     Crop, flip, bilinear resize and blur are separable, so together they are one matrix for the rows and one for the
     columns of an image. The colour changes are linear (hue: a turn about the grey axis), so together one 3x3 matrix.
@@ -157,14 +159,14 @@ def augment(x: torch.Tensor, area: float = 0.08, strength: float = 1.0) -> torch
     jitter = (uniform(0, 1) < 0.8) * strength
     brightness, contrast, saturation = (1 + jitter * uniform(-0.8, 0.8) for _ in range(3))
     angle = 2 * math.pi * jitter * uniform(-0.2, 0.2)
-    saturation = torch.where(uniform(0, 1) < 0.2, 0.0, saturation)
+    saturation = torch.where(uniform(0, 1) < grey, 0.0, saturation)
     one = torch.eye(3, device=x.device)
-    grey = torch.tensor([0.299, 0.587, 0.114], device=x.device).expand(3, 3)
+    luma = torch.tensor([0.299, 0.587, 0.114], device=x.device).expand(3, 3)
     axis = 3**-0.5 * torch.tensor([[0.0, -1, 1], [1, 0, -1], [-1, 1, 0]], device=x.device)
     turn = angle.cos() * one + (1 - angle.cos()) / 3 + angle.sin() * axis  # Rodrigues' formula about (1, 1, 1)
-    colour = (saturation * one + (1 - saturation) * grey) @ turn
+    colour = (saturation * one + (1 - saturation) * luma) @ turn
     x = ((x + 1) / 2).flatten(2)
-    mean = grey[:1] @ x.mean(2, keepdim=True)
+    mean = luma[:1] @ x.mean(2, keepdim=True)
     x = contrast * brightness * (colour @ x) + (1 - contrast) * brightness * mean
     return (2 * x.clamp(0, 1) - 1).view(b, 3, s, s).contiguous(memory_format=torch.channels_last)
 
@@ -410,7 +412,7 @@ def train(encoder: Encoder, ds, run, options: dict, state: dict, total: int, log
         for group in optimizer.param_groups:
             group["lr"] = options["lr"] * rate(seen + batch / 2, total)
         x = images.permute(0, 3, 1, 2).float() / 127.5 - 1
-        views = torch.cat([augment(x, options["area"], options["strength"]) for _ in range(2)])
+        views = torch.cat([augment(x, options["area"], options["strength"], options["grey"]) for _ in range(2)])
         with run.autocast():
             z = encoder.projection(encoder(views))
             p = modules["predictor"](z) if method == "byol" else None
@@ -470,7 +472,8 @@ def run_stage(options: dict) -> None:
 
     # Resolve the options.
     options = {
-        o: options.get(o) for o in ("temperature", "area", "strength", "tau", "lr", "weight_decay", "cpu_images")
+        o: options.get(o)
+        for o in ("temperature", "area", "strength", "grey", "tau", "lr", "weight_decay", "cpu_images")
     } | options
     given = {"epochs": options["epochs"], "batch": options["batch"]}
     options = training.by_data(PRESETS, options["data"], options)

@@ -36,11 +36,11 @@ LOG_EVERY = 2_000  # images
 
 # Published: AFHQ at 256 px and CelebA at 128 px, 200,000 iterations. The row '' serves any other data.
 PRESETS = {
-    "":              dict(batch=32, lr=1e-4, kimg=200.0,   snap=50.0,  augment="color,translation,cutout"),
+    "":              dict(batch=32, lr=1e-4, kimg=200.0,   snap=50.0,  augment="color,translation,cutout", reg_clip=True),
     "critters":      dict(batch=16, lr=5e-4, kimg=60.0,    snap=10.0,  augment="none"),
     "fashion-mnist": dict(batch=16, lr=5e-4, kimg=60.0,    snap=10.0,  augment="none"),
-    "afhq":          dict(kimg=6400.0,  snap=200.0),
-    "celeba":        dict(batch=64, kimg=12800.0, snap=200.0),
+    "afhq":          dict(kimg=6400.0,  snap=200.0, reg_clip=False),
+    "celeba":        dict(batch=64, kimg=12800.0, snap=200.0, reg_clip=False),
 }  # fmt: skip
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -61,19 +61,25 @@ def he_init(network: nn.Module) -> None:
     """Start every convolution and linear layer at He et al.'s scale, biases at 0, so that signals keep their size.
 
     From torch's default scale a generator's first images are hundreds of times fainter, and stay so for many steps.
+    A transposed convolution (3x3, stride 2) starts as bilinear upsampling, so that the first images are smooth.
     """
     for layer in network.modules():
         if isinstance(layer, (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)):
             inputs = layer.weight[0].numel()
-            if isinstance(layer, nn.ConvTranspose2d):  # each output pixel sees a quarter of the taps at stride 2
-                inputs = layer.in_channels * math.prod(layer.kernel_size) / math.prod(layer.stride)
+            if isinstance(layer, nn.ConvTranspose2d):
+                inputs = layer.in_channels
             nn.init.normal_(layer.weight, std=(2 / 1.04 / inputs) ** 0.5)
+            if isinstance(layer, nn.ConvTranspose2d):
+                tent = torch.tensor([0.5, 1.0, 0.5])
+                layer.weight.data = layer.weight.data[:, :, :1, :1] * tent[:, None] * tent
             if layer.bias is not None:
                 nn.init.zeros_(layer.bias)
 
 
 class Subspace(nn.Module):
     """phi = U (L * z) + mu (EigenGAN, eq. 1): `basis` orthonormal maps U [basis, r, r, C], importances L, origin mu.
+
+    U starts smooth (no finer than 4x4), random and orthonormal.
 
     orthonormal: keep U orthonormal by construction (Gram-Schmidt, differentiable) instead of by a penalty.
     """
@@ -84,7 +90,9 @@ class Subspace(nn.Module):
         self.L = nn.Parameter(3.0 * torch.arange(basis, 0, -1))
         self.mu = nn.Parameter(torch.zeros(resolution, resolution, channels))
         self.orthonormal = orthonormal
-        nn.init.orthogonal_(self.U.view(basis, -1))
+        smooth = F.interpolate(torch.randn(basis, channels, 4, 4), size=resolution, mode="bilinear")
+        U = torch.linalg.qr(smooth.permute(0, 2, 3, 1).flatten(1).T)[0].T
+        self.U.data.copy_(U.reshape(self.U.shape))
 
     def gram(self) -> Tensor:
         """U U^T [basis, basis], in full precision."""
@@ -418,23 +426,34 @@ class Trainer:
         with self.run.autocast():
             return self.decoder(y, latents), y
 
-    def step(self, loss: Tensor, network: nn.Module, optimiser: torch.optim.Optimizer, scaler) -> None:
+    def step(self, loss: Tensor, network: nn.Module, optimiser, scaler, limit: Tensor | None = None) -> Tensor:
+        """Backward and one step of the optimiser; a gradient of a norm above `limit` is scaled to it. Returns the norm."""
         optimiser.zero_grad(set_to_none=True)
         scaler.scale(loss).backward()
         self.run.average_gradients(network.parameters())
+        scaler.unscale_(optimiser)
+        norm = torch.nn.utils.get_total_norm([p.grad for p in network.parameters() if p.grad is not None])
+        if limit is not None:
+            torch.nn.utils.clip_grads_with_norm_(network.parameters(), 1.0, norm / limit)
         scaler.step(optimiser)
         scaler.update()
+        return norm
 
     def classify_loss(self, x: Tensor, y: Tensor) -> Tensor:
         with self.run.autocast():
             logits = self.classifier(self.encoder(x))
         return loss_y(self.kind, logits, y)
 
-    def regularise(self) -> Tensor:
-        """Classification regularisation, eqs. 4-5, as an update of its own; returns H(Y | E) in nats."""
+    def regularise(self, limit: Tensor | None = None) -> Tensor:
+        """Classification regularisation, eqs. 4-5, as an update of its own; returns H(Y | E) in nats.
+
+        limit: of the gradient's norm (--reg-clip: that of the adversarial gradient). The encoder's gradient can be a
+        hundred times the discriminator's, and in the second moments of their common Adam it would all but stop the
+        adversarial game.
+        """
         x, y = self.fake()
         loss = self.classify_loss(x, y)
-        self.step(loss, self.decoder, self.opt_g, self.scaler_g)
+        self.step(loss, self.decoder, self.opt_g, self.scaler_g, limit)
         return loss
 
     def discriminate(self, real: Tensor, y_real: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
@@ -454,8 +473,11 @@ class Trainer:
         self.step(self.options["r1"] * penalty, self.D, self.opt_d, self.scaler_d)
         return penalty
 
-    def generate(self, joint: bool = False) -> tuple[Tensor, Tensor, Tensor | None]:
-        """One update of the decoder; joint: with the classification term. Returns both losses and the penalty on U."""
+    def generate(self, joint: bool = False) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+        """One update of the decoder; joint: with the classification term.
+
+        Returns the adversarial loss, the penalty on U, the classification loss and the gradient's norm.
+        """
         self.D.requires_grad_(False)
         x, y = self.fake()
         augmented = augment(x, self.options["augment"])
@@ -465,9 +487,9 @@ class Trainer:
         orthogonality = self.decoder.orthogonality()
         classification = self.classify_loss(x, y) if joint else None
         loss = adversarial + (100 * orthogonality if self.options["orth"] == "penalty" else 0)
-        self.step(loss + (classification if joint else 0), self.decoder, self.opt_g, self.scaler_g)
+        norm = self.step(loss + (classification if joint else 0), self.decoder, self.opt_g, self.scaler_g)
         self.D.requires_grad_(True)
-        return adversarial, orthogonality, classification
+        return adversarial, orthogonality, classification, norm
 
     @torch.no_grad()
     def average(self, images: int) -> None:
@@ -484,8 +506,6 @@ class Trainer:
         o = self.options
         regularised = self.labels is not None and o["reg_every"] > 0 and i % o["reg_every"] == 0
         stats = {}
-        if regularised and o["reg_mode"] == "separate":
-            stats["H_y_given_e"] = self.regularise()
         stats["loss_d"], score_real, score_fake = self.discriminate(real, y_real)
         if o["loss"] == "ns":  # eqs. 6-7: a discriminator bounds the Jensen-Shannon divergence from below, in bits
             stats["jsd_bound"] = 1 - loss_d("ns", score_real, score_fake) / 2 / math.log(2)
@@ -493,10 +513,10 @@ class Trainer:
         if o["r1"] > 0 and i % R1_EVERY == 0:
             stats["r1"] = self.penalise(real, y_real)
         joint = regularised and o["reg_mode"] == "joint"
-        stats["loss_g"], stats["orthogonality"], classification = self.generate(joint)
-        if joint:
-            stats["H_y_given_e"] = classification
-        if regularised:  # eq. 4: a lower bound on I(Y; E) through the generated images, at most H(Y)
+        stats["loss_g"], stats["orthogonality"], classification, norm = self.generate(joint)
+        if regularised:
+            stats["H_y_given_e"] = classification if joint else self.regularise(norm if o["reg_clip"] else None)
+            # Eq. 4: a lower bound on I(Y; E) through the generated images, at most H(Y)
             stats["mi_bits"] = self.entropy - stats["H_y_given_e"] / math.log(2)
         self.average((i + 1) * o["batch"])
         return stats
@@ -770,6 +790,7 @@ OPTIONS = [
     click.option("--loss",          type=click.Choice(["hinge", "ns", "lsgan"]), default="hinge", help="Adversarial loss; ns: non-saturating."),
     click.option("--reg-every",     metavar="N", type=click.IntRange(0), default=2, help="Iterations between classification regularisations; 0: never."),
     click.option("--reg-mode",      type=click.Choice(["separate", "joint"]), default="separate", help="Regularise by an update of its own, or in the adversarial one."),
+    click.option("--reg-clip/--no-reg-clip", default=None, help="Limit a regularisation's gradient to the adversarial one's norm.  [default: by data]"),
     click.option("--orth",          type=click.Choice(["penalty", "exact", "none"]), default="penalty", help="How the bases U are kept orthonormal."),
     click.option("--r1",            metavar="W", type=click.FloatRange(0), default=10.0, help="Weight of the gradient penalty, every 16th iteration; 0: none."),
     click.option("--augment",       metavar="LIST|none", help="Of the discriminator's inputs: color,translation,cutout or some of them.  [default: by data]"),

@@ -448,7 +448,7 @@ def frechet_distance(mean1: np.ndarray, cov1: np.ndarray, mean2: np.ndarray, cov
         return a
 
     product = factor(cov1).T @ factor(cov2)
-    if min(product.shape) <= 512:
+    if min(product.shape) <= 256:
         trace = scipy.linalg.svdvals(product).sum() if product.size else 0.0
     else:
         gram = product @ product.T if product.shape[0] <= product.shape[1] else product.T @ product
@@ -671,16 +671,18 @@ def affinities(x: Tensor, perplexity: float, block: int = 1024) -> Tensor:
             beta = log_beta.exp()
             e = torch.exp(-beta * d)
             e[own] = 0
-            e /= e.sum(1, keepdim=True)
-            ed = e * d
+            total = e.sum(1, keepdim=True)
+            ed = e.div_(total) * d
             mean = ed.sum(1, keepdim=True)
-            gap = torch.special.entr(e).sum(1, keepdim=True) - target
-            if (gap.abs() < 1e-5).all():
+            gap = total.log() + beta * mean - target  # entropy minus what it should be
+            found = gap.abs() < 1e-5
+            if found.all():
                 break
             low, high = torch.where(gap > 0, log_beta, low), torch.where(gap > 0, high, log_beta)
-            variance = (ed.mul_(d)).sum(1, keepdim=True) - mean.square()
-            step = log_beta + gap / (beta.square() * variance)
-            log_beta = torch.where((step > low) & (step < high), step, (low + high) / 2)
+            variance = ed.mul_(d).sum(1, keepdim=True) - mean.square()
+            step = log_beta + (gap / (beta.square() * variance)).clamp(-1, 1)
+            step = torch.where((step > low) & (step < high), step, (low + high) / 2)
+            log_beta = torch.where(found, log_beta, step)
         d.copy_(e)
     for a in range(0, n, block):  # P = (P + P^T) / 2N in place
         for b in range(a, n, block):
@@ -999,9 +1001,9 @@ class Run:
         remedy = "give the run's folder the data it was trained on, or train again"
         training.check_same(data, self.train.info(), ("fingerprint", "size"), path, remedy)
 
-        # A run without labels carries no encoder, but stages 1 and 2 may lie beside it.
+        # A run without labels carries no classifier, but stages 1 and 2 may lie beside it.
         encoder, classifier, kind = self.net.encoder, self.net.classifier, self.kind
-        if encoder is None and (self.folder / "encoder.pt").exists():
+        if classifier is None and (self.folder / "encoder.pt").exists():
             import classifier as stage2
             import encoder as stage1
 
@@ -1352,12 +1354,34 @@ def report(r: dict, columns: int = 5) -> str:
     return "\n".join(lines)
 
 
+def compare(results: Sequence[dict]) -> str:
+    """Several runs as one table, a row each, named by their folders."""
+    names = [Path(r["network"]).absolute().parent.name for r in results]
+    distance = "fd" if any("fd" in r for r in results) else "fid"
+    columns = ((distance, distance.upper(), "{:.2f}"), ("is", "IS", "{:.3f}"), ("chamfer", "Chamfer", "{:.2f}"),
+               ("accuracy", "accuracy", "{:.2%}"), ("accuracy_judge", "judge", "{:.2%}"), ("diversity", "diversity", "{:.3f}"))  # fmt: skip
+    columns = [c for c in columns if any(c[0] in r for r in results)]
+    width = max(map(len, names))
+    lines = [" " * width + "".join(f"{title:>11s}" for _, title, _ in columns)]
+    for name, r in zip(names, results, strict=True):
+        cells = (form.format(r[key]) if key in r else "-" for key, _, form in columns)
+        lines.append(f"{name:{width}s}" + "".join(f"{cell:>11s}" for cell in cells))
+    return "\n".join(lines)
+
+
 @click.command(help=__doc__.replace("\n\n", "\n\n\b\n", 1))
-@click.option("--network", metavar="FILE", help="A run's gan.pt, scored against its training images.")
+@click.option(
+    "--network",
+    metavar="FILE",
+    multiple=True,
+    help="A run's gan.pt, scored against its training images; several times: a table of runs.",
+)
 @click.option("--images", metavar="DIR", help="Folder of images to score without a run.")
 @click.option("--reference", metavar="DIR|NPZ", help="What to score --images against: a folder, or statistics.")
 @click.option("--metrics", metavar="A,B,...", help=f"Some of {', '.join(METRICS)}.  [default: those that apply, but kid for folders only, chamfer_sum on GPUs only]")  # fmt: skip
-@click.option("--json", "json_file", metavar="FILE", help="Write the results as one JSON object.")
+@click.option(
+    "--json", "json_file", metavar="FILE", help="Write the results as one JSON object (several runs: keyed by file)."
+)
 @click.option("--features", metavar="auto|inception|encoder|FILE", default="auto", show_default=True, help="Network of FID, IS and KID; FILE: an encoder.pt or gan.pt. auto: Inception if it can be had, else the run's encoder.")  # fmt: skip
 @click.option("--inception", metavar="FILE", help="The Inception weights, if not to be downloaded.")
 @click.option("--resize", type=click.Choice(["torch", "tf", "clean"]), default="torch", show_default=True, help="To 299 px as pytorch-fid, torch-fidelity or clean-fid does.")  # fmt: skip
@@ -1370,20 +1394,28 @@ def report(r: dict, columns: int = 5) -> str:
 @click.option("--batch", metavar="N", type=click.IntRange(1), default=64, show_default=True, help="Images at once; changes no result.")  # fmt: skip
 @click.option("--device", metavar="DEVICE", default="auto", show_default=True, help="cpu, cuda, cuda:1; auto: cuda if there is one.")  # fmt: skip
 @click.option("--smoke", is_flag=True, help="A run of seconds that takes every code path; its results mean nothing.")  # fmt: skip
-def main(json_file: str | None, **options) -> None:
-    if bool(options["network"]) == bool(options["images"]) or bool(options["network"] and options["reference"]):
+def main(network: tuple[str, ...], json_file: str | None, **options) -> None:
+    if bool(network) == bool(options["images"]) or bool(network and options["reference"]):
         raise click.UsageError("give either --network FILE, or --images DIR and --reference DIR|NPZ")
+    if len(network) > 1 and options["save_stats"]:
+        raise click.UsageError("--save-stats takes one --network")
     if options["images"] and not options["reference"] and options["metrics"] != "is":
         raise click.UsageError("--images needs a --reference, except for --metrics is")
     for name, file in (("--json", json_file), ("--save-stats", options["save_stats"])):
         if file and not Path(file).absolute().parent.is_dir():
             raise click.UsageError(f"{name} {file}: there is no such folder")
     world = start(options["device"], options["batch"])
-    results = evaluate(options, world)
+    results = []
+    for file in network or (None,):
+        results.append(evaluate(options | {"network": file}, world))
+        if world.rank == 0:
+            click.echo(report(results[-1]))
     if world.rank == 0:
-        click.echo(report(results))
+        if len(results) > 1:
+            click.echo("\n" + compare(results))
         if json_file:
-            Path(json_file).write_text(json.dumps(results, indent=2) + "\n")
+            found = results[0] if len(results) == 1 else {r["network"]: r for r in results}
+            Path(json_file).write_text(json.dumps(found, indent=2) + "\n")
     if dist.is_initialized():
         dist.destroy_process_group()
 

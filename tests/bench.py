@@ -237,7 +237,9 @@ def frozen_resnet(backbone: str) -> nn.Module:
 def build(side: str, size: int, batch: int, disc: str, backbone: str, loss: str = "lsgan"):
     """The trainer of one side, 'ours' or 'plain', with the same weights."""
     options = dict(size=size, batch=batch, disc=disc, per_class=False, loss=loss, reg_every=2, reg_mode="separate")
-    options |= dict(orth="penalty", r1=10.0, augment="color,translation,cutout", sample_y="joint", lr=1e-4)
+    options |= dict(
+        orth="penalty", r1=10.0, reg_clip=False, augment="color,translation,cutout", sample_y="joint", lr=1e-4
+    )
     torch.manual_seed(0)
     resnet = frozen_resnet(backbone)
     classifier = nn.Linear(2048 if backbone == "resnet50" else 512, 3)

@@ -116,7 +116,8 @@ def test_scores_agree_with_scikit_learn():
     assert overall["accuracy"] == pytest.approx((logits.argmax(1) == classes).mean())
     assert overall["balanced"] == pytest.approx(balanced_accuracy_score(classes, logits.argmax(1)))
     assert overall["majority"] == pytest.approx(np.bincount(classes).max() / 400)
-    assert overall["ap"] == pytest.approx(average_precision_score(np.eye(3)[classes], logits), abs=1e-6)
+    softmax = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
+    assert overall["ap"] == pytest.approx(average_precision_score(np.eye(3)[classes], softmax), abs=1e-6)
     assert math.isnan(classifier.average_precision(torch.randn(5), torch.zeros(5)))
 
 
@@ -131,8 +132,8 @@ def blobs(k: int, n: int = 600) -> tuple[torch.Tensor, torch.Tensor]:
     return F.normalize(centres[which] + 0.08 * torch.randn(n, 16, generator=draw), dim=1), which
 
 
-def test_agreement_and_silhouette_agree_with_scikit_learn():
-    from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score, silhouette_score
+def test_agreement_agrees_with_scikit_learn():
+    from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
 
     draw = np.random.default_rng(0)
     a = draw.integers(0, 5, 300)
@@ -143,11 +144,6 @@ def test_agreement_and_silhouette_agree_with_scikit_learn():
     assert ours["purity"] == pytest.approx(sum(np.bincount(b[a == v]).max() for v in range(5)) / 300)
     same = classifier.agreement(torch.from_numpy(a), torch.from_numpy(a + 1))
     assert same == pytest.approx({"purity": 1, "nmi": 1, "ari": 1})
-    x, which = blobs(4, 200)
-    x = x + 0.2 * torch.randn(200, 16, generator=torch.Generator().manual_seed(1))
-    which[which == 3] = 5  # with an empty cluster, and one of one
-    which[0] = 6
-    assert classifier.silhouette(x, which) == pytest.approx(silhouette_score(x, which), abs=1e-5)
 
 
 def test_kmeans_is_as_good_as_scikit_learns_and_seeded():
@@ -172,8 +168,35 @@ def test_kmeans_is_as_good_as_scikit_learns_and_seeded():
 
 @pytest.mark.parametrize("k", [4, 6])
 def test_the_number_of_clusters_is_found(tmp_path, k):
-    assert classifier.choose_clusters(blobs(k)[0], 0, tmp_path / "k.png") == k
+    x, which = blobs(k)
+    centres, clusters = classifier.choose_clusters(x, 3, 15, 0, tmp_path / "k.png")
+    found = clusters[classifier.assign(x, centres)[0]]
+    assert len(clusters.unique()) == k and classifier.agreement(found, which)["ari"] > 0.98
     assert Image.open(tmp_path / "k.png").size[0] > 300
+    assert torch.equal(clusters, classifier.choose_clusters(x, 3, 15, 0, None)[1])
+    for wanted in (2, k + 2):
+        assert len(classifier.choose_clusters(x, wanted, wanted, 0, None)[1].unique()) == wanted
+
+
+def test_prediction_strength_closed_forms():
+    a = torch.tensor([0, 0, 0, 0, 1, 1, 1, 1])
+    assert classifier.prediction_strength(a, a + 2) == 1
+    assert classifier.prediction_strength(a, torch.tensor([0, 0, 1, 1, 2, 2, 2, 2])) == pytest.approx(2 / 6)
+    assert classifier.prediction_strength(a, torch.arange(8)) == 0
+    assert classifier.prediction_strength(a, torch.zeros(8, dtype=torch.long)) == 1
+
+
+def test_clusters_part_at_gaps_and_not_within_a_continuum():
+    # Two long bands side by side: plain k-means halves them across, the gap runs along them.
+    draw = torch.Generator().manual_seed(0)
+    which = torch.arange(1200) % 2
+    along = torch.rand(1200, generator=draw) * 2 - 1
+    x = torch.stack([along, 0.2 * which + 0.02 * torch.randn(1200, generator=draw), torch.ones(1200)], 1)
+    x = F.normalize(x, dim=1)
+    plain = classifier.assign(x, classifier.kmeans(x, 2, 0)[0])[0]
+    assert classifier.agreement(plain, which)["ari"] < 0.1
+    centres, clusters = classifier.choose_clusters(x, 2, 2, 0, None)
+    assert classifier.agreement(clusters[classifier.assign(x, centres)[0]], which)["ari"] > 0.95
 
 
 # The command.

@@ -141,10 +141,11 @@ def test_crops_have_the_stated_areas_and_aspects_and_half_are_flipped():
 
 def test_colour_changes_have_the_stated_shares():
     flat = torch.tensor([0.2, -0.3, 0.1]).view(1, 3, 1, 1).expand(4000, 3, 8, 8)
-    view = encoder.augment(flat, strength=0.0)[:, :, 4, 4]
-    grey = (view.std(1) < 1e-3).float().mean()
-    assert abs(grey - 0.2) < 0.03
-    assert torch.allclose(view[view.std(1) > 1e-3], flat[0, :, 0, 0], atol=1e-4)  # nothing else changed
+    for p in (0.2, 0.6):
+        view = encoder.augment(flat, strength=0.0, grey=p)[:, :, 4, 4]
+        grey = (view.std(1) < 1e-3).float().mean()
+        assert abs(grey - p) < 0.03
+        assert torch.allclose(view[view.std(1) > 1e-3], flat[0, :, 0, 0], atol=1e-4)  # nothing else changed
     changed = ((encoder.augment(flat, strength=0.5)[:, :, 4, 4] - flat[:, :, 4, 4]).abs().amax(1) > 1e-3).float().mean()
     assert abs(changed - (0.8 + 0.2 * 0.2)) < 0.03
     spread = [encoder.augment(flat, strength=s)[:, :, 4, 4].std(0).mean() for s in (0.25, 0.5, 1.0)]

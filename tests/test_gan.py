@@ -18,7 +18,7 @@ import gan
 import training
 
 OPTIONS = dict(size=32, batch=8, disc="global", per_class=False, loss="ns", reg_every=2, reg_mode="separate", lr=1e-3)
-OPTIONS |= dict(orth="penalty", r1=10.0, augment="color,translation,cutout", sample_y="joint")
+OPTIONS |= dict(orth="penalty", r1=10.0, reg_clip=False, augment="color,translation,cutout", sample_y="joint")
 CPU = training.Run(torch.device("cpu"), None, 0)
 
 
@@ -269,6 +269,37 @@ def test_regularisation_lowers_the_classification_loss():
         CPU.reseed(1)
         losses.append(t.regularise().item())
     assert losses == sorted(losses, reverse=True) and losses[-1] < 0.99 * losses[0]
+
+
+def test_reg_clip_limits_the_regularisations_gradient(monkeypatch):
+    """To the norm of the adversarial gradient; a smaller one stays as it is, and without the option any does."""
+    encoder, classifier = frozen_stages()
+    classifier.weight.data *= 100
+    real, y = torch.rand(8, 3, 32, 32) * 2 - 1, torch.eye(3)[torch.arange(8) % 3]
+    norms = {}
+    for clip in (False, True):
+        t = trainer(encoder=encoder, classifier=classifier, reg_clip=clip)
+        norm = lambda t=t: torch.nn.utils.get_total_norm([p.grad for p in t.decoder.parameters() if p.grad is not None])  # noqa: E731
+        generate = t.generate
+        monkeypatch.setattr(
+            t, "generate", lambda joint, f=generate, n=norm: (f(joint), norms.update(adversarial=n()))[0]
+        )
+        CPU.reseed(1)
+        t.iteration(0, real, y)
+        norms[clip] = norm()
+    assert norms[False] > 2 * norms["adversarial"]
+    torch.testing.assert_close(norms[True], norms["adversarial"], rtol=1e-4, atol=0)
+    before = t.regularise(1e9)
+    assert before > 0 and norm() > 2 * norms["adversarial"]
+
+
+def test_first_images_are_smooth_and_bases_orthonormal():
+    torch.manual_seed(0)
+    decoder = gan.Decoder(64, 0)
+    x = decoder(None, torch.randn(16, decoder.latent_width))
+    neighbours = (x[..., 1:] - x[..., :-1]).square().mean() / (2 * x.var())
+    assert neighbours < 0.25  # white noise: 1
+    assert decoder.orthogonality() < 1e-10
 
 
 def test_joint_regularisation_adds_to_the_adversarial_step():

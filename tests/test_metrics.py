@@ -377,15 +377,20 @@ def test_tsne_force_of_scikit_learn(cloud):
 
 
 @pytest.mark.parametrize("dims", [2, 3])
-def test_tsne_divergence_is_no_worse_than_scikit_learns(cloud, dims):
+def test_tsne_divergence_is_no_worse_than_scikit_learns(dims):
+    """On a curved sheet, which t-SNE unfolds from any start: in the plane the same minimum, in 3-D a lower one."""
     from sklearn.manifold import TSNE
 
-    theirs = TSNE(dims, method="exact", init="pca", learning_rate="auto", random_state=0).fit(cloud.numpy())
-    p = metrics.affinities(cloud, 30.0)
+    draw = torch.Generator().manual_seed(0)
+    u = torch.rand(210, 2, generator=draw) * 6
+    x = torch.cat([u, 2 * u[:, :1].sin(), 2 * u[:, 1:].cos(), 0.1 * torch.randn(210, 6, generator=draw)], 1)
+    theirs = TSNE(dims, method="exact", init="pca", learning_rate="auto", random_state=0).fit(x.numpy()).kl_divergence_
+    p = metrics.affinities(x, 30.0)
     for options in ({"impl": "c"}, {"impl": "torch"}, {"init": "random"}):
-        y = metrics.tsne(cloud, dims, p=p.clone(), **options)
+        y = metrics.tsne(x, dims, p=p.clone(), **options)
         assert y.shape == (210, dims) and y.dtype == torch.float32
-        assert metrics.tsne_divergence(p.clone(), y) < 1.01 * theirs.kl_divergence_
+        found = metrics.tsne_divergence(p.clone(), y)
+        assert found == pytest.approx(theirs, rel=2e-3) if dims == 2 else found < theirs
 
 
 def test_tsne_options(cloud):
@@ -693,6 +698,22 @@ def test_run_with_several_attributes(stand_ins):
     head = next(i for i, row in enumerate(rows) if "Attribute control accuracy" in row)
     assert rows[head].split()[:2] == ["FD", "IS"] and rows[head + 1].split() == ["red", "green", "blue"]
     assert rows[head + 2].split()[1:5] == [f"{found['is']:.2f}", "100.00%", "100.00%", "100.00%"]
+
+
+def test_several_runs_are_one_table(stand_ins):
+    path = stand_ins()
+    options = ("--num", 60, "--metrics", "fid,accuracy", "--smoke")
+    one, two = score_run(path, *options), score_run(path, *options, "--network", path.with_name("other.pt"))
+    assert {Path(name).name for name in two if name != "output"} == {"gan.pt", "other.pt"}
+    assert all(v["fd"] == one["fd"] for name, v in two.items() if name != "output")
+    *_, head, first, second = two["output"].strip().splitlines()
+    assert head.split() == ["FD", "accuracy", "judge"]
+    assert (
+        first.split()
+        == second.split()
+        == [path.parent.name, f"{one['fd']:.2f}", "100.00%", f"{one['accuracy_judge']:.2%}"]
+    )
+    fails("--network", path, "--network", path, "--save-stats", "x.npz", text="--save-stats takes one", code=2)
 
 
 def test_run_without_labels(stand_ins):
