@@ -15,7 +15,7 @@ RUN := runs/critters
 demo: .venv/done
 	$(BIN)/python encoder.py
 	$(BIN)/python classifier.py
-	$(BIN)/python gan.py
+	$(BIN)/python gan.py --reg-every 4
 	$(BIN)/python explore.py sample --network $(RUN)/gan.pt
 	$(BIN)/python explore.py traverse --network $(RUN)/gan.pt
 	$(BIN)/python metrics.py --network $(RUN)/gan.pt --json $(RUN)/metrics.json
