@@ -13,9 +13,9 @@ RUN := runs/critters
 	touch $@
 
 demo: .venv/done
-	$(BIN)/python encoder.py
+	$(BIN)/python encoder.py --epochs 4
 	$(BIN)/python classifier.py
-	$(BIN)/python gan.py --reg-every 4
+	$(BIN)/python gan.py --kimg 45
 	$(BIN)/python explore.py sample --network $(RUN)/gan.pt
 	$(BIN)/python explore.py traverse --network $(RUN)/gan.pt
 	$(BIN)/python metrics.py --network $(RUN)/gan.pt --json $(RUN)/metrics.json

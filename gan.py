@@ -447,9 +447,9 @@ class Trainer:
     def regularise(self, limit: Tensor | None = None) -> Tensor:
         """Classification regularisation, eqs. 4-5, as an update of its own; returns H(Y | E) in nats.
 
-        limit: of the gradient's norm (--reg-clip: that of the adversarial gradient). The encoder's gradient can be a
-        hundred times the discriminator's, and in the second moments of their common Adam it would all but stop the
-        adversarial game.
+        limit: of the gradient's norm; with --reg-clip n times the adversarial gradient's, so that over n iterations the
+        two weigh the same. The encoder's gradient can be a hundred times the discriminator's, and in the second moments
+        of their common Adam it would all but stop the adversarial game.
         """
         x, y = self.fake()
         loss = self.classify_loss(x, y)
@@ -515,7 +515,8 @@ class Trainer:
         joint = regularised and o["reg_mode"] == "joint"
         stats["loss_g"], stats["orthogonality"], classification, norm = self.generate(joint)
         if regularised:
-            stats["H_y_given_e"] = classification if joint else self.regularise(norm if o["reg_clip"] else None)
+            limit = norm * o["reg_every"] if o["reg_clip"] else None
+            stats["H_y_given_e"] = classification if joint else self.regularise(limit)
             # Eq. 4: a lower bound on I(Y; E) through the generated images, at most H(Y)
             stats["mi_bits"] = self.entropy - stats["H_y_given_e"] / math.log(2)
         self.average((i + 1) * o["batch"])
@@ -790,7 +791,7 @@ OPTIONS = [
     click.option("--loss",          type=click.Choice(["hinge", "ns", "lsgan"]), default="hinge", help="Adversarial loss; ns: non-saturating."),
     click.option("--reg-every",     metavar="N", type=click.IntRange(0), default=2, help="Iterations between classification regularisations; 0: never."),
     click.option("--reg-mode",      type=click.Choice(["separate", "joint"]), default="separate", help="Regularise by an update of its own, or in the adversarial one."),
-    click.option("--reg-clip/--no-reg-clip", default=None, help="Limit a regularisation's gradient to the adversarial one's norm.  [default: by data]"),
+    click.option("--reg-clip/--no-reg-clip", default=None, help="Limit a regularisation's gradient to N times the adversarial one's norm.  [default: by data]"),
     click.option("--orth",          type=click.Choice(["penalty", "exact", "none"]), default="penalty", help="How the bases U are kept orthonormal."),
     click.option("--r1",            metavar="W", type=click.FloatRange(0), default=10.0, help="Weight of the gradient penalty, every 16th iteration; 0: none."),
     click.option("--augment",       metavar="LIST|none", help="Of the discriminator's inputs: color,translation,cutout or some of them.  [default: by data]"),

@@ -271,26 +271,25 @@ def test_regularisation_lowers_the_classification_loss():
     assert losses == sorted(losses, reverse=True) and losses[-1] < 0.99 * losses[0]
 
 
-def test_reg_clip_limits_the_regularisations_gradient(monkeypatch):
-    """To the norm of the adversarial gradient; a smaller one stays as it is, and without the option any does."""
+@pytest.mark.parametrize(("every", "clip"), [(2, False), (2, True), (4, True)])
+def test_reg_clip_limits_the_regularisations_gradient(monkeypatch, every, clip):
+    """To N times the adversarial norm; a smaller one stays as it is, and without the option any does."""
     encoder, classifier = frozen_stages()
-    classifier.weight.data *= 100
+    classifier.weight.data *= 1000
     real, y = torch.rand(8, 3, 32, 32) * 2 - 1, torch.eye(3)[torch.arange(8) % 3]
-    norms = {}
-    for clip in (False, True):
-        t = trainer(encoder=encoder, classifier=classifier, reg_clip=clip)
-        norm = lambda t=t: torch.nn.utils.get_total_norm([p.grad for p in t.decoder.parameters() if p.grad is not None])  # noqa: E731
-        generate = t.generate
-        monkeypatch.setattr(
-            t, "generate", lambda joint, f=generate, n=norm: (f(joint), norms.update(adversarial=n()))[0]
-        )
-        CPU.reseed(1)
-        t.iteration(0, real, y)
-        norms[clip] = norm()
-    assert norms[False] > 2 * norms["adversarial"]
-    torch.testing.assert_close(norms[True], norms["adversarial"], rtol=1e-4, atol=0)
-    before = t.regularise(1e9)
-    assert before > 0 and norm() > 2 * norms["adversarial"]
+    t = trainer(encoder=encoder, classifier=classifier, reg_every=every, reg_clip=clip)
+    norms, step = [], t.step
+    monkeypatch.setattr(t, "step", lambda *arguments: norms.append(step(*arguments)) or norms[-1])
+
+    def used():
+        return torch.nn.utils.get_total_norm([p.grad for p in t.decoder.parameters() if p.grad is not None])
+
+    t.iteration(0, real, y)
+    *_, adversarial, classification = norms
+    assert classification > 4 * adversarial
+    torch.testing.assert_close(used(), every * adversarial if clip else classification, rtol=1e-4, atol=0)
+    t.regularise(torch.tensor(1e9))
+    torch.testing.assert_close(used(), norms[-1])
 
 
 def test_first_images_are_smooth_and_bases_orthonormal():
