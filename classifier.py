@@ -275,7 +275,7 @@ def partitions(x: torch.Tensor, least: int, most: int, seed: int) -> tuple[torch
     part = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))[: min(10_000, len(x) * 4 // 5)]
     x = x[part.to(x.device)]
     n, k = len(x), min(20, len(x) // 5 + 1)
-    near = torch.cat([(part @ x.T).topk(k + 1).indices[:, 1:] for part in x.split(1000)])  # on the sphere: by cosine
+    near = torch.cat([(block @ x.T).topk(k + 1).indices[:, 1:] for block in x.split(1000)])  # on the sphere: by cosine
     a, b = torch.arange(n, device=x.device).repeat_interleave(k), near.flatten()
     mutual = torch.isin(b * n + a, a * n + b)
     cells = max(most, min(120, n // 10))
@@ -309,10 +309,8 @@ def prediction_strength(a: torch.Tensor, b: torch.Tensor) -> float:
 
     Tibshirani & Walther 2005; a and b number the clusters of the same images.
     """
-    table = torch.zeros(int(a.max()) + 1, int(b.max()) + 1, dtype=torch.float64)
-    table.index_put_((a, b), torch.tensor(1.0, dtype=torch.float64), accumulate=True)
-    size = table.sum(1)[table.any(1)]
-    pairs = (table * (table - 1)).sum(1)[table.any(1)]
+    table = contingency(a, b)
+    size, pairs = table.sum(1), (table * (table - 1)).sum(1)
     return (pairs / (size * (size - 1)).clamp(min=1)).min().item()
 
 
@@ -374,12 +372,13 @@ def cluster(h: dict, sets: dict, spec: str, seed: int, folder: Path, device) -> 
         old.unlink()
     x = {split: F.normalize(v.to(device), dim=1) for split, v in h.items()}
     value, n = spec.removeprefix("clusters:"), len(x["train"])
-    least, most = (
-        (CLUSTERS[0], max(CLUSTERS[0], min(CLUSTERS[-1], n // 2))) if value == "auto" else (int(value), int(value))
-    )
+    if value == "auto":
+        least, most, plot = CLUSTERS[0], max(CLUSTERS[0], min(CLUSTERS[-1], n // 2)), folder / "k.png"
+    else:
+        least, most, plot = int(value), int(value), None
     if n < 2 * least:
         raise click.UsageError(f"--attributes {spec}: there are only {n} training images")
-    centres, clusters = choose_clusters(x["train"], least, most, seed, folder / "k.png" if value == "auto" else None)
+    centres, clusters = choose_clusters(x["train"], least, most, seed, plot)
     found = {split: clusters[assign(points, centres)[0]] for split, points in x.items()}
     means = torch.stack([x["train"][found["train"] == c].mean(0) for c in range(int(clusters.max()) + 1)])
     distance = (x["train"] - means[found["train"]]).square().sum(1).cpu()

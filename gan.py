@@ -65,11 +65,10 @@ def he_init(network: nn.Module) -> None:
     """
     for layer in network.modules():
         if isinstance(layer, (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)):
-            inputs = layer.weight[0].numel()
-            if isinstance(layer, nn.ConvTranspose2d):
-                inputs = layer.in_channels
+            up = isinstance(layer, nn.ConvTranspose2d)
+            inputs = layer.in_channels if up else layer.weight[0].numel()
             nn.init.normal_(layer.weight, std=(2 / 1.04 / inputs) ** 0.5)
-            if isinstance(layer, nn.ConvTranspose2d):
+            if up:
                 tent = torch.tensor([0.5, 1.0, 0.5])
                 layer.weight.data = layer.weight.data[:, :, :1, :1] * tent[:, None] * tent
             if layer.bias is not None:

@@ -17,6 +17,8 @@ from PIL import Image
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
+# "--": or torchrun takes an option like --num for an abbreviation of its own.
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--"]
 
 
 def pytest_sessionfinish():

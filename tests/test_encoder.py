@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
+from conftest import TORCHRUN
 
 import encoder
 import training
@@ -95,16 +96,7 @@ dist.destroy_process_group()
 
 def test_two_processes_compute_the_loss_of_the_joint_batch(tmp_path):
     (tmp_path / "work.py").write_text(GATHER)
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node",
-        "2",
-        "work.py",
-        str(ROOT),
-    ]
+    command = [*TORCHRUN, "work.py", str(ROOT)]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=400)
     assert done.returncode == 0, done.stderr[-2000:]
     assert all(done.stdout.count(f"equal {name}") == 2 for name in ("simclr", "barlow", "byol"))

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT
+from conftest import ROOT, TORCHRUN
 from PIL import Image
 
 import gan
@@ -486,8 +486,7 @@ def test_two_processes_train_as_one_network(class_folder, run_folder):
         "--device",
         "cpu",
     ]
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    subprocess.run([*torchrun, *map(str, arguments)], cwd=ROOT, check=True, capture_output=True, timeout=300)
+    subprocess.run([*TORCHRUN, *map(str, arguments)], cwd=ROOT, check=True, capture_output=True, timeout=300)
     state = training.load(run_folder / "gan.pt", "gan")
     assert state["images_seen"] == 64 and state["iteration"] == 8
 

@@ -19,6 +19,7 @@ import pytest
 import torch
 import torchvision
 from click.testing import CliRunner
+from conftest import TORCHRUN
 from PIL import Image
 from torch import nn
 
@@ -730,16 +731,7 @@ def test_batch_and_processes_change_nothing(stand_ins):
     one, other = score_run(path, *options), score_run(path, *options, "--batch", 7)
     out = path.with_name("two.json")
     arguments = ["--network", str(path), "--json", str(out), "--points", "40", "--seeds", "1", *map(str, options)]
-    launch = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node",
-        "2",
-        "--",
-        "metrics.py",
-    ]
+    launch = [*TORCHRUN, "metrics.py"]
     arguments += ["--features", "encoder", "--device", "cpu"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run([*launch, *arguments], cwd=path.parent, env=environment, capture_output=True, text=True)
