@@ -76,18 +76,75 @@ class Encoder(nn.Module):
         return self.backbone((x - self.mean) / self.std)
 
 
+class StemConv(nn.Module):
+    """A frozen 7x7 stem at stride 2 as a 4x4 convolution of 2x2 blocks of pixels, the same result.
+
+    Its gradient then has 12 channels to fill a vector with instead of 3.
+    """
+
+    def __init__(self, conv: nn.Conv2d):
+        super().__init__()
+        weight = F.pixel_unshuffle(F.pad(conv.weight, (1, 0, 1, 0)), 2)
+        self.conv = nn.Conv2d(12, conv.out_channels, 4).requires_grad_(False)
+        self.conv.load_state_dict({"weight": weight, "bias": conv.bias})
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.conv(F.pixel_unshuffle(F.pad(x, (4, 2, 4, 2)), 2))
+
+
+class MapLinear(nn.Module):
+    """A frozen convolution of maps of one size as a matrix: for tiny maps the same result with less work.
+
+    On 2x2 maps most taps of a 3x3 kernel meet nothing but padding.  shape: C, H, W of its inputs.
+    """
+
+    def __init__(self, conv: nn.Conv2d, shape: torch.Size):
+        super().__init__()
+        C, H, W = shape
+        places = torch.eye(H * W * C).view(-1, H, W, C).permute(0, 3, 1, 2)
+        out = F.conv2d(places, conv.weight, None, conv.stride, conv.padding).permute(0, 2, 3, 1)
+        self.shape = out.shape[1:]
+        self.register_buffer("weight", out.flatten(1).T.contiguous())
+        self.register_buffer("bias", conv.bias.repeat(self.shape[0] * self.shape[1]))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = F.linear(x.permute(0, 2, 3, 1).flatten(1), self.weight, self.bias)
+        return y.view(-1, *self.shape).permute(0, 3, 1, 2)
+
+
 def build(checkpoint: dict) -> Encoder:
-    """The frozen encoder in eval mode from the content of `encoder.pt`, its batch norms folded into the convolutions."""
+    """The frozen encoder in eval mode from the content of `encoder.pt`, for images of the size it was trained at.
+
+    Batch norms are folded into the convolutions, the stem and the convolutions of tiny maps rewritten for speed.
+    """
     encoder = Encoder(**checkpoint["config"])
     encoder.load_state_dict(checkpoint["model"])
     encoder.eval().requires_grad_(False)
+    convolutions = []  # owner, name
     for block in list(encoder.backbone.modules()):
         if isinstance(block, nn.Sequential) and isinstance(block[-1], nn.BatchNorm2d):  # a shortcut's
             block[0], block[1] = fuse_conv_bn_eval(block[0], block[1]), nn.Identity()
+            convolutions.append((block, "0"))
         for i in (1, 2, 3):
             if hasattr(block, f"bn{i}"):
                 fused = fuse_conv_bn_eval(getattr(block, f"conv{i}"), getattr(block, f"bn{i}"))
                 setattr(block, f"conv{i}", fused), setattr(block, f"bn{i}", nn.Identity())
+                convolutions.append((block, f"conv{i}"))
+    shapes = {}
+    size = checkpoint["data"]["size"]
+    hooks = [
+        getattr(owner, name).register_forward_pre_hook(lambda m, x: shapes.update({m: x[0].shape[1:]}))
+        for owner, name in convolutions
+    ]
+    with torch.no_grad():
+        encoder(torch.zeros(1, 3, size, size))
+    for hook, (owner, name) in zip(hooks, convolutions, strict=True):
+        hook.remove()
+        conv = getattr(owner, name)
+        if shapes[conv][1:].numel() <= min(4, conv.weight[0, 0].numel()):
+            setattr(owner, name, MapLinear(conv, shapes[conv]))
+        elif conv.kernel_size == (7, 7) and size % 2 == 0:
+            setattr(owner, name, StemConv(conv))
     return encoder
 
 

@@ -35,12 +35,14 @@ EMA_HALF_LIFE = 10_000  # images
 LOG_EVERY = 2_000  # images
 
 # Published: AFHQ at 256 px and CelebA at 128 px, 200,000 iterations. The row '' serves any other data.
+# r1 None: 10, but for patches 10 (size / 256)^2: at 10 the patch discriminator of a small image is too flat to hold the
+# generator back from saturated colours.
 PRESETS = {
-    "":              dict(batch=32, lr=1e-4, kimg=200.0,   snap=50.0,  augment="color,translation,cutout", reg_clip=True),
+    "":              dict(batch=32, lr=1e-4, kimg=200.0,   snap=50.0,  augment="color,translation,cutout", r1=None, reg_clip=True),
     "critters":      dict(batch=16, lr=5e-4, kimg=60.0,    snap=10.0,  augment="none"),
     "fashion-mnist": dict(batch=16, lr=5e-4, kimg=60.0,    snap=10.0,  augment="none"),
-    "afhq":          dict(kimg=6400.0,  snap=200.0, reg_clip=False),
-    "celeba":        dict(batch=64, kimg=12800.0, snap=200.0, reg_clip=False),
+    "afhq":          dict(kimg=6400.0,  snap=200.0, r1=10.0, reg_clip=False),
+    "celeba":        dict(batch=64, kimg=12800.0, snap=200.0, r1=10.0, reg_clip=False),
 }  # fmt: skip
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -140,9 +142,21 @@ class EigenBlock(nn.Module):
                 maps = torch.einsum("bk,kchw->bchw", coef, maps).contiguous(memory_format=torch.channels_last)
                 coef = torch.eye(len(z), dtype=z.dtype, device=z.device)
             convolved = self.convolve(maps)
-        h = subspace_lrelu(h, coef, convolved[0], self.subspace_conv1.bias)
-        h = subspace_lrelu(self.feature_conv1(h), coef, convolved[1], self.subspace_conv2.bias)
+        h = subspace_lrelu(h, coef, convolved[0], self.subspace_conv1.bias, inplace=True)
+        h = subspace_lrelu(self.feature_conv1(h), coef, convolved[1], self.subspace_conv2.bias, inplace=True)
         return self.feature_conv2(h)
+
+
+def conv_to_image(h: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """F.conv2d(h, weight, bias, padding=3) for weight [3, C, 7, 7] and even sides, 2x2 pixels at once.
+
+    Three output channels would leave most of a vector empty. The kernel, shifted to each of four pixels and padded to
+    8x8, gives them as 12 channels at stride 2: the same sums.
+    """
+    shifted = [F.pad(weight, (j, 1 - j, i, 1 - i)) for i in (0, 1) for j in (0, 1)]
+    blocks = torch.stack(shifted, dim=1).flatten(0, 1).contiguous(memory_format=torch.channels_last)
+    bias = None if bias is None else bias.repeat_interleave(4)
+    return F.pixel_shuffle(F.conv2d(h, blocks, bias, stride=2, padding=3), 2)
 
 
 class Generator(nn.Module):
@@ -165,10 +179,12 @@ class Generator(nn.Module):
         return [block.convolve(block.subspace.maps()) for block in self.blocks]
 
     def forward(self, eps: Tensor, z: Tensor, convolved: list[tuple[Tensor, Tensor]] | None = None) -> Tensor:
-        h = self.first(eps).view(len(eps), 4, 4, -1).permute(0, 3, 1, 2)
+        h = self.first(eps).view(len(eps), 4, 4, -1).permute(0, 3, 1, 2).clone()  # no view: the blocks write over it
         for i, block in enumerate(self.blocks):
             h = block(h, z[:, i], convolved[i] if convolved else None)
-        return torch.tanh(full(self.last(bias_lrelu(h, self.last_bias))))
+        h = bias_lrelu(h, self.last_bias, inplace=True)
+        x = conv_to_image(h, self.last.weight, self.last.bias)
+        return torch.tanh(full(x))
 
 
 class Decoder(nn.Module):
@@ -204,11 +220,49 @@ class Decoder(nn.Module):
 # Discriminators. Each has `batch_statistics`: whether an image's score depends on the others of its batch.
 
 
+class Conv(torch.autograd.Function):
+    """F.conv2d(x, weight, None, stride, padding), square and padded alike, that R1 can differentiate twice at speed.
+
+    The gradient by x is a convolution whose own gradients are usual ones; the double backward that torch has for
+    convolutions takes the batch for channels and whole maps for kernels. Gradients of images go by `conv_to_image`.
+    """
+
+    by_weight = True  # False: leave the gradients of weights out, which autograd.grad by x alone would throw away
+
+    @staticmethod
+    def forward(ctx, x, weight, stride, padding):
+        ctx.save_for_backward(x, weight)
+        ctx.stride, ctx.padding = stride, padding
+        return F.conv2d(x, weight, None, stride, padding)
+
+    @staticmethod
+    def backward(ctx, g):
+        x, weight = ctx.saved_tensors
+        stride, padding, dx, dw = ctx.stride, ctx.padding, None, None
+        if ctx.needs_input_grad[0]:
+            if weight.shape[1:] == (3, 7, 7):
+                dx = conv_to_image(g, weight.flip(2, 3).transpose(0, 1))
+            else:
+                rest = (x.shape[2] + 2 * padding - weight.shape[2]) % stride
+                dx = F.conv_transpose2d(g, weight, None, stride, padding, rest)
+        if ctx.needs_input_grad[1] and Conv.by_weight:
+            dw = torch.nn.grad.conv2d_weight(x, weight.shape, g, stride, padding)
+        return dx, dw, None, None
+
+
+def conv(x: Tensor, layer: nn.Conv2d) -> Tensor:
+    """The convolution of a layer, without its bias, by `Conv`."""
+    weight, device = layer.weight, x.device.type
+    if torch.is_autocast_enabled(device):
+        x, weight = (t.to(torch.get_autocast_dtype(device)) for t in (x, weight))
+    return Conv.apply(x, weight, layer.stride[0], layer.padding[0])
+
+
 class ConvLrelu(nn.Conv2d):
     """Convolution whose bias goes into the fused bias + leaky ReLU (slope 0.2)."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return bias_lrelu(F.conv2d(x, self.weight, None, self.stride, self.padding), self.bias)
+        return bias_lrelu(conv(x, self), self.bias, inplace=True)
 
 
 class ConvNormLrelu(nn.Module):
@@ -221,8 +275,10 @@ class ConvNormLrelu(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         n = self.norm
-        x = F.batch_norm(self.conv(x), n.running_mean, n.running_var, n.weight, None, n.training, n.momentum, n.eps)
-        return bias_lrelu(x, n.bias)
+        x = F.batch_norm(
+            conv(x, self.conv), n.running_mean, n.running_var, n.weight, None, n.training, n.momentum, n.eps
+        )
+        return bias_lrelu(x, n.bias, inplace=True)
 
 
 class GlobalDiscriminator(nn.Module):
@@ -243,7 +299,7 @@ class GlobalDiscriminator(nn.Module):
 
     def forward(self, x: Tensor, y: Tensor | None = None) -> Tensor:
         h = self.hidden(self.features(x).flatten(1))
-        return full(self.score(bias_lrelu(h, self.hidden_bias)))
+        return full(self.score(bias_lrelu(h, self.hidden_bias, inplace=True)))
 
 
 class PatchDiscriminator(nn.Module):
@@ -371,7 +427,11 @@ def entropy_bits(labels: Tensor) -> float:
 def r1_penalty(D: nn.Module, x: Tensor, y: Tensor | None) -> Tensor:
     """E ||grad_x sum D(x)||^2 on the (augmented) real images x (Mescheder et al. 2018, without their 1/2)."""
     x = x.detach().requires_grad_()
-    (gradient,) = torch.autograd.grad(D(x, y).sum(), x, create_graph=True)
+    Conv.by_weight = False
+    try:
+        (gradient,) = torch.autograd.grad(D(x, y).sum(), x, create_graph=True)
+    finally:
+        Conv.by_weight = True
     return gradient.square().sum(dim=(1, 2, 3)).mean()
 
 
@@ -381,6 +441,11 @@ def scores_real_fake(D: nn.Module, real: Tensor, fake: Tensor, y_real: Tensor, y
         return D(real, y_real), D(fake, y_fake)
     y = None if y_real is None else torch.cat((y_real, y_fake))
     return D(torch.cat((real, fake)), y).chunk(2)
+
+
+def gradient_norm(network: nn.Module) -> Tensor:
+    """Euclidean norm of the gradient that the last backward left."""
+    return torch.nn.utils.get_total_norm([p.grad for p in network.parameters() if p.grad is not None])
 
 
 class Trainer:
@@ -425,18 +490,16 @@ class Trainer:
         with self.run.autocast():
             return self.decoder(y, latents), y
 
-    def step(self, loss: Tensor, network: nn.Module, optimiser, scaler, limit: Tensor | None = None) -> Tensor:
-        """Backward and one step of the optimiser; a gradient of a norm above `limit` is scaled to it. Returns the norm."""
+    def step(self, loss: Tensor, network: nn.Module, optimiser, scaler, limit: Tensor | None = None) -> None:
+        """Backward and one step of the optimiser; a gradient of a norm above `limit` is scaled to it."""
         optimiser.zero_grad(set_to_none=True)
         scaler.scale(loss).backward()
         self.run.average_gradients(network.parameters())
         scaler.unscale_(optimiser)
-        norm = torch.nn.utils.get_total_norm([p.grad for p in network.parameters() if p.grad is not None])
         if limit is not None:
-            torch.nn.utils.clip_grads_with_norm_(network.parameters(), 1.0, norm / limit)
+            torch.nn.utils.clip_grads_with_norm_(network.parameters(), 1.0, gradient_norm(network) / limit)
         scaler.step(optimiser)
         scaler.update()
-        return norm
 
     def classify_loss(self, x: Tensor, y: Tensor) -> Tensor:
         with self.run.autocast():
@@ -472,10 +535,10 @@ class Trainer:
         self.step(self.options["r1"] * penalty, self.D, self.opt_d, self.scaler_d)
         return penalty
 
-    def generate(self, joint: bool = False) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+    def generate(self, joint: bool = False) -> tuple[Tensor, Tensor, Tensor | None]:
         """One update of the decoder; joint: with the classification term.
 
-        Returns the adversarial loss, the penalty on U, the classification loss and the gradient's norm.
+        Returns the adversarial loss, the penalty on U and the classification loss.
         """
         self.D.requires_grad_(False)
         x, y = self.fake()
@@ -486,9 +549,9 @@ class Trainer:
         orthogonality = self.decoder.orthogonality()
         classification = self.classify_loss(x, y) if joint else None
         loss = adversarial + (100 * orthogonality if self.options["orth"] == "penalty" else 0)
-        norm = self.step(loss + (classification if joint else 0), self.decoder, self.opt_g, self.scaler_g)
+        self.step(loss + (classification if joint else 0), self.decoder, self.opt_g, self.scaler_g)
         self.D.requires_grad_(True)
-        return adversarial, orthogonality, classification, norm
+        return adversarial, orthogonality, classification
 
     @torch.no_grad()
     def average(self, images: int) -> None:
@@ -512,9 +575,9 @@ class Trainer:
         if o["r1"] > 0 and i % R1_EVERY == 0:
             stats["r1"] = self.penalise(real, y_real)
         joint = regularised and o["reg_mode"] == "joint"
-        stats["loss_g"], stats["orthogonality"], classification, norm = self.generate(joint)
+        stats["loss_g"], stats["orthogonality"], classification = self.generate(joint)
         if regularised:
-            limit = norm * o["reg_every"] if o["reg_clip"] else None
+            limit = gradient_norm(self.decoder) * o["reg_every"] if o["reg_clip"] else None
             stats["H_y_given_e"] = classification if joint else self.regularise(limit)
             # Eq. 4: a lower bound on I(Y; E) through the generated images, at most H(Y)
             stats["mi_bits"] = self.entropy - stats["H_y_given_e"] / math.log(2)
@@ -714,6 +777,8 @@ def train(options: dict) -> None:
     if kind != "multi-label" and options["sample_y"] == "independent":
         raise click.UsageError("--sample-y independent needs several attributes; one-hot labels have one distribution")
     options |= {"size": data.size, "attributes": attributes}
+    if options["r1"] is None:
+        options["r1"] = 10 * (data.size / 256) ** 2 if options["disc"] == "patch" else 10.0
 
     # Build the networks.
     encoder = encoder_stage.build(stage1).to(run.device, memory_format=torch.channels_last) if stage2 else None
@@ -792,7 +857,7 @@ OPTIONS = [
     click.option("--reg-mode",      type=click.Choice(["separate", "joint"]), default="separate", help="Regularise by an update of its own, or in the adversarial one."),
     click.option("--reg-clip/--no-reg-clip", default=None, help="Limit a regularisation's gradient to N times the adversarial one's norm.  [default: by data]"),
     click.option("--orth",          type=click.Choice(["penalty", "exact", "none"]), default="penalty", help="How the bases U are kept orthonormal."),
-    click.option("--r1",            metavar="W", type=click.FloatRange(0), default=10.0, help="Weight of the gradient penalty, every 16th iteration; 0: none."),
+    click.option("--r1",            metavar="W", type=click.FloatRange(0), help="Weight of the gradient penalty, every 16th iteration; 0: none.  [default: by data and --disc]"),
     click.option("--augment",       metavar="LIST|none", help="Of the discriminator's inputs: color,translation,cutout or some of them.  [default: by data]"),
     click.option("--sample-y",      type=click.Choice(["joint", "independent"]), default="joint", help="Draw y jointly as in the data, or each attribute on its own."),
     click.option("--unconditional", is_flag=True, help="Vanilla EigenGAN: no labels, no regularisation; needs no earlier stage."),

@@ -9,6 +9,8 @@
 #include <c10/util/BFloat16.h>
 #include <c10/util/Half.h>
 
+#include "stream.h"
+
 namespace {
 
 template <class T> using acc_t = std::conditional_t<std::is_same_v<T, double>, double, float>;
@@ -46,36 +48,47 @@ void sum_rows(const T* x, A* s, int64_t rows, int64_t C, A* scratch) {
     for (int64_t c = 0; c < C; c++) s[c] += A(x[r * C + c]);
 }
 
-// y = lrelu(x + bias): reads x once, writes y once.
+// y = lrelu(x + bias): reads x once, writes y once. x and y may be the same.
 template <class T>
 void forward(const T* x, const acc_t<T>* bias, T* y, int64_t outer, int64_t C, int64_t inner, acc_t<T> slope) {
   using A = acc_t<T>;
   const int64_t total = outer * C * inner;
-  if (inner == 1) {
-    const std::vector<A> tile = repeat(bias, outer, C);
-    const A* b = tile.data();
-    const int64_t L = tile.size();
-#pragma omp parallel for schedule(static) if (total >= 2 * kTask)
-    for (int64_t t = 0; t < total; t += L) {
-      const int64_t n = std::min(L, total - t);
+  const bool past = x != y && total * int64_t(sizeof(T)) >= kStream;
+  const std::vector<A> tile = inner == 1 ? repeat(bias, outer, C) : std::vector<A>(kTile);
+  const int64_t L = tile.size();
+#pragma omp parallel if (total >= 2 * kTask)
+  {
+    std::vector<T> buffer(past ? L : 0);
+    if (inner == 1) {
+      const A* b = tile.data();
+#pragma omp for schedule(static)
+      for (int64_t t = 0; t < total; t += L) {
+        const int64_t n = std::min(L, total - t);
+        T* out = past ? buffer.data() : y + t;
 #pragma omp simd
-      for (int64_t i = 0; i < n; i++) {
-        const A v = A(x[t + i]) + b[i], w = v * slope;
-        y[t + i] = T(v > 0 ? v : w);
+        for (int64_t i = 0; i < n; i++) {
+          const A v = A(x[t + i]) + b[i], w = v * slope;
+          out[i] = T(v > 0 ? v : w);
+        }
+        if (past) stream(y + t, out, n * sizeof(T));
+      }
+    } else {
+#pragma omp for schedule(static)
+      for (int64_t r = 0; r < outer * C; r++) {
+        const A b = bias[r % C];
+        for (int64_t t = r * inner; t < (r + 1) * inner; t += L) {
+          const int64_t n = std::min(L, (r + 1) * inner - t);
+          T* out = past ? buffer.data() : y + t;
+#pragma omp simd
+          for (int64_t i = 0; i < n; i++) {
+            const A v = A(x[t + i]) + b, w = v * slope;
+            out[i] = T(v > 0 ? v : w);
+          }
+          if (past) stream(y + t, out, n * sizeof(T));
+        }
       }
     }
-  } else {
-#pragma omp parallel for schedule(static) if (total >= 2 * kTask)
-    for (int64_t r = 0; r < outer * C; r++) {
-      const A b = bias[r % C];
-      const T* xr = x + r * inner;
-      T* yr = y + r * inner;
-#pragma omp simd
-      for (int64_t i = 0; i < inner; i++) {
-        const A v = A(xr[i]) + b, w = v * slope;
-        yr[i] = T(v > 0 ? v : w);
-      }
-    }
+    stream_end();
   }
 }
 
@@ -85,46 +98,54 @@ template <class T>
 void masked(const T* g, const T* y, const acc_t<T>* bias, T* dx, acc_t<T>* db, int64_t outer, int64_t C, int64_t inner, acc_t<T> slope) {
   using A = acc_t<T>;
   const int64_t total = outer * C * inner;
-  std::vector<A> part;  // [pieces, C]
-  int64_t pieces;
-  if (inner == 1) {
-    const std::vector<A> tile = repeat(bias, outer, C);
-    const A* b = tile.data();
-    const int64_t L = tile.size(), tiles = (total + L - 1) / L;
-    pieces = std::clamp<int64_t>(total / kTask, 1, 128);
-    part.assign(pieces * C, A(0));
-#pragma omp parallel for schedule(static) if (total >= 2 * kTask)
-    for (int64_t p = 0; p < pieces; p++) {
-      A* s = part.data() + p * C;
-      std::vector<A> scratch(64);
-      for (int64_t t = tiles * p / pieces * L; t < std::min(total, tiles * (p + 1) / pieces * L); t += L) {
-        const int64_t n = std::min(L, total - t);
+  const bool past = total * int64_t(sizeof(T)) >= kStream;
+  const std::vector<A> tile = inner == 1 ? repeat(bias, outer, C) : std::vector<A>(kTile);
+  const int64_t L = tile.size();
+  const int64_t pieces = inner == 1 ? std::clamp<int64_t>(total / kTask, 1, 128) : outer;
+  std::vector<A> part(pieces * C, A(0));
+#pragma omp parallel if (total >= 2 * kTask)
+  {
+    std::vector<T> buffer(past ? L : 0);
+    std::vector<A> scratch(64);
+    if (inner == 1) {
+      const A* b = tile.data();
+      const int64_t tiles = (total + L - 1) / L;
+#pragma omp for schedule(static)
+      for (int64_t p = 0; p < pieces; p++) {
+        A* s = part.data() + p * C;
+        for (int64_t t = tiles * p / pieces * L; t < std::min(total, tiles * (p + 1) / pieces * L); t += L) {
+          const int64_t n = std::min(L, total - t);
+          T* out = past ? buffer.data() : dx + t;
 #pragma omp simd
-        for (int64_t i = 0; i < n; i++) {
-          const A v = A(g[t + i]) + b[i], w = v * slope;
-          dx[t + i] = T(A(y[t + i]) > 0 ? v : w);
+          for (int64_t i = 0; i < n; i++) {
+            const A v = A(g[t + i]) + b[i], w = v * slope;
+            out[i] = T(A(y[t + i]) > 0 ? v : w);
+          }
+          // Summed apart, from the cache: stores to the sums between those to dx cost twice the time.
+          if (db) sum_rows(out, s, n / C, C, scratch.data());
+          if (past) stream(dx + t, out, n * sizeof(T));
         }
-        // Summed apart, from the cache: stores to the sums between those to dx cost twice the time.
-        if (db) sum_rows(dx + t, s, n / C, C, scratch.data());
       }
-    }
-  } else {
-    pieces = outer;
-    part.resize(outer * C);
-#pragma omp parallel for schedule(static) if (total >= 2 * kTask)
-    for (int64_t r = 0; r < outer * C; r++) {
-      const A b = bias ? bias[r % C] : A(0);
-      const T *gr = g + r * inner, *yr = y + r * inner;
-      T* dr = dx + r * inner;
-      A s = 0;
+    } else {
+#pragma omp for schedule(static)
+      for (int64_t r = 0; r < outer * C; r++) {
+        const A b = bias ? bias[r % C] : A(0);
+        A s = 0;
+        for (int64_t t = r * inner; t < (r + 1) * inner; t += L) {
+          const int64_t n = std::min(L, (r + 1) * inner - t);
+          T* out = past ? buffer.data() : dx + t;
 #pragma omp simd reduction(+ : s)
-      for (int64_t i = 0; i < inner; i++) {
-        const A v = A(gr[i]) + b, w = v * slope, d = A(yr[i]) > 0 ? v : w;
-        dr[i] = T(d);
-        s += d;
+          for (int64_t i = 0; i < n; i++) {
+            const A v = A(g[t + i]) + b, w = v * slope, d = A(y[t + i]) > 0 ? v : w;
+            out[i] = T(d);
+            s += d;
+          }
+          if (past) stream(dx + t, out, n * sizeof(T));
+        }
+        part[r] = s;
       }
-      part[r] = s;
     }
+    stream_end();
   }
   if (!db) return;
   std::fill(db, db + C, A(0));

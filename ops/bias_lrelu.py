@@ -12,12 +12,15 @@ import torch.nn.functional as F
 from .build import DTYPES, acc_dtype, c_function, choose, dense, like, tl, triton
 
 
-def bias_lrelu(x: torch.Tensor, bias: torch.Tensor, slope: float = 0.2, impl: str = "auto") -> torch.Tensor:
+def bias_lrelu(
+    x: torch.Tensor, bias: torch.Tensor, slope: float = 0.2, impl: str = "auto", inplace: bool = False
+) -> torch.Tensor:
     """y = lrelu(x + bias), bias added to every channel, lrelu(v) = v if v > 0 else slope * v.
 
     x: [B, C, H, W], NCHW or channels_last, or [B, C]; float32, bfloat16, float16 (all computed in float32) or float64;
     any strides, B may be 0. bias: [C], any floating dtype. slope: at least 0. impl: 'auto' (Triton on CUDA, C++ on the
-    CPU, the reference with one warning where that cannot run), 'ref', 'triton', 'cpp'.
+    CPU, the reference with one warning where that cannot run), 'ref', 'triton', 'cpp'. inplace: the fused ones may
+    write y over x, which must be no leaf and needed by no other gradient (a convolution's does without its output).
 
     Returns y in the shape, dtype and memory format of x. Differentiable to any order in x and bias, every order fused.
     No atomics: the same input gives the same bits. Under torch.compile one operator of the graph.
@@ -39,7 +42,9 @@ def bias_lrelu(x: torch.Tensor, bias: torch.Tensor, slope: float = 0.2, impl: st
     if impl == "ref":
         v = (x if x.dtype == acc else x.to(acc)) + (bias if x.ndim == 2 else bias.view(-1, 1, 1))
         return F.leaky_relu(v, slope).to(x.dtype)
-    return _BiasLrelu.apply(dense(x), bias.contiguous(), float(slope), impl)
+    return _BiasLrelu.apply(
+        dense(x), bias.contiguous(), float(slope), impl, inplace and not torch.compiler.is_compiling()
+    )
 
 
 def _view(x: torch.Tensor) -> tuple[int, int, int]:
@@ -54,8 +59,12 @@ def _view(x: torch.Tensor) -> tuple[int, int, int]:
 
 class _BiasLrelu(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, bias, slope, impl):
-        y = _forward(x, bias, slope, impl)
+    def forward(ctx, x, bias, slope, impl, inplace):
+        if inplace:
+            ctx.mark_dirty(x)
+            y = _run_forward(x, bias, slope, impl, x)
+        else:
+            y = _forward(x, bias, slope, impl)
         ctx.save_for_backward(y)
         ctx.slope, ctx.impl = slope, impl
         return y
@@ -67,7 +76,7 @@ class _BiasLrelu(torch.autograd.Function):
             dx, db = _Backward.apply(like(g, y), y, ctx.slope, ctx.impl)
         else:
             dx, db = _masked(like(g, y), y, None, True, ctx.slope, ctx.impl)
-        return dx, db, None, None
+        return dx, db, None, None, None
 
 
 class _Backward(torch.autograd.Function):
@@ -117,8 +126,8 @@ def _masked(g, y, bias, reduce, slope, impl):
     return (_masked_op if torch.compiler.is_compiling() else _run_masked)(g, y, bias, reduce, slope, impl)
 
 
-def _run_forward(x: torch.Tensor, bias: torch.Tensor, slope: float, impl: str) -> torch.Tensor:
-    y = torch.empty_like(x)
+def _run_forward(x, bias, slope, impl, y=None):
+    y = torch.empty_like(x) if y is None else y
     if x.numel() == 0:
         return y
     if impl == "triton":
@@ -146,7 +155,11 @@ def _run_masked(
     return dx, db
 
 
-_forward_op = torch.library.custom_op("infoscc::bias_lrelu", _run_forward, mutates_args=())
+@torch.library.custom_op("infoscc::bias_lrelu", mutates_args=())
+def _forward_op(x: torch.Tensor, bias: torch.Tensor, slope: float, impl: str) -> torch.Tensor:
+    return _run_forward(x, bias, slope, impl)
+
+
 _forward_op.register_fake(lambda x, bias, slope, impl: torch.empty_like(x))
 _masked_op = torch.library.custom_op("infoscc::bias_lrelu_masked", _run_masked, mutates_args=())
 _masked_op.register_fake(

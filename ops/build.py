@@ -132,7 +132,7 @@ def c_function(name: str, dtype: torch.dtype, arguments: str):
 
 def _key(sources: list[str]) -> str:
     key = hashlib.sha256(repr((FLAGS, torch.__version__, platform.machine(), _cpu())).encode())
-    for source in sources:
+    for source in sources + sorted(glob.glob(os.path.join(os.path.dirname(sources[0]), "*.h"))):
         with open(source, "rb") as f:
             key.update(f.read())
     return key.hexdigest()[:16]

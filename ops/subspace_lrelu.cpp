@@ -10,6 +10,8 @@
 #include <c10/util/BFloat16.h>
 #include <c10/util/Half.h>
 
+#include "stream.h"
+
 namespace {
 
 template <class T> using acc_t = std::conditional_t<std::is_same_v<T, double>, double, float>;
@@ -32,12 +34,14 @@ void forward(const T* h, const acc_t<T>* coef, const T* maps, const acc_t<T>* bi
              acc_t<T> slope) {
   using A = acc_t<T>;
   const int64_t P = C * S, groups = std::max<int64_t>(1, (K + kMaps - 1) / kMaps), KK = groups * kMaps;
+  const bool past = h != y && B * P * int64_t(sizeof(T)) >= kStream;
   std::vector<A> coefs(B * KK);  // padded with zeros to whole groups, as the maps are below
   for (int64_t b = 0; b < B; b++) std::copy(coef + b * K, coef + (b + 1) * K, coefs.begin() + b * KK);
 #pragma omp parallel if (B * P >= 2 * kTask)
   {
     std::vector<A> buffer((KK + 2) * kPiece);
     A *m = buffer.data(), *base = m + KK * kPiece, *sum = base + kPiece;
+    std::vector<T> row(past ? kPiece : 0);
 #pragma omp for schedule(static)
     for (int64_t p = 0; p < P; p += kPiece) {
       const int64_t n = std::min(kPiece, P - p);
@@ -58,14 +62,16 @@ void forward(const T* h, const acc_t<T>* coef, const T* maps, const acc_t<T>* bi
           add = sum, cb += kMaps;
         }
         const A* mb = m + (groups - 1) * kMaps * kPiece;
-        T* yb = y + b * P + p;
+        T* out = past ? row.data() : y + b * P + p;
 #pragma omp simd
         for (int64_t i = 0; i < n; i++) {
           const A v = A(hb[i]) + add[i] + dot<kMaps>(cb, mb, kPiece, i), w = v * slope;
-          yb[i] = T(v > 0 ? v : w);
+          out[i] = T(v > 0 ? v : w);
         }
+        if (past) stream(y + b * P + p, out, n * sizeof(T));
       }
     }
+    stream_end();
   }
 }
 
@@ -78,31 +84,34 @@ void backward(const T* g, const T* y, const acc_t<T>* coef, const T* maps, T* dh
   const int64_t P = C * S, pieces = (P + kPiece - 1) / kPiece;
   const A ones[kImages] = {1, 1, 1, 1, 1, 1, 1, 1};
   std::vector<A> part(dcoef ? pieces * B * K : 0), places(dbias ? P : 0);
-  // out[i] += sum over the n_b images from b on of c_b dh[b, i]
+  const bool past = B * P * int64_t(sizeof(T)) >= kStream;
+  const int64_t apart = past ? kPiece : P;  // elements from one image's piece of d to the next's
+  // out[i] += sum over the images of c_j d[j, i]
   const auto add = [&](A* out, const A* c, const T* d, int64_t images, int64_t n) {
     if (images == kImages) {
 #pragma omp simd
-      for (int64_t i = 0; i < n; i++) out[i] += dot<kImages>(c, d, P, i);
+      for (int64_t i = 0; i < n; i++) out[i] += dot<kImages>(c, d, apart, i);
     } else {
       for (int64_t j = 0; j < images; j++)
 #pragma omp simd
-        for (int64_t i = 0; i < n; i++) out[i] += c[j] * A(d[j * P + i]);
+        for (int64_t i = 0; i < n; i++) out[i] += c[j] * A(d[j * apart + i]);
     }
   };
 #pragma omp parallel if (B * P >= 2 * kTask)
   {
     std::vector<A> buffer((K + 1) * kPiece);
     A *dm = buffer.data(), *sum = dm + K * kPiece;
+    std::vector<T> rows(past ? kImages * kPiece : 0);
 #pragma omp for schedule(static)
     for (int64_t p = 0; p < P; p += kPiece) {
       const int64_t n = std::min(kPiece, P - p);
       std::fill(buffer.begin(), buffer.end(), A(0));
       for (int64_t b = 0; b < B; b += kImages) {
         const int64_t images = std::min(kImages, B - b);
-        T* d = dh + b * P + p;
+        T* d = past ? rows.data() : dh + b * P + p;
         for (int64_t j = 0; j < images; j++) {
           const T *gj = g + (b + j) * P + p, *yj = y + (b + j) * P + p;
-          T* dj = d + j * P;
+          T* dj = d + j * apart;
 #pragma omp simd
           for (int64_t i = 0; i < n; i++) {
             const A v = A(gj[i]), w = v * slope;
@@ -120,18 +129,21 @@ void backward(const T* g, const T* y, const acc_t<T>* coef, const T* maps, T* dh
         if (dcoef)
           for (int64_t j = 0; j < images; j++)
             for (int64_t k = 0; k < K; k++) {
-              const T *dj = d + j * P, *mk = maps + k * P + p;
+              const T *dj = d + j * apart, *mk = maps + k * P + p;
               A s = 0;
 #pragma omp simd reduction(+ : s)
               for (int64_t i = 0; i < n; i++) s += A(dj[i]) * A(mk[i]);
               part[(p / kPiece * B + b + j) * K + k] = s;
             }
+        if (past)
+          for (int64_t j = 0; j < images; j++) stream(dh + (b + j) * P + p, d + j * kPiece, n * sizeof(T));
       }
       if (dmaps)
         for (int64_t k = 0; k < K; k++)
           for (int64_t i = 0; i < n; i++) dmaps[k * P + p + i] = T(dm[k * kPiece + i]);
       if (dbias) std::copy(sum, sum + n, places.begin() + p);
     }
+    stream_end();
   }
   if (dcoef) {
     std::fill(dcoef, dcoef + B * K, A(0));

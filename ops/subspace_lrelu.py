@@ -13,15 +13,17 @@ from .build import DTYPES, acc_dtype, c_function, choose, dense, like, tl, trito
 
 
 def subspace_lrelu(
-    h: torch.Tensor, coef: torch.Tensor, maps: torch.Tensor, bias: torch.Tensor, slope: float = 0.2, impl: str = "auto"
-) -> torch.Tensor:
+    h: torch.Tensor, coef: torch.Tensor, maps: torch.Tensor, bias: torch.Tensor, slope: float = 0.2, impl: str = "auto",
+    inplace: bool = False,
+) -> torch.Tensor:  # fmt: skip
     """y = lrelu(h + sum_k coef[b, k] maps[k] + bias), lrelu(v) = v if v > 0 else slope * v.
 
     h: [B, C, H, W], NCHW or channels_last; float32, bfloat16, float16 (all computed in float32) or float64; any
     strides, B may be 0. coef: [B, K], maps: [K, C, H, W], bias: [C]; any floating dtype. maps are read in the dtype of
     h and copied if their memory format is another one; coef and bias are read in the dtype computed in. slope: at
     least 0. impl: 'auto' (Triton on CUDA, C++ on the CPU, the reference with one warning where that cannot run),
-    'ref', 'triton', 'cpp'.
+    'ref', 'triton', 'cpp'. inplace: the fused ones may write y over h, which must be no leaf and needed by no other
+    gradient (a convolution's does without its output).
 
     Returns y in the shape, dtype and memory format of h. Differentiable to any order in h, coef, maps and bias: the
     first is fused and skips what needs no gradient, higher ones are composed of PyTorch ops. No atomics: the same input
@@ -48,7 +50,7 @@ def subspace_lrelu(
     coef, maps, bias = coef.to(acc).contiguous(), like(maps.to(h.dtype), h), bias.to(acc).contiguous()
     if impl == "ref":
         return F.leaky_relu(h.to(acc) + _mix(coef, maps) + bias.view(-1, 1, 1), slope).to(h.dtype)
-    return _SubspaceLrelu.apply(h, coef, maps, bias, float(slope), impl)
+    return _SubspaceLrelu.apply(h, coef, maps, bias, float(slope), impl, inplace and not torch.compiler.is_compiling())
 
 
 def _mix(coef, maps):
@@ -62,8 +64,12 @@ def _mix(coef, maps):
 
 class _SubspaceLrelu(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, h, coef, maps, bias, slope, impl):
-        y = _forward(h, coef, maps, bias, slope, impl)
+    def forward(ctx, h, coef, maps, bias, slope, impl, inplace):
+        if inplace:
+            ctx.mark_dirty(h)
+            y = _run_forward(h, coef, maps, bias, slope, impl, h)
+        else:
+            y = _forward(h, coef, maps, bias, slope, impl)
         ctx.save_for_backward(y, coef, maps)
         ctx.slope, ctx.impl = slope, impl
         return y
@@ -71,11 +77,12 @@ class _SubspaceLrelu(torch.autograd.Function):
     @staticmethod
     def backward(ctx, g):
         y, coef, maps = ctx.saved_tensors
-        _, want_coef, want_maps, want_bias, _, _ = ctx.needs_input_grad
+        _, want_coef, want_maps, want_bias, _, _, _ = ctx.needs_input_grad
         arguments = like(g, y), y, coef, maps, want_coef, want_maps, want_bias, ctx.slope, ctx.impl
         # Gradients are enabled here under create_graph=True.
         dh, dcoef, dmaps, dbias = (_Backward.apply if torch.is_grad_enabled() else _backward)(*arguments)
-        return dh, dcoef if want_coef else None, dmaps if want_maps else None, dbias if want_bias else None, None, None
+        wanted = zip((dcoef, dmaps, dbias), (want_coef, want_maps, want_bias), strict=True)
+        return dh, *(t if want else None for t, want in wanted), None, None, None
 
 
 class _Backward(torch.autograd.Function):
@@ -117,10 +124,8 @@ def _backward(*arguments):
     return (_backward_op if torch.compiler.is_compiling() else _run_backward)(*arguments)
 
 
-def _run_forward(
-    h: torch.Tensor, coef: torch.Tensor, maps: torch.Tensor, bias: torch.Tensor, slope: float, impl: str
-) -> torch.Tensor:
-    y = torch.empty_like(h)
+def _run_forward(h, coef, maps, bias, slope, impl, y=None):
+    y = torch.empty_like(h) if y is None else y
     if h.numel() == 0:
         return y
     if impl == "triton":
@@ -173,7 +178,13 @@ def _sizes(h, coef):
     return B, C, H * W, coef.shape[1], not h.is_contiguous()
 
 
-_forward_op = torch.library.custom_op("infoscc::subspace_lrelu", _run_forward, mutates_args=())
+@torch.library.custom_op("infoscc::subspace_lrelu", mutates_args=())
+def _forward_op(
+    h: torch.Tensor, coef: torch.Tensor, maps: torch.Tensor, bias: torch.Tensor, slope: float, impl: str
+) -> torch.Tensor:
+    return _run_forward(h, coef, maps, bias, slope, impl)
+
+
 _forward_op.register_fake(lambda h, coef, maps, bias, slope, impl: torch.empty_like(h))
 _backward_op = torch.library.custom_op("infoscc::subspace_lrelu_backward", _run_backward, mutates_args=())
 _backward_op.register_fake(_empty_gradients)

@@ -24,6 +24,8 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
 
 import gan
 import training
@@ -251,7 +253,9 @@ def build(side: str, size: int, batch: int, disc: str, backbone: str, loss: str 
         state = encoder.Encoder(backbone, "imagenet").state_dict()
         own = {name: theirs.get(name.removeprefix("backbone."), value) for name, value in state.items()}
         config = dict(backbone=backbone, stem="imagenet", mean=(0.0,) * 3, std=(1.0,) * 3)
-        frozen = encoder.build({"config": config, "model": own}).to(memory_format=torch.channels_last)
+        frozen = encoder.build({"config": config, "model": own, "data": {"size": size}}).to(
+            memory_format=torch.channels_last
+        )
         return gan.Trainer(options, run, torch.eye(3), "one-hot", frozen, classifier.requires_grad_(False))
     return PlainTrainer(gan.Trainer(options, run, torch.eye(3), "one-hot"), resnet, classifier)
 
@@ -318,21 +322,29 @@ def step_rows(quick: bool) -> list[dict]:
     return rows
 
 
+class CountFlops(TorchDispatchMode):
+    """Adds up the floating-point operations of what runs within it, by torch's own formulas.
+
+    torch's FlopCounterMode also attributes them to modules, by hooks that refuse autograd.grad on leaves, as in R1.
+    """
+
+    total = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        formula = flop_registry.get(function._overloadpacket)
+        self.total += formula(*args, **(kwargs or {}), out_val=out) if formula else 0
+        return out
+
+
 def count_flops(size: int, batch: int, disc: str, backbone: str) -> float:
     """Floating-point operations of our iteration, the mean over one R1 cycle."""
-    from torch.utils.flop_counter import FlopCounterMode
-
     trainer = build("ours", size, batch, disc, backbone)
     real, y = torch.rand(batch, 3, size, size), torch.eye(3)[torch.arange(batch) % 3]
-    total = 0.0
-    for part, times in (
-        (trainer.regularise, gan.R1_EVERY / 2), (lambda: trainer.discriminate(real, y), gan.R1_EVERY),
-        (lambda: trainer.penalise(real, y), 1), (trainer.generate, gan.R1_EVERY),
-    ):  # fmt: skip
-        with FlopCounterMode(display=False) as counter:
-            part()
-        total += times * counter.get_total_flops()
-    return total / gan.R1_EVERY
+    with CountFlops() as counter:
+        for i in range(gan.R1_EVERY):
+            trainer.iteration(i, real, y)
+    return counter.total / gan.R1_EVERY
 
 
 def peak_gflops(n: int = 2048) -> float:

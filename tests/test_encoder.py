@@ -167,9 +167,10 @@ def test_mean_and_std_normalise_the_input():
     torch.testing.assert_close(other(x), plain((x - mean) / std))
 
 
-@pytest.mark.parametrize("backbone", ["resnet18", "resnet50"])
-def test_build_gives_the_same_function_frozen(backbone):
-    net = encoder.Encoder(backbone, "imagenet")
+@pytest.mark.parametrize("size", [32, 64, 72])
+@pytest.mark.parametrize("backbone, stem", [("resnet18", "imagenet"), ("resnet50", "imagenet"), ("resnet18", "small")])
+def test_build_gives_the_same_function_frozen(backbone, stem, size):
+    net = encoder.Encoder(backbone, stem)
     for module in net.modules():
         if isinstance(module, torch.nn.BatchNorm2d):
             (
@@ -177,11 +178,14 @@ def test_build_gives_the_same_function_frozen(backbone):
                 module.running_var.uniform_(0.5, 2),
                 module.weight.data.uniform_(0.5, 2),
             )
-    built = encoder.build({"config": net.config, "model": net.state_dict()})
-    x = torch.rand(2, 3, 64, 64).double()
+    built = encoder.build({"config": net.config, "model": net.state_dict(), "data": {"size": size}})
+    x = torch.rand(2, 3, size, size).double()
     h = net.eval().double()(x)  # evaluated in float64: what is left is the rounding of the folded weights to float32
     torch.testing.assert_close(built.double()(x), h, rtol=0, atol=1e-5 * h.abs().max().item())
     assert not built.training and not any(p.requires_grad for p in built.parameters())
+    kinds = [type(m) for m in built.modules()]
+    assert (encoder.StemConv in kinds) == (stem == "imagenet")
+    assert (encoder.MapLinear in kinds) == (stem == "imagenet" and size < 72)
 
 
 def test_works_alone_in_an_empty_folder(tmp_path):

@@ -166,6 +166,28 @@ def test_only_wanted_gradients(impl):
 
 @impls
 @formats
+@pytest.mark.parametrize("shape", [(3, 5, 7, 9), (9, 50, 61, 40), (2, 1500, 17, 23)])
+def test_in_place_and_large_results(impl, memory_format, shape):
+    """Over the input's memory or not, and from 2 MiB on, where C++ passes the cache by: the same numbers."""
+    if ops.build.INTERPRET and shape[0] != 3:
+        pytest.skip("minutes under the interpreter, and nothing of Triton's depends on size")
+    for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 2**-7)):
+        h, coef, maps, bias = tensors(*shape, 7, dtype, memory_format, parameters=torch.float32)
+        cases = (bias_lrelu, plain_bias, (h, bias)), (subspace_lrelu, plain_subspace, (h, coef, maps, bias))
+        for op, plain, inputs in cases:
+            z = plain(*(t.double() for t in inputs))
+            g = torch.randn_like(h)
+            expected = z, *grad(z, inputs, g.double())
+            for inplace in (False, True):
+                x = h.clone() if inplace else h  # clone: no leaf
+                y = op(x, *inputs[1:], impl=impl, inplace=inplace)
+                assert (y.data_ptr() == x.data_ptr()) == (inplace and impl != "ref")
+                for t, e in zip((y, *grad(y, inputs, g)), expected, strict=True):
+                    torch.testing.assert_close(t.double(), e.double(), rtol=0, atol=tolerance * e.abs().max().item())
+
+
+@impls
+@formats
 def test_empty_and_strided(impl, memory_format):
     h, coef, maps, bias = tensors(0, 3, 2, 2, 7, memory_format=memory_format)
     for y, inputs in (
@@ -302,7 +324,7 @@ def process(folder, path=None, **env):
 
 def copy_one_op(folder):
     (folder / "ops").mkdir()
-    for name in ("build.py", "bias_lrelu.py", "bias_lrelu.cpp"):
+    for name in ("build.py", "stream.h", "bias_lrelu.py", "bias_lrelu.cpp"):
         shutil.copy(ROOT / "ops" / name, folder / "ops")
 
 
@@ -353,7 +375,9 @@ def test_key_follows_source_processor_and_version(tmp_path, monkeypatch):
     keys.append(ops.build._key([str(source)]))
     source.write_text("int b;")
     keys.append(ops.build._key([str(source)]))
-    assert len(set(keys)) == 4
+    (tmp_path / "a.h").write_text("int c;")
+    keys.append(ops.build._key([str(source)]))
+    assert len(set(keys)) == 5
 
 
 # Triton without a GPU.
