@@ -167,8 +167,15 @@ def test_mean_and_std_normalise_the_input():
     torch.testing.assert_close(other(x), plain((x - mean) / std))
 
 
-@pytest.mark.parametrize("size", [32, 64, 72])
-@pytest.mark.parametrize("backbone, stem", [("resnet18", "imagenet"), ("resnet50", "imagenet"), ("resnet18", "small")])
+@pytest.mark.parametrize(
+    ("backbone", "stem", "size"),
+    [
+        ("resnet18", "imagenet", 32),
+        ("resnet18", "imagenet", 72),
+        ("resnet50", "imagenet", 64),
+        ("resnet18", "small", 32),
+    ],
+)
 def test_build_gives_the_same_function_frozen(backbone, stem, size):
     net = encoder.Encoder(backbone, stem)
     for module in net.modules():
