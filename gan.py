@@ -135,6 +135,7 @@ class EigenBlock(nn.Module):
         return first, second
 
     def forward(self, h: Tensor, z: Tensor, convolved: tuple[Tensor, Tensor] | None = None) -> Tensor:
+        """h [B, C, r, r] (written over), z [B, 6] -> [B, C', 2r, 2r]; convolved: the maps of `convolve`, if kept."""
         coef = F.pad(z, (0, 1), value=1.0)
         if convolved is None:
             maps = self.subspace.maps()
