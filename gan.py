@@ -577,9 +577,11 @@ class Trainer:
             stats["r1"] = self.penalise(real, y_real)
         joint = regularised and o["reg_mode"] == "joint"
         stats["loss_g"], stats["orthogonality"], classification = self.generate(joint)
-        if regularised:
+        if regularised and not joint:
             limit = gradient_norm(self.decoder) * o["reg_every"] if o["reg_clip"] else None
-            stats["H_y_given_e"] = classification if joint else self.regularise(limit)
+            classification = self.regularise(limit)
+        if regularised:
+            stats["H_y_given_e"] = classification
             # Eq. 4: a lower bound on I(Y; E) through the generated images, at most H(Y)
             stats["mi_bits"] = self.entropy - stats["H_y_given_e"] / math.log(2)
         self.average((i + 1) * o["batch"])

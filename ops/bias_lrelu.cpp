@@ -54,8 +54,8 @@ void forward(const T* x, const acc_t<T>* bias, T* y, int64_t outer, int64_t C, i
   using A = acc_t<T>;
   const int64_t total = outer * C * inner;
   const bool past = x != y && total * int64_t(sizeof(T)) >= kStream;
-  const std::vector<A> tile = inner == 1 ? repeat(bias, outer, C) : std::vector<A>(kTile);
-  const int64_t L = tile.size();
+  const std::vector<A> tile = inner == 1 ? repeat(bias, outer, C) : std::vector<A>();  // NCHW: one bias a row
+  const int64_t L = inner == 1 ? tile.size() : kTile;
 #pragma omp parallel if (total >= 2 * kTask)
   {
     std::vector<T> buffer(past ? L : 0);
@@ -99,8 +99,8 @@ void masked(const T* g, const T* y, const acc_t<T>* bias, T* dx, acc_t<T>* db, i
   using A = acc_t<T>;
   const int64_t total = outer * C * inner;
   const bool past = total * int64_t(sizeof(T)) >= kStream;
-  const std::vector<A> tile = inner == 1 ? repeat(bias, outer, C) : std::vector<A>(kTile);
-  const int64_t L = tile.size();
+  const std::vector<A> tile = inner == 1 ? repeat(bias, outer, C) : std::vector<A>();  // NCHW: one bias a row
+  const int64_t L = inner == 1 ? tile.size() : kTile;
   const int64_t pieces = inner == 1 ? std::clamp<int64_t>(total / kTask, 1, 128) : outer;
   std::vector<A> part(pieces * C, A(0));
 #pragma omp parallel if (total >= 2 * kTask)
