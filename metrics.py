@@ -1128,9 +1128,7 @@ def measure_diversity(run: Run, labels: Tensor, each: int, seed: int) -> dict:
 def measure_information(run: Run, n: int, seed: int) -> dict:
     """The chain of bounds on mutual information in bits: eqs. (1) and (6)-(7) from the logs, (2)-(5) measured here."""
     on, prior = run.real.sum(0).clamp(1, len(run.real) - 1), 0.0
-    if (
-        run.kind == "multi-label"
-    ):  # attributes are classified as if on and off in equal number: back to their real rates
+    if run.kind == "multi-label":  # classified as if on and off in equal number: back to the real rates
         prior = ((len(run.real) - on) / on).log()
     source, h_y = run.generated(n, seed), entropy_bits(run.real)
     bits = lambda source, y: information_bits(run.classify(run.embed(source)) - prior, y, run.kind, h_y)  # noqa: E731
@@ -1202,12 +1200,8 @@ def measure_fidelity(options: dict, amounts: dict, need: set, run: Run | None, w
     """FID or FD, IS and KID, of a run or of two folders."""
     features = choose_features(options["features"], options["inception"], options["resize"], run, world)
     num, seed, reference = options["num"], options["seed"], options["reference"] or ""
-    results, notes, target, content = (
-        {"features": features.name, "resize": features.resize},
-        [],
-        options["save_stats"],
-        None,
-    )
+    results: dict = {"features": features.name, "resize": features.resize}
+    notes, target, content = [], options["save_stats"], None
     if run:
         num = num or amounts["inception" if features.name == "inception" else "num"]
         n = min(num, len(run.train))

@@ -78,6 +78,15 @@ def command():
     return run
 
 
+def copy_run(source: Path, target: Path) -> Path:
+    """Copy a run folder; checkpoints (135 MB each) are linked: commands replace them and never write into them."""
+
+    def copy(source: str, target: str) -> None:
+        (os.link if source.endswith(".pt") else shutil.copy)(source, target)
+
+    return shutil.copytree(source, target, copy_function=copy)
+
+
 def _two_stages(command, data: Path, outdir: Path) -> Path:
     command("encoder", "--data", data, "--outdir", outdir, "--smoke")
     command("classifier", "--data", data, "--outdir", outdir, "--smoke")
@@ -86,7 +95,7 @@ def _two_stages(command, data: Path, outdir: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def class_run(command, class_folder, tmp_path_factory) -> Path:
-    """A run folder with encoder.pt and classifier.pt for `class_folder`: copy it before writing into it."""
+    """A run folder with encoder.pt and classifier.pt for `class_folder`: `copy_run` it before writing into it."""
     return _two_stages(command, class_folder, tmp_path_factory.mktemp("run") / "bars")
 
 

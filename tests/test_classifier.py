@@ -12,13 +12,13 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import ROOT, copy_run
 from PIL import Image
 
 import classifier
 import encoder
 import training
 
-ROOT = Path(__file__).parent.parent
 OPTIONS = dict(batch=256, lr=3e-3, weight_decay=1e-6, seed=0)
 
 
@@ -207,7 +207,7 @@ def state_of(folder: Path) -> dict:
 
 
 def test_run_reports_and_builds(command, class_run, class_folder, tmp_path):
-    out = shutil.copytree(class_run, tmp_path / "run")
+    out = copy_run(class_run, tmp_path / "run")
     (out / "classifier.pt").unlink()
     output = command("classifier", "--data", class_folder, "--outdir", out).output
     state = state_of(out)
@@ -254,7 +254,7 @@ def test_going_on_equals_an_unbroken_run_and_options_count(command, class_run, c
 
 
 def test_attributes_are_chosen_by_name(command, attribute_run, attribute_folder, tmp_path):
-    out = shutil.copytree(attribute_run, tmp_path / "run")
+    out = copy_run(attribute_run, tmp_path / "run")
     common = ("--data", attribute_folder, "--outdir", out)
     line = command("classifier", *common, "--attributes", "Top,Left", "--smoke", code=1).output.splitlines()[-1]
     assert "made with attributes" in line and "--no-resume" in line
@@ -268,7 +268,7 @@ def test_attributes_are_chosen_by_name(command, attribute_run, attribute_folder,
 
 
 def test_clusters_become_the_labels(command, class_run, class_folder, tmp_path):
-    out = shutil.copytree(class_run, tmp_path / "run")
+    out = copy_run(class_run, tmp_path / "run")
     common = ("--data", class_folder, "--outdir", out, "--smoke", "--no-resume")
     output = command("classifier", *common, "--attributes", "clusters:4").output
     state = state_of(out)
@@ -294,7 +294,7 @@ def test_clusters_become_the_labels(command, class_run, class_folder, tmp_path):
 
 
 def test_bad_input_is_one_line_and_loses_nothing(command, class_run, class_folder, attribute_folder, tmp_path):
-    out = shutil.copytree(class_run, tmp_path / "run")
+    out = copy_run(class_run, tmp_path / "run")
     before = (out / "classifier.pt").read_bytes()
     common = ("--data", class_folder, "--outdir", out, "--smoke")
     for arguments, code, said in (

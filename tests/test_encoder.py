@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
-from conftest import TORCHRUN
+from conftest import TORCHRUN, copy_run
 
 import encoder
 import training
@@ -271,7 +271,7 @@ def test_run_writes_everything_and_refuses_other_settings(command, class_run, cl
     lines = [line for line in lines if line["stage"] == "encoder"]
     assert lines and all(line["mi_bits"] <= math.log2(2 * 16 - 1) for line in lines)
 
-    out = shutil.copytree(class_run, tmp_path / "run")
+    out = copy_run(class_run, tmp_path / "run")
     before = (out / "encoder.pt").read_bytes()
     common = ("--data", class_folder, "--outdir", out, "--smoke")
     assert "is finished" in command("encoder", *common).output
@@ -289,7 +289,7 @@ def test_run_writes_everything_and_refuses_other_settings(command, class_run, cl
 
 
 def test_other_images_are_refused_by_name(command, class_run, attribute_folder, tmp_path):
-    out = shutil.copytree(class_run, tmp_path / "run")
+    out = copy_run(class_run, tmp_path / "run")
     output = command("encoder", "--data", attribute_folder, "--outdir", out, "--smoke", code=1).output
     line = output.strip().splitlines()[-1]
     assert "other images" in line and "bars" in line and "marks" in line

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, TORCHRUN
+from conftest import ROOT, TORCHRUN, copy_run
 from PIL import Image
 
 import gan
@@ -371,7 +371,7 @@ def test_mixed_precision_stays_near_fp32(dtype):
 
 @pytest.fixture
 def run_folder(class_run, tmp_path):
-    return shutil.copytree(class_run, tmp_path / "run")
+    return copy_run(class_run, tmp_path / "run")
 
 
 def digest(path):
@@ -403,7 +403,7 @@ def test_command_writes_what_it_says(command, class_folder, run_folder):
 
 
 def test_resumed_run_equals_an_unbroken_one(command, class_folder, class_run, tmp_path):
-    whole, broken = (shutil.copytree(class_run, tmp_path / name) for name in ("whole", "broken"))
+    whole, broken = (copy_run(class_run, tmp_path / name) for name in ("whole", "broken"))
     common = ["--data", class_folder, "--smoke"]
     command("gan", *common, "--outdir", whole)
     state = training.load(whole / "snapshots" / "gan-00000256.pt", "gan")
@@ -432,22 +432,24 @@ def test_each_option_changes_the_result(command, class_folder, class_run, tmp_pa
         ["--augment", "none"], ["--augment", "cutout"], ["--unconditional"], ["--lr", "0.01"], ["--seed", "1"],
         ["--precision", "bf16"], ["--batch", "4"],
     ]  # fmt: skip
-    seen = {}
+    seen, used = {}, []
     for i, variant in enumerate(variants):
-        outdir = shutil.copytree(class_run, tmp_path / str(i))
+        outdir = copy_run(class_run, tmp_path / str(i))
         command("gan", "--data", class_folder, "--outdir", outdir, "--smoke", "--kimg", 0.016, *variant)
         seen.setdefault(digest(outdir / "gan.pt"), []).append(variant)
+        used.append(json.loads((outdir / "gan.json").read_text()))
+        if variant:
+            shutil.rmtree(outdir)
     assert all(len(same) == 1 for same in seen.values()), seen
-    used = [json.loads((tmp_path / run / "gan.json").read_text()) for run in ("0", "1")]
-    assert [o["r1"] for o in used] == [10, 10 * (used[1]["size"] / 256) ** 2]  # patches: by area
+    assert [o["r1"] for o in used[:2]] == [10, 10 * (used[1]["size"] / 256) ** 2]  # patches: by area
     count = len(list((tmp_path / "0" / "snapshots").iterdir()))
-    outdir = shutil.copytree(class_run, tmp_path / "snap")
+    outdir = copy_run(class_run, tmp_path / "snap")
     command(
         "gan", "--data", class_folder, "--outdir", outdir, "--smoke", "--kimg", 0.048, "--snap", 0.016, "--workers", 0
     )
     assert len(list((outdir / "snapshots").iterdir())) > count
     start = tmp_path / "0" / "gan.pt"
-    outdir = shutil.copytree(class_run, tmp_path / "init")
+    outdir = copy_run(class_run, tmp_path / "init")
     command("gan", "--data", class_folder, "--outdir", outdir, "--smoke", "--kimg", 0.016, "--init", start)
     assert digest(outdir / "gan.pt") not in seen
 
@@ -455,7 +457,7 @@ def test_each_option_changes_the_result(command, class_folder, class_run, tmp_pa
 def test_multi_label_run(command, attribute_folder, attribute_run, tmp_path):
     seen = set()
     for how in ("joint", "independent"):
-        outdir = shutil.copytree(attribute_run, tmp_path / how)
+        outdir = copy_run(attribute_run, tmp_path / how)
         command("gan", "--data", attribute_folder, "--outdir", outdir, "--smoke", "--sample-y", how)
         seen.add(digest(outdir / "gan.pt"))
     assert len(seen) == 2
