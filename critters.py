@@ -409,7 +409,7 @@ def render(seed: int, split: str, index: int, size: int) -> tuple[np.ndarray, in
 @click.option("--out", help="Picture to write", metavar="FILE", default="critters.png", show_default=True)
 @click.option("--size", help="Side of an image, in pixels", type=click.IntRange(16, 512), default=64, show_default=True)
 @click.option("--num", help="How many images", type=click.IntRange(1, 10000), default=64, show_default=True)
-@click.option("--seed", help="Random seed", type=click.IntRange(0), default=0, show_default=True)
+@click.option("--seed", help="Random seed", type=click.IntRange(0, 2**32 - 1), default=0, show_default=True)
 def main(out: str, size: int, num: int, seed: int) -> None:
     """Write a contact sheet of critters, sorted by species and kind."""
     fs = sorted((factors(seed, i) for i in range(num)), key=lambda f: f["kind"])

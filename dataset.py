@@ -29,6 +29,7 @@ import http.client
 import io
 import itertools
 import json
+import lzma
 import multiprocessing
 import os
 import re
@@ -43,7 +44,7 @@ import warnings
 import zipfile
 import zlib
 from collections import Counter, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
@@ -59,9 +60,10 @@ import critters
 
 FORMAT = 1  # of the packs: a change of how images are decoded or stored makes new ones
 PRESETS = {"critters": 32, "afhq": 256, "celeba": 128, "fashion-mnist": 32}  # and their usual sizes
-UNREADABLE = (OSError, ValueError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error)  # files and zip members
+UNREADABLE = (OSError, ValueError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error, lzma.LZMAError)
 IMAGE = re.compile(r".*\.(jpe?g|jpe|jfif|png|webp|bmp|gif|tiff?|p[pgbn]m|tga|jp2|avif)", re.IGNORECASE)
-SPLITS = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
+SPLITS = {"train": "train", "training": "train", "test": "test", "testing": "test"}
+SPLITS |= dict.fromkeys(("val", "valid", "validation", "dev", "eval", "evaluation"), "val")
 FASHION = ["T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot"]
 CELEBA = {  # the attribute sets of the paper
     "celeba5": "Bald,Eyeglasses,Mustache,Wearing_Hat,Wearing_Necktie",
@@ -123,14 +125,15 @@ def listing(root: Path) -> tuple[Path, list[str], list[str], str, int]:
         stats.append((".", root.stat()))
         try:
             members = zipfile.ZipFile(root).namelist()
-        except (OSError, zipfile.BadZipFile) as error:
+        except UNREADABLE as error:
             fail(f"{root} cannot be read as a zip: {error}")
         for name in members:
             parts = PurePosixPath(name).parts
             if name.startswith("/") or "\\" in name or ".." in parts or re.match("[A-Za-z]:", name):
-                fail(f"{root}: member {name!r} points outside the archive, so it is refused")
+                why = "has backslashes" if "\\" in name else "points outside the archive"
+                fail(f"{root}: member {name!r} {why}, so it is refused")
             if not any(p.startswith(".") or p == "__MACOSX" for p in parts):
-                (folders if name.endswith("/") else files).append(name.rstrip("/"))
+                (folders if name.endswith("/") else files).append("/".join(parts))
         folders = sorted({str(p) for n in files for p in PurePosixPath(n).parents} - {"."} | set(folders))
     else:
 
@@ -163,9 +166,10 @@ def read(root: Path, name: str) -> bytes:
     if root.is_dir():
         return (root / name).read_bytes()
     archive = _archive(root, root.stat().st_mtime_ns, os.getpid())
-    if archive.getinfo(name).file_size > 2**31:
+    member = archive.NameToInfo.get(name) or archive.getinfo("./" + name)  # as some programs write them
+    if member.file_size > 2**31:
         raise ValueError("larger than 2 GB")
-    return archive.read(name)
+    return archive.read(member)
 
 
 @functools.lru_cache(maxsize=2)
@@ -231,15 +235,20 @@ def scan(root: Path | None, files: list[str], folders: list[str]) -> Source:
     return scan_folders(root, images, folders, top)
 
 
-def arrange(root, files, keys, split, classes=(), class_of=(), attributes=(), values=(), hidden=None) -> Source:
+def arrange(
+    root, files, keys, split, classes=(), class_of=(), attributes=(), values=(), hidden=None, seen=False
+) -> Source:
     """Check the names, complete the splits, and make the Source.
 
     `split` names the split of each image, or is None. Without val, test becomes val; without either, about a tenth of
-    each class, those whose names hash lowest, are held out.
+    each class, those whose names hash lowest, are held out. seen: the classes are those seen, not a list of names that
+    came with the data, so each must have training images.
     """
     for name, times in [*Counter(classes).items(), *Counter(attributes).items()]:
         if times > 1 or not name or (attributes and "," in name):
             fail(f"{root}: label name {name!r} is {'used twice' if times > 1 else 'empty or has a comma'}")
+        if not name.isprintable():
+            fail(f"{root}: label name {name!r} has characters that cannot be shown, or is not UTF-8: rename it")
     class_of = np.asarray(class_of, np.int64)
     split = np.array(["train"] * len(keys) if split is None else split, dtype=object)
     if "val" not in split:
@@ -252,6 +261,9 @@ def arrange(root, files, keys, split, classes=(), class_of=(), attributes=(), va
             split[members[np.argsort(digests[members])[:held]]] = "val"
     if "train" not in split or "val" not in split:
         fail(f"{root}: no images are left for train or val; each class needs at least two")
+    for c, name in enumerate(classes):
+        if seen and c not in class_of[split == "train"]:
+            fail(f"{root}: class {name} has no training images: add some or remove it")
     values = np.asarray(values, np.uint8).reshape(len(keys), len(attributes))
     return Source(root, sorted(files), keys, split, list(classes), class_of, list(attributes), values, hidden or {})
 
@@ -268,9 +280,12 @@ def scan_folders(root: Path, images: list[str], folders: list[str], top: str) ->
     below = [f[len(top) :].split("/") for f in folders if f.startswith(top)]
     first = [p[0] for p in below if len(p) == 1]
     splits = {f: SPLITS[f.lower()] for f in first if f.lower() in SPLITS}
+    inner = {f: {p[1] for p in below if len(p) == 2 and p[0] == f} for f in first}
     depth = int("train" in splits.values() and (len(splits) > 1 or len(first) == 1))  # of the class in the path
-    if depth and len(splits) < len(first):
-        fail(f"{root / top / min(set(first) - set(splits))} is neither train, val nor test: move it away")
+    depth = max(depth, int(len(splits) == len(first) > 0 and all(inner.values())))
+    other = [f for f in first if f not in splits and (depth or any(inner[f] & inner[s] for s in splits))]
+    if other:
+        fail(f"{root / top / min(other)} is neither train, val nor test: rename it or move it away")
     if not images:
         fail(f"{root} holds no images: expected {LAYOUTS}")
     parts = [name[len(top) :].split("/") for name in images]
@@ -293,7 +308,11 @@ def read_rows(root: Path, table: str) -> list[tuple[str, list[str]]]:
     """The rows of a .csv or of a file with spaces between the columns, each after the place to name in errors."""
     try:
         lines = read(root, table).decode("utf-8-sig").splitlines()
-        rows = list(csv.reader(lines)) if table.endswith(".csv") else [line.split() for line in lines]
+        rows = (
+            list(csv.reader(lines, skipinitialspace=True, strict=True))
+            if table.endswith(".csv")
+            else [line.split() for line in lines]
+        )
     except (*UNREADABLE, csv.Error) as error:
         fail(f"{root / table} cannot be read: {error}")
     rows = [(f"{root / table} line {i}", [cell.strip() for cell in row]) for i, row in enumerate(rows, 1) if any(row)]
@@ -352,7 +371,7 @@ def scan_csv(root: Path, images: list[str], table: str, top: str) -> Source:
     numbers = all(c.isdecimal() for c in labels)
     classes = sorted(set(labels), key=lambda c: (int(c), c) if numbers else (0, c))
     index = {c: i for i, c in enumerate(classes)}
-    return arrange(root, [*images, table], list(found), split, classes, [index[c] for c in labels])
+    return arrange(root, [*images, table], list(found), split, classes, [index[c] for c in labels], seen=True)
 
 
 def scan_celeba(root: Path, images: list[str], base: dict[str, str]) -> Source:
@@ -360,6 +379,9 @@ def scan_celeba(root: Path, images: list[str], base: dict[str, str]) -> Source:
     if not images:
         fail(f"{root} has CelebA's annotations, but no images in img_align_celeba/: unpack img_align_celeba.zip there")
     at = {PurePosixPath(name).name: name for name in images}
+    for name in images:
+        if at[PurePosixPath(name).name] != name:
+            fail(f"{root}: {at[PurePosixPath(name).name]} and {name} have one name, so no line can tell them apart")
     table = base.get("list_attr_celeba.txt") or base["list_attr_celeba.csv"]
     (place, names), *rows = read_rows(root, table)
     if table.endswith(".csv"):
@@ -393,7 +415,7 @@ def scan_json(root: Path, images: list[str], table: str, top: str) -> Source:
         kind = type(rows[0][1][1])
         at = {name[len(top) :]: name for name in images}
         most = max(x for _, (_, x) in rows if type(x) is int) + 1 if kind is int else len(rows[0][1][1])
-        names = [str(i) for i in range(min(most, 2**16))] if names is None else names
+        seen, names = names is None, [str(i) for i in range(min(most, 2**16))] if names is None else names
         texts = [*names, *(name for _, (name, _) in rows)]
         if not all(isinstance(text, str) for text in texts) or (kind is list and not names):
             raise TypeError
@@ -414,7 +436,7 @@ def scan_json(root: Path, images: list[str], table: str, top: str) -> Source:
     tops = [name[len(top) :].split("/")[0].lower() for name in found]
     split = [SPLITS[t] for t in tops] if set(tops) <= set(SPLITS) else None
     if kind is int:
-        return arrange(root, [*images, table], list(found), split, names, list(found.values()))
+        return arrange(root, [*images, table], list(found), split, names, list(found.values()), seen=seen)
     return arrange(root, [*images, table], list(found), split, attributes=names, values=list(found.values()))
 
 
@@ -497,9 +519,10 @@ def usual_size(source: Source) -> int:
 
 def prepare(data: str, size: int | None = None, skip_broken: bool = False) -> Path:
     """The folder of the pack of `data` at `size`, made now if there is none for this content."""
-    if size is not None and not (16 <= size <= 1024 and size & (size - 1) == 0):
-        fail(f"--size {size} is not a power of two between 16 and 1024")
     name, root = locate(data)
+    most = 1024 if root else 512  # critters are drawn no larger
+    if size is not None and not (16 <= size <= most and size & (size - 1) == 0):
+        fail(f"--size {size} is not a power of two between 16 and {most}")
     size = size or PRESETS.get(data)
     cache = Path(os.environ.get("INFOSCC_CACHE") or "~/.cache/infoscc-gan").expanduser()
     if root is None:
@@ -528,7 +551,8 @@ def prepare(data: str, size: int | None = None, skip_broken: bool = False) -> Pa
             source = scan(root, files, folders)
             if data == "afhq" and not {"cat", "dog", "wild"}.issuperset(source.classes):
                 fail(f"{root} is not AFHQ: its classes are {', '.join(source.classes)}, not cat, dog, wild")
-            fingerprint = key if root is None else fingerprint_of(source)
+            again = f"replace it, or pack without: python dataset.py --data {shlex.quote(data)} --skip-broken"
+            fingerprint = key if root is None else fingerprint_of(source, None if skip_broken else again)
             usual = usual_size(source)
             size = size or usual
             pack = find(fingerprint, size)
@@ -570,14 +594,20 @@ def only_one(cache: Path) -> Iterator[bool]:
         yield True
 
 
-def fingerprint_of(source: Source) -> str:
-    """SHA-256 over label names, and names and contents of all files that images and labels come from."""
+def fingerprint_of(source: Source, again: str | None) -> str:
+    """SHA-256 over label names, and names and contents of all files that images and labels come from.
+
+    again: what to do about an image that cannot be read; None: go on, packing names and skips it.
+    """
 
     def one(name: str) -> str:
         try:
             return hashlib.sha256(read(source.root, name)).hexdigest()
         except UNREADABLE as error:
-            fail(f"{source.root / name} cannot be read: {getattr(error, 'strerror', None) or error}")
+            why, image = getattr(error, "strerror", None) or str(error), IMAGE.fullmatch(name)
+            if image and not again:
+                return why
+            fail(f"{source.root / name} cannot be read: {why}" + f"; {again}" * bool(image))
 
     with ThreadPoolExecutor(4) as pool:
         work = pool.map(one, source.files)
@@ -772,33 +802,40 @@ class Dataset:
         the next batch * world of it, the process of this rank its part. `start`, images seen by all processes, is where
         the stream begins, so that a run goes on where it was. `workers` threads stay that many batches ahead; 0: none.
         """
-        n, pin = len(self), torch.device(device).type == "cuda"
+        n = len(self)
 
         @functools.lru_cache(maxsize=2)
         def order(epoch: int) -> np.ndarray:
             return np.random.default_rng([seed, epoch]).permutation(n)
 
-        def fetch(step: int) -> tuple[torch.Tensor, torch.Tensor]:
-            epoch, at = np.divmod(start + (step * world + rank) * batch + np.arange(batch), n)
-            return self._gather(np.concatenate([order(e)[at[epoch == e]] for e in np.unique(epoch).tolist()]), pin)
-
-        pool, ahead = ThreadPoolExecutor(workers, "batches") if workers else None, deque()
-        try:
+        def rows() -> Iterator[np.ndarray]:
             for step in itertools.count():
-                while pool and len(ahead) <= workers:
-                    ahead.append(pool.submit(fetch, step + len(ahead)))
-                x, y = ahead.popleft().result() if pool else fetch(step)
-                yield x.to(device, non_blocking=True), y.to(device, non_blocking=True)
+                epoch, at = np.divmod(start + (step * world + rank) * batch + np.arange(batch), n)
+                yield np.concatenate([order(e)[at[epoch == e]] for e in np.unique(epoch).tolist()])
+
+        return self._stream(rows(), device, workers)
+
+    def sequential(
+        self, batch: int, device: torch.device | str, workers: int = 1
+    ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """One pass in order, like `batches`; the last batch may be shorter."""
+        ends = range(0, len(self), batch)
+        return self._stream((np.arange(i, min(i + batch, len(self))) for i in ends), device, workers)
+
+    def _stream(self, rows: Iterable[np.ndarray], device: torch.device | str, workers: int) -> Iterator[tuple]:
+        """The images and labels of each of `rows` in turn, `workers` threads that many batches ahead."""
+        pin, ahead = torch.device(device).type == "cuda", deque()
+        pool = ThreadPoolExecutor(workers, "batches") if workers else None
+        try:
+            for r in itertools.chain(rows, [None] * workers):
+                if r is not None:
+                    ahead.append(pool.submit(self._gather, r, pin).result if pool else lambda r=r: self._gather(r, pin))
+                if len(ahead) > workers or (r is None and ahead):
+                    x, y = ahead.popleft()()
+                    yield x.to(device, non_blocking=True), y.to(device, non_blocking=True)
         finally:
             if pool:
                 pool.shutdown(cancel_futures=True)
-
-    def sequential(self, batch: int, device: torch.device | str) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """One pass in order; the last batch may be shorter."""
-        pin = torch.device(device).type == "cuda"
-        for i in range(0, len(self), batch):
-            x, y = self._gather(np.arange(i, min(i + batch, len(self))), pin)
-            yield x.to(device, non_blocking=True), y.to(device, non_blocking=True)
 
 
 def open_dataset(

@@ -209,6 +209,12 @@ def test_celeba(tmp_path, form, nested):
     assert np.array_equal(whole.labels, values[14:18])
 
 
+def test_celeba_images_of_one_name(tmp_path):
+    celeba(tmp_path / "c", 30)
+    paint(tmp_path / "c" / "img_align_celeba" / "more" / "000001.jpg")
+    assert "have one name" in error_of(str(tmp_path / "c"))
+
+
 def test_celeba_without_partition(tmp_path):
     celeba(tmp_path / "c", 30, partition=False)
     assert open_dataset(str(tmp_path / "c")).info()["splits"] == {"train": 27, "val": 3}
@@ -226,6 +232,8 @@ def stylegan_zip(path: Path, labels: list, **more) -> None:
 
 def test_stylegan_zip(tmp_path):
     labels = [[f"{i // 10:05}/img{i:08}.png", i % 3] for i in range(30)]
+    stylegan_zip(tmp_path / "gap.zip", [[n, 2 * i] for n, i in labels])
+    assert "class 1 has no training images" in error_of(str(tmp_path / "gap.zip"))
     stylegan_zip(tmp_path / "a.zip", labels)
     ds = open_dataset(str(tmp_path / "a.zip"))
     assert ds.name == "a" and ds.size == 64 and ds.label_names == ["0", "1", "2"] and counts(ds) == [9, 9, 9]
@@ -447,11 +455,61 @@ def test_wrong_sources(tmp_path):
     class_folders(tmp_path / "gap3" / "val", {"a": 3})
     class_folders(tmp_path / "gap3" / "extra", {"a": 3})
     assert "extra is neither" in error_of(str(tmp_path / "gap3"))
+    class_folders(tmp_path / "gap4" / "train", {"a": 3, "b": 3})
+    class_folders(tmp_path / "gap4" / "other", {"a": 3, "b": 3})  # else two classes, train and other
+    assert "other is neither" in error_of(str(tmp_path / "gap4"))
+    class_folders(tmp_path / "gap5" / "test", {"a": 3, "b": 3})
+    assert "no folder in train/" in error_of(str(tmp_path / "gap5"))
     class_folders(tmp_path / "ones", {"a": 1, "b": 1})
     assert "at least two" in error_of(str(tmp_path / "ones"))
     (tmp_path / "dangling" / "a").mkdir(parents=True)
     (tmp_path / "dangling" / "a" / "x.png").symlink_to("nowhere.png")
     assert "a/x.png" in error_of(str(tmp_path / "dangling"))
+
+
+@pytest.mark.parametrize(("first", "second"), [("training", "testing"), ("train", "eval"), ("Train", "dev")])
+def test_names_of_splits(tmp_path, first, second):
+    class_folders(tmp_path / "x" / first, {"a": 3, "b": 3})
+    class_folders(tmp_path / "x" / second, {"a": 2, "b": 2})
+    ds = open_dataset(str(tmp_path / "x"))
+    assert ds.label_names == ["a", "b"] and ds.splits == {"train": 6, "val": 4}
+
+
+def test_critters_have_a_largest_size():
+    assert "between 16 and 512" in error_of("critters", 1024)
+
+
+def test_name_that_is_not_utf8(tmp_path):
+    folder = os.fsencode(tmp_path / "x") + b"/caf\xe9"
+    os.makedirs(folder)
+    paint(tmp_path / "a.png")
+    (tmp_path / "a.png").rename(os.fsdecode(folder) + "/a.png")
+    assert "not UTF-8" in error_of(str(tmp_path / "x"))
+
+
+def test_skip_broken_skips_what_cannot_be_read(tmp_path):
+    root = class_folders(tmp_path / "x", {"a": 5, "b": 5})
+    (root / "b" / "zz.png").symlink_to("/proc/self/mem")  # reading it gives an I/O error
+    assert "b/zz.png" in error_of(str(root)) and "--skip-broken" in error_of(str(root))
+    assert open_dataset(str(root), skip_broken=True).skipped == 1
+
+
+def test_streams_end_with_all_images(tmp_path):
+    ds = open_dataset(str(class_folders(tmp_path / "x", {"a": 8, "b": 8})))
+    for workers in (0, 1, 3):
+        parts = [x for x, _ in ds.sequential(4, "cpu", workers)]
+        assert torch.equal(torch.cat(parts), torch.from_numpy(np.array(ds.images))) and len(parts) == -(-len(ds) // 4)
+
+
+def test_quotes_in_labels_csv(tmp_path):
+    for i in range(6):
+        paint(tmp_path / "c" / f"{i}.png", i)
+    table = tmp_path / "c" / "labels.csv"
+    rows = [f'{i}.png, "{"xy"[i % 2]}, z"' for i in range(5)]
+    table.write_text('file,class\n"0.png,x\n' + "\n".join(rows) + "\n")
+    assert "labels.csv cannot be read" in error_of(str(tmp_path / "c"))
+    table.write_text("file, class\n" + "\n".join(rows) + '\n5.png,"y, z"\n')
+    assert open_dataset(str(tmp_path / "c")).label_names == ["x, z", "y, z"]
 
 
 def edit_line(path: Path, line: int, change) -> None:
@@ -501,8 +559,9 @@ def test_celeba_image_without_line_and_lines_without_images(tmp_path):
         ([["f", "A", "A"], ["0.png", 1, 0], ["1.png", 1, 0]], ["'A'", "twice"]),
         ([["0.png", "cat"], ["1.png", "dog"]], ["line 1", "header"]),
         ([["f", "class"], ["0.png", ""], ["1.png", "x"]], ["line 2", "missing"]),
-        ([["f", "class", "split"], ["0.png", "x", "dev"], ["1.png", "x", "val"]], ["line 2", "'dev'"]),
+        ([["f", "class", "split"], ["0.png", "x", "odd"], ["1.png", "x", "val"]], ["line 2", "'odd'"]),
         ([["f", "split"], ["0.png", "val"], ["1.png", "val"]], ["line 1", "header"]),
+        ([["f", "class", "split"], ["0.png", "x", "train"], ["1.png", "y", "val"]], ["class y", "no training images"]),
         ([["f", "class"], ["../0.png", "x"], ["1.png", "x"]], ["line 2", "../0.png"]),
         ([["f", "class"]], ["labels.csv", "0.png"]),
         ([], ["line 1", "header"]),
@@ -545,6 +604,32 @@ def test_wrong_zips(tmp_path):
             archive.writestr(name, b"x")
         assert "evil.png" in error_of(str(tmp_path / "a.zip")) and "refused" in error_of(str(tmp_path / "a.zip"))
     assert not (tmp_path / "evil.png").exists()
+
+
+def test_zips_of_other_programs(tmp_path):
+    png = io.BytesIO()
+    Image.new("RGB", (40, 40)).save(png, "png")
+    images = {f"./{c}/{i}.png": png.getvalue() + bytes([i]) for c in "ab" for i in range(3)}
+    with zipfile.ZipFile(tmp_path / "dots.zip", "w") as archive:
+        for name, content in images.items():
+            archive.writestr(name, content)
+    with zipfile.ZipFile(tmp_path / "lzma.zip", "w", zipfile.ZIP_LZMA) as archive:
+        for name, content in images.items():
+            archive.writestr(name[2:], content)
+        place = archive.infolist()[2].header_offset + 60
+    damaged = bytearray((tmp_path / "lzma.zip").read_bytes())
+    damaged[place : place + 12] = bytes(12)
+    (tmp_path / "lzma.zip").write_bytes(damaged)
+    assert "a/2.png cannot be read" in error_of(str(tmp_path / "lzma.zip"))
+    with zipfile.ZipFile(tmp_path / "back.zip", "w") as archive:
+        archive.writestr("a/x.png", b"")
+        archive.infolist()[0].filename = "a\\x.png"
+    assert "has backslashes" in error_of(str(tmp_path / "back.zip"))
+    whole = (tmp_path / "dots.zip").read_bytes().replace(b"PK\x01\x02\x14\x03\x14", b"PK\x01\x02\x14\x03\x63")
+    (tmp_path / "later.zip").write_bytes(whole)  # says that it needs version 9.9
+    assert "cannot be read as a zip" in error_of(str(tmp_path / "later.zip"))
+    ds = open_dataset(str(tmp_path / "dots.zip"))
+    assert ds.label_names == ["a", "b"] and sum(ds.splits.values()) == 6
 
 
 def test_empty_partition_and_csv_of_bytes(tmp_path):
