@@ -436,6 +436,8 @@ def run_stage(options: dict) -> None:
     outdir = training.out_folder(options)
     checkpoint = training.load(outdir / "encoder.pt", "encoder")
     remedy = "run encoder.py with the same --data and --size first, or give another --outdir"
+    if "results" not in checkpoint:
+        raise click.ClickException(f"{outdir / 'encoder.pt'} is of an unfinished run: run encoder.py again, to its end")
     if options["size"]:
         training.check_same(checkpoint["data"], options, ["size"], outdir / "encoder.pt", remedy)
     options["size"] = checkpoint["data"]["size"]
@@ -456,7 +458,9 @@ def run_stage(options: dict) -> None:
     if state:
         remedy = "give --no-resume to start over, or another --outdir"
         theirs, ours = state["options"] | {"encoder": state["encoder_hash"]}, options | {"encoder": encoder_hash}
-        training.check_same(theirs, ours, ["encoder", "attributes", "batch", "seed", "smoke"], path, remedy)
+        keys = ["encoder", "attributes", "batch", "seed", "smoke"] + ["init"] * bool(options["init"])
+        training.check_same(theirs, ours, keys, path, remedy)
+    first = training.load(options["init"], "classifier")["model"] if options["init"] else None
 
     # Embed every image once.
     steps = -(-len(ds) * 9 // 10 // options["batch"])
@@ -466,7 +470,10 @@ def run_stage(options: dict) -> None:
         print(f"{path} is finished: {epochs} epochs. --epochs for more, --no-resume to start over.")
         return
     encoder = encoder_stage.build(checkpoint).to(run.device, memory_format=torch.channels_last)
-    h = {split: encoder_stage.embed(encoder, d, run.device, run.autocast()) for split, d in sets.items()}
+    h = {
+        split: encoder_stage.embed(encoder, d, run.device, run.autocast(), workers=options["workers"])
+        for split, d in sets.items()
+    }
 
     # The labels: of the data, or clusters.
     data = ds.info()
@@ -496,10 +503,10 @@ def run_stage(options: dict) -> None:
         training.save(path, content)
 
     # Train.
-    first, saved = None, None
-    if options["init"] and not state:
-        first = Classifier(**config)
-        training.init_weights(first, training.load(options["init"], "classifier")["model"], options["init"])
+    saved = None
+    if first:
+        weights, first = first, Classifier(**config)
+        training.init_weights(first, weights, options["init"])
         first.to(run.device).requires_grad_(False)
     log = training.Log(outdir, "classifier", epochs * len(ds), state.get("training", {}).get("epochs", 0) * len(ds))
     h = {split: v.to(run.device) for split, v in h.items()}

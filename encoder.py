@@ -14,6 +14,7 @@ import contextlib
 import copy
 import json
 import math
+import warnings
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -155,13 +156,15 @@ def embed(
     device: torch.device | str = "cpu",
     autocast: contextlib.AbstractContextManager | None = None,
     total: int | None = None,
+    workers: int = 1,
 ) -> torch.Tensor:
     """h of every image, in order: float32 [N, features] on the CPU.
 
     source: a Dataset, or an iterable of uint8 [B, S, S, 3] tensors (or of tuples that start with one). Shows progress.
+    workers: threads that prepare a Dataset's batches.
     """
     if hasattr(source, "sequential"):
-        source, total = source.sequential(256, device), len(source)
+        source, total = source.sequential(256, device, workers), len(source)
     encoder, parts = encoder.eval(), []
     with tqdm(total=total, desc="embed", unit="img", dynamic_ncols=True, leave=False) as bar:
         for batch in source:
@@ -374,11 +377,14 @@ def scatter(path: Path, h: torch.Tensor, ds, seed: int) -> None:
         name, points = "t-SNE", metrics.tsne(h, dims=2, perplexity=min(30, (len(h) - 1) / 3), seed=seed)
     else:
         name, points = "PCA", (h - h.mean(0)) @ torch.linalg.svd(h - h.mean(0), full_matrices=False).Vh[:2].T
+        points = F.pad(points, (0, 2 - points.shape[1]))  # a single image has one dimension
     points, labels = points.cpu().numpy(), np.asarray(ds.labels)[index]
     panels = [(n, labels[:, i].astype(int), ["off", "on"]) for i, n in enumerate(ds.label_names)]
     if ds.label_kind == "one-hot":
         panels = [("label", labels.argmax(1), ds.label_names)]
     panels = (panels + [(n, v[index], names) for n, (v, names) in ds.hidden.items()])[:6]
+    matplotlib.rcParams["text.parse_math"] = False  # names are no formulas, whatever their dollar signs
+    warnings.filterwarnings("ignore", "Glyph .* missing from font")
     figure, axes = plt.subplots(1, len(panels), figsize=(6 * len(panels), 6), squeeze=False)
     for axis, (title, value, names) in zip(axes[0], panels, strict=True):
         for i, label in enumerate(names):
@@ -458,7 +464,8 @@ def train(encoder: Encoder, ds, run, options: dict, state: dict, total: int, log
     scaler = run.scaler()
     stateful = {"optimizer": optimizer, "scaler": scaler} | {k: m for k, m in modules.items() if k != "encoder"}
     for name, value in state.get("training", {}).items():
-        stateful[name].load_state_dict(value)
+        if value or name != "scaler":  # that of an fp32 or bf16 run is empty
+            stateful[name].load_state_dict(value)
     encoder.train()
 
     every = batch * max(1, max(total // 50, 2 * batch if options["smoke"] else 5_000) // batch)
@@ -595,7 +602,7 @@ def run_stage(options: dict) -> None:
 
     # Train.
     if run.rank == 0:
-        outdir.mkdir(parents=True, exist_ok=True)
+        training.make_folder(outdir)
         training.write_options(outdir / "encoder.json", options)
         print(
             f"{'Resuming' if done else 'Training'} {options['method']} {options['backbone']} on {len(ds):,} images of "
@@ -608,10 +615,10 @@ def run_stage(options: dict) -> None:
     # Evaluate.
     if run.rank == 0:
         results, h = evaluate(encoder, ds, val, run, 200 if options["smoke"] else 20_000)
-        scatter(outdir / "encoder_tsne.png", h, val, run.seed)
         steps = max(0, math.ceil((total - done) / options["batch"]))
         save(done + steps * options["batch"], extra, results=results)
         training.write_options(outdir / "encoder.json", options | {"results": results})
+        scatter(outdir / "encoder_tsne.png", h, val, run.seed)
         report(results, ds.label_kind)
         print(f"Wrote {path}, {outdir / 'encoder.json'} and {outdir / 'encoder_tsne.png'}")
 

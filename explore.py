@@ -15,6 +15,7 @@ from torch import Tensor
 
 import gan
 
+MOST = 1000  # seeds of a range
 RANGE = 4.5  # a traversal covers z in [-4.5, 4.5], as in EigenGAN
 
 
@@ -24,11 +25,14 @@ def parse_seeds(text: str) -> list[int]:
     try:
         for part in text.split(","):
             first, _, last = part.partition("-")
-            seeds += range(int(first), int(last or first) + 1)
+            chosen = range(int(first), int(last or first) + 1)
+            if not 0 <= chosen.start < chosen.stop <= min(2**32, chosen.start + MOST):
+                raise ValueError
+            seeds += chosen
     except ValueError:
-        seeds = []
-    if not seeds:
-        raise click.UsageError(f"--seeds {text}: give numbers and ranges, as in 0-7 or 1,5,9-11")
+        raise click.UsageError(
+            f"--seeds {text}: give numbers below 2^32 and ranges of at most {MOST}, as in 0-7 or 1,5,9-11"
+        ) from None
     return seeds
 
 
@@ -44,7 +48,8 @@ def parse_y(network: gan.Network, texts: Sequence[str]) -> tuple[Tensor | None, 
         return None, [""]
     rows = []
     for text in texts or names:
-        wanted = [] if text == "none" and network.label_kind == "multi-label" else text.split(",")
+        wanted = [text] if text in names else text.split(",")  # classes may have commas, attributes have none
+        wanted = [] if text == "none" and network.label_kind == "multi-label" else wanted
         for name in wanted:
             if name not in names:
                 raise click.UsageError(f"--y {name}: this network knows {', '.join(names)}")
@@ -103,9 +108,9 @@ def traverse(
 
 
 # fmt: off
+Y = "A class, or attributes to turn on (A,B,...; none: all off)"
 OPTIONS = [
     click.option("--network",    metavar="FILE", required=True, help="gan.pt or a snapshot."),
-    click.option("--y",          metavar="NAMES", multiple=True, help="A class, or attributes to turn on (A,B,...; none: all off).  [default: each in turn]"),
     click.option("--truncation", metavar="T", type=click.FloatRange(0), default=1.0, help="Scale of the latents: below 1 more typical, less varied."),
     click.option("--tile",       metavar="PIXELS", type=click.IntRange(8), default=64, help="Size of an image in the picture."),
     click.option("--device",     metavar="DEVICE", default="cpu", help="cpu or cuda."),
@@ -138,7 +143,10 @@ def main():
 
 
 @main.command("sample")
-@options(click.option("--seeds", metavar="LIST", default="0-7", help="Seeds, a column each."))
+@options(
+    click.option("--y", metavar="NAMES", multiple=True, help=f"{Y}; may be repeated.  [default: each in turn]"),
+    click.option("--seeds", metavar="LIST", default="0-7", help="Seeds, a column each."),
+)
 def sample_command(network, y, seeds, truncation, tile, device, out):
     """A grid: a row for each class or attribute set, a column for each seed."""
     file, network = network, gan.load(network, device)
@@ -150,13 +158,14 @@ def sample_command(network, y, seeds, truncation, tile, device, out):
 
 @main.command("traverse")
 @options(
+    click.option("--y", metavar="NAMES", help=f"{Y}.  [default: the first]"),
     click.option("--seeds", metavar="LIST", default="0", help="Seeds of the images to start from, a picture each."),
     click.option("--steps", metavar="N", type=click.IntRange(2), default=9, help="Images in a strip."),
 )
 def traverse_command(network, y, seeds, steps, truncation, tile, device, out):
     """A strip over [-4.5, 4.5] for each layer and dimension, the most important |L| first."""
     file, network = network, gan.load(network, device)
-    labels, _ = parse_y(network, y)
+    labels, _ = parse_y(network, [y] if y else [])
     values = torch.linspace(-RANGE, RANGE, steps)
     dimensions = importance(network)
     strips = [f"layer {layer} dim {dim}  |L| {L:.1f}" for L, layer, dim in dimensions]

@@ -10,10 +10,13 @@ Everything here is plain functions around torch; a stage calls them in this orde
 
 import contextlib
 import ctypes
+import functools
 import hashlib
 import json
+import math
 import os
-import pickle
+import re
+import tempfile
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -38,24 +41,47 @@ OPTIONS = [
     click.option("--size",      metavar="PIXELS", type=click.IntRange(8, 1024), help="Image size, a power of two.  [default: by data]"),
     click.option("--batch",     metavar="N", type=click.IntRange(2), help="Images per step, over all processes.  [default: by data]"),
     click.option("--init",      metavar="FILE", help="Checkpoint to take the network's first weights from."),
-    click.option("--seed",      metavar="N", type=click.IntRange(0), default=0, help="Seed of everything random."),
+    click.option("--seed",      metavar="N", type=click.IntRange(0, 2**32 - 1), default=0, help="Seed of everything random."),
     click.option("--precision", type=click.Choice(["auto", "fp32", "bf16", "fp16"]), default="auto", help="auto: fp32 on CPUs; bf16 on GPUs that have it, else fp16."),
     click.option("--device",    metavar="DEVICE", default="auto", help="cpu, cuda, cuda:1; auto: cuda if there is one."),
     click.option("--workers",   metavar="N", type=click.IntRange(0), default=1, help="Threads that prepare batches; 0: none."),
     click.option("--resume/--no-resume", default=True, help="Go on from the checkpoint in the output folder, or start over."),
     click.option("--smoke",     is_flag=True, help="A run of seconds that takes every code path; its results mean nothing."),
-    click.option("--dry-run",   is_flag=True, help="Print the resolved options and stop."),
+    click.option("--dry-run",   is_flag=True, help="Print the options, as far as they are known without the data, and stop."),
 ]
 # fmt: on
 
 
+class BadOption(click.ClickException):
+    """A bad option, said in one line."""
+
+    exit_code = 2
+
+
 def with_options(own: list[Callable]) -> Callable:
-    """Decorator that gives a click command a stage's own options, then those that every stage takes."""
+    """Decorator that gives a click command a stage's own options, then those that every stage takes.
+
+    What goes wrong with an option or a file is said in one line.
+    """
 
     def decorate(command: Callable) -> Callable:
+        @functools.wraps(command)
+        def guarded(**options):
+            for name, value in options.items():
+                if isinstance(value, float) and not math.isfinite(value):
+                    raise BadOption(f"--{name} {value}: give a finite number")
+            try:
+                command(**options)
+            except click.UsageError as error:
+                raise BadOption(error.message) from None
+            except OSError as error:
+                if error.filename is None:
+                    raise
+                raise click.ClickException(f"{error.filename}: {error.strerror}") from None
+
         for option in reversed(own + OPTIONS):
-            command = option(command)
-        return command
+            guarded = option(guarded)
+        return guarded
 
     return decorate
 
@@ -68,13 +94,25 @@ def by_data(presets: dict[str, dict], data: str, options: dict) -> dict:
 
 def out_folder(options: dict) -> Path:
     """The run's folder: --outdir, or runs/<data name>; smoke runs stay apart."""
-    name = Path(options["data"]).resolve().stem + ("-smoke" if options["smoke"] else "")
-    return Path(options["outdir"] or Path("runs") / name)
+    data = Path(options["data"]).expanduser().resolve()
+    name = re.sub(r"[^\w.-]+", "_", data.stem if data.is_file() else data.name) or "data"
+    return Path(options["outdir"] or Path("runs") / (name + "-smoke" * options["smoke"]))
+
+
+def make_folder(path: Path) -> None:
+    """Make the run's folder. Raises click.ClickException if that cannot be, or nothing can be written there."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path):
+            pass
+    except OSError as error:
+        raise click.ClickException(f"cannot write to {path}: {error.strerror}; give another --outdir") from None
 
 
 def write_options(path: Path, options: dict) -> None:
-    """Save a command's resolved options next to its results."""
-    path.write_text(json.dumps(options | {"torch": torch.__version__}, indent=2) + "\n")
+    """Save a command's resolved options next to its results; what has no value (NaN) is null there."""
+    plain = json.loads(json.dumps(options | {"torch": torch.__version__}), parse_constant=lambda _: None)
+    path.write_text(json.dumps(plain, indent=2) + "\n")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -108,12 +146,32 @@ class Run:
         """Mean of the gradients over all processes, as one message; nothing with one process."""
         if self.world == 1:
             return
-        grads = [p.grad for p in parameters if p.grad is not None]
-        flat = torch.cat([g.flatten() for g in grads])
+        parameters = [p for p in parameters if p.requires_grad]
+        used = [p.grad is not None for p in parameters]  # not where an image of its class was none of this process's
+        grads = [p.grad if u else torch.zeros_like(p) for p, u in zip(parameters, used, strict=True)]
+        flat = torch.cat([*(g.flatten() for g in grads), grads[0].new_tensor(used)])
         dist.all_reduce(flat)
         flat /= self.world
-        for g, mean in zip(grads, flat.split([g.numel() for g in grads]), strict=True):
-            g.copy_(mean.view_as(g))
+        *means, anywhere = flat.split([*(g.numel() for g in grads), len(grads)])
+        anywhere = used if all(used) else (anywhere > 0).tolist()
+        for p, grad, mean, some in zip(parameters, grads, means, anywhere, strict=True):
+            p.grad = grad.copy_(mean.view_as(p)) if some else None
+
+
+def choose_device(device: str | torch.device = "auto") -> torch.device:
+    """'cpu', 'cuda', 'cuda:1', or 'auto'. Raises click.ClickException for one that this machine does not have."""
+    try:
+        if device == "auto":
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        dev = torch.device(device)
+        if dev.type not in ("cpu", "cuda"):
+            raise RuntimeError("neither a CPU nor a CUDA device")
+        if dev.type == "cuda" and dev.index is None and "LOCAL_RANK" in os.environ:
+            dev = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.empty(1, device=dev)
+        return dev
+    except (RuntimeError, AssertionError) as error:
+        raise click.ClickException(f"--device {device}: {str(error).splitlines()[0]}") from None
 
 
 def start(device: str = "auto", precision: str = "auto", seed: int = 0) -> Run:
@@ -124,15 +182,7 @@ def start(device: str = "auto", precision: str = "auto", seed: int = 0) -> Run:
     keep_memory()
     torch.set_flush_denormal(True)
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    try:
-        if device == "auto":
-            device = "cuda" if torch.cuda.is_available() else "cpu"
-        dev = torch.device(device)
-        if dev.type == "cuda" and world > 1 and dev.index is None:
-            dev = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-        torch.empty(1, device=dev)
-    except (RuntimeError, AssertionError) as error:
-        raise click.ClickException(f"--device {device}: {str(error).splitlines()[0]}") from None
+    dev = choose_device(device)
     if dev.type == "cuda":
         torch.cuda.set_device(dev)
         torch.backends.cudnn.benchmark = True
@@ -162,15 +212,17 @@ def keep_memory() -> None:
 def save(path: Path, state: dict) -> None:
     """Write a checkpoint under a temporary name, then rename it: a killed run leaves the old file whole."""
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         torch.save(state | {"version": VERSION}, temporary)
         os.replace(temporary, path)
-    except OSError as error:
-        raise click.ClickException(f"cannot write {path}: {error.strerror}") from None
+    except (OSError, RuntimeError) as error:  # torch.save has a RuntimeError for a full disk
+        why = getattr(error, "strerror", None) or "is the disk full?"
+        raise click.ClickException(f"cannot write {path}: {why}") from None
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
 
 
 def load(path: Path | str, stage: str) -> dict:
@@ -183,7 +235,7 @@ def load(path: Path | str, stage: str) -> dict:
         raise click.ClickException(f"{path} does not exist: run {stage}.py with the same --data and --outdir first")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, pickle.UnpicklingError, EOFError, OSError, ValueError, KeyError, AttributeError) as error:
+    except Exception as error:  # damaged files raise nearly anything
         raise click.ClickException(
             f"{path} is not a checkpoint of this project ({type(error).__name__} while reading it)"
         ) from None

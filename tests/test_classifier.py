@@ -16,6 +16,7 @@ from conftest import ROOT, copy_run
 from PIL import Image
 
 import classifier
+import dataset
 import encoder
 import training
 
@@ -219,8 +220,6 @@ def test_run_reports_and_builds(command, class_run, class_folder, tmp_path):
     assert state["results"]["overall"]["accuracy"] > state["results"]["overall"]["majority"]  # bars are easy
 
     # The saved layer gives the reported accuracy through the saved encoder.
-    import dataset
-
     val = dataset.open_dataset(str(class_folder), 32, "val")
     h = encoder.embed(encoder.build(training.load(out / "encoder.pt", "encoder")), val)
     net = classifier.build(state)
@@ -230,7 +229,7 @@ def test_run_reports_and_builds(command, class_run, class_folder, tmp_path):
     assert "is finished" in command("classifier", "--data", class_folder, "--outdir", out).output
 
 
-def test_going_on_equals_an_unbroken_run_and_options_count(command, class_run, class_folder, tmp_path):
+def test_going_on_equals_an_unbroken_run_and_options_count(command, class_run, class_folder, tmp_path, monkeypatch):
     def train(name, *extra):
         if not (tmp_path / name).exists():
             (tmp_path / name).mkdir()
@@ -243,7 +242,9 @@ def test_going_on_equals_an_unbroken_run_and_options_count(command, class_run, c
     assert not torch.equal(whole, half)
     assert torch.equal(train("half", "--epochs", "6"), whole)
     assert torch.equal(train("whole", "--epochs", "6", "--no-resume"), whole)
-    assert torch.equal(train("workers", "--epochs", "6", "--workers", "0"), whole)
+    asked, sequential = [], dataset.Dataset.sequential
+    monkeypatch.setattr(dataset.Dataset, "sequential", lambda *a: asked.append(a[-1]) or sequential(*a))
+    assert torch.equal(train("workers", "--epochs", "6", "--workers", "0"), whole) and asked == [0, 0]
     for extra in (
         ("--seed", "1"),
         ("--batch", "8"),
@@ -310,6 +311,14 @@ def test_bad_input_is_one_line_and_loses_nothing(command, class_run, class_folde
         line = command("classifier", *arguments, code=code).output.splitlines()[-1]
         assert line.startswith("Error: ") and said in line, line
     assert (out / "classifier.pt").read_bytes() == before
+
+    # So are an encoder whose training was broken off, and first weights that are not there, whatever is done already.
+    line = command("classifier", *common, "--init", tmp_path / "no.pt", code=1).output.splitlines()[-1]
+    assert "made with init" in line or "no.pt does not exist" in line
+    state = training.load(out / "encoder.pt", "encoder")
+    training.save(out / "encoder.pt", {k: v for k, v in state.items() if k != "results"})
+    assert "unfinished" in command("classifier", *common, code=1).output
+    training.save(out / "encoder.pt", state)
 
     # A classifier of another encoder is refused, not used.
     state = training.load(out / "encoder.pt", "encoder")

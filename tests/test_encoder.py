@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from conftest import TORCHRUN, copy_run
+from PIL import Image
 
 import encoder
 import training
@@ -397,6 +398,26 @@ def test_init_from_a_run_and_from_imagenet_weights(command, class_run, class_fol
     command("encoder", *common, *weights)
     assert state_of(tmp_path / "run")["config"]["std"] == tuple(2 * s for s in encoder.IMAGENET_STD)
     assert not same(state_of(tmp_path / "run"), state_of(class_run))
+
+
+def test_names_that_are_no_formulas_and_a_single_image(command, tmp_path):
+    for c, name in enumerate(("$0_to_$10", "$10_to_^$")):
+        (tmp_path / "x" / name).mkdir(parents=True)
+        for i in range(3):
+            Image.new("RGB", (32, 32), (90 * c, 9 * i, 0)).save(tmp_path / "x" / name / f"{i}.png")
+    command("encoder", "--data", tmp_path / "x", "--outdir", tmp_path / "run", "--smoke")
+    shutil.rmtree(tmp_path / "x" / "$0_to_$10")  # leaves one validation image
+    command("encoder", "--data", tmp_path / "x", "--outdir", tmp_path / "one", "--smoke")
+    assert (tmp_path / "one" / "encoder_tsne.png").exists()
+
+
+def test_results_are_saved_before_the_picture(command, class_folder, tmp_path, monkeypatch):
+    def fail(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(encoder, "scatter", fail)
+    command("encoder", "--data", class_folder, "--outdir", tmp_path, "--smoke", code=1)
+    assert "results" in state_of(tmp_path)
 
 
 def test_multi_label_data_is_evaluated_too(attribute_run):

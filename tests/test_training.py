@@ -1,0 +1,100 @@
+"""training.py: folders, checkpoints and errors, each as a user meets them."""
+
+import errno
+import json
+import math
+from pathlib import Path
+
+import click
+import pytest
+import torch
+from conftest import copy_run
+
+import training
+
+
+def one_line(result, code: int = 1) -> str:
+    """The output of a failed command, which must be one line."""
+    lines = [line for line in result.output.strip().splitlines() if not line.startswith("packing")]
+    assert result.exit_code == code and len(lines) == 1 and lines[0].startswith("Error: "), result.output
+    return lines[0]
+
+
+@pytest.mark.parametrize(
+    ("data", "name"), [("a/v1.5", "v1.5"), ("a/two words", "two_words"), ("pets.zip", "pets"), ("critters", "critters")]
+)
+def test_runs_are_named_after_the_data(tmp_path, monkeypatch, data, name):
+    monkeypatch.chdir(tmp_path)
+    if data.endswith(".zip"):
+        Path(data).touch()
+    for smoke in (False, True):
+        options = {"data": data, "outdir": None, "smoke": smoke}
+        assert training.out_folder(options) == Path("runs") / (name + "-smoke" * smoke)
+    assert training.out_folder(options | {"outdir": "elsewhere"}) == Path("elsewhere")
+
+
+def test_output_folders_that_cannot_be(command, class_folder, tmp_path):
+    (tmp_path / "file").touch()
+    for outdir in (tmp_path / "file", tmp_path / "file" / "below", "/proc/nowhere"):
+        line = one_line(command("encoder", "--data", class_folder, "--smoke", "--outdir", outdir, code=1))
+        assert f"cannot write to {outdir}" in line and "--outdir" in line
+
+
+def test_a_full_disk_keeps_the_old_checkpoint(tmp_path, monkeypatch):
+    training.save(tmp_path / "a.pt", {"stage": "gan", "x": 1})
+
+    def fail(state, file):
+        Path(file).write_bytes(b"half")
+        raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 64 vs 0")
+
+    monkeypatch.setattr(torch, "save", fail)
+    with pytest.raises(click.ClickException, match="is the disk full"):
+        training.save(tmp_path / "a.pt", {"stage": "gan", "x": 2})
+    assert training.load(tmp_path / "a.pt", "gan")["x"] == 1 and len(list(tmp_path.iterdir())) == 1
+
+
+def test_errors_of_the_system_are_one_line(command, class_run, class_folder, tmp_path, monkeypatch):
+    run = copy_run(class_run, tmp_path / "run")
+
+    def fail(*arguments, **options):
+        raise OSError(errno.ENOSPC, "No space left on device", "stats.jsonl")
+
+    monkeypatch.setattr(training, "Log", fail)
+    line = one_line(command("gan", "--data", class_folder, "--outdir", run, "--smoke", code=1))
+    assert line == "Error: stats.jsonl: No space left on device"
+
+
+@pytest.mark.parametrize("content", [b"", b".", b"<html>", b"\x80\x02}q\x00(X", b"PK\x03\x04" + bytes(50)])
+def test_damaged_checkpoints(tmp_path, content):
+    (tmp_path / "a.pt").write_bytes(content)
+    with pytest.raises(click.ClickException, match="is not a checkpoint"):
+        training.load(tmp_path / "a.pt", "gan")
+
+
+def test_what_has_no_value_is_null(tmp_path):
+    training.write_options(tmp_path / "a.json", {"x": [1.5, math.nan], "y": {"z": math.nan}})
+    read = json.loads((tmp_path / "a.json").read_text(), parse_constant=lambda name: pytest.fail(name))
+    assert read["x"] == [1.5, None] and read["y"] == {"z": None}
+
+
+@pytest.mark.parametrize("device", ["meta", "nonsense", "cuda:99"])
+def test_devices_that_are_not_there(device):
+    with pytest.raises(click.ClickException, match=f"--device {device}"):
+        training.choose_device(device)
+
+
+@pytest.mark.parametrize(
+    ("stage", "option", "value"),
+    [
+        ("encoder", "--epochs", "nan"),
+        ("encoder", "--epochs", "inf"),
+        ("gan", "--kimg", "nan"),
+        ("gan", "--augment", "blur"),
+        ("classifier", "--attributes", "clusters:1"),
+    ],
+)
+def test_bad_values_are_one_line(command, tmp_path, stage, option, value):
+    line = one_line(command(stage, option, value, "--outdir", tmp_path, code=2), code=2)
+    assert option in line and value in line
+    assert not list(tmp_path.iterdir())
+    assert command(stage, "--seed", 2**32, code=2)
