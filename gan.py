@@ -95,20 +95,24 @@ class Subspace(nn.Module):
         U = torch.linalg.qr(smooth.permute(0, 2, 3, 1).flatten(1).T)[0].T
         self.U.data.copy_(U.reshape(self.U.shape))
 
+    def basis(self) -> Tensor:
+        """U as it is used: [basis, r, r, C], in full precision."""
+        if not self.orthonormal:
+            return self.U
+        with torch.autocast(self.U.device.type, enabled=False):
+            U = self.U.flatten(1)
+            R = torch.linalg.cholesky_ex(U @ U.T).L  # cholesky would wait for the device to check
+            return torch.linalg.solve_triangular(R, U, upper=False).view_as(self.U)
+
     def gram(self) -> Tensor:
         """U U^T [basis, basis], in full precision."""
         with torch.autocast(self.U.device.type, enabled=False):
-            U = self.U.flatten(1)
+            U = self.basis().flatten(1)
             return U @ U.T
 
     def maps(self) -> Tensor:
         """The scaled basis and the origin, [basis + 1, C, r, r]: phi of z is their sum weighted by (z, 1)."""
-        U = self.U
-        if self.orthonormal:
-            with torch.autocast(U.device.type, enabled=False):
-                R = torch.linalg.cholesky(self.gram())
-                U = torch.linalg.solve_triangular(R, U.flatten(1), upper=False).view_as(U)
-        return torch.cat((self.L.view(-1, 1, 1, 1) * U, self.mu[None])).permute(0, 3, 1, 2)
+        return torch.cat((self.L.view(-1, 1, 1, 1) * self.basis(), self.mu[None])).permute(0, 3, 1, 2)
 
 
 class EigenBlock(nn.Module):
@@ -241,7 +245,8 @@ class Conv(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         stride, padding, dx, dw = ctx.stride, ctx.padding, None, None
         if ctx.needs_input_grad[0]:
-            if weight.shape[1:] == (3, 7, 7):
+            image = weight.shape[1:] == (3, 7, 7) and (stride, padding) == (1, 3)
+            if image and g.shape[2] % 2 == g.shape[3] % 2 == 0:
                 dx = conv_to_image(g, weight.flip(2, 3).transpose(0, 1))
             else:
                 rest = (x.shape[2] + 2 * padding - weight.shape[2]) % stride
@@ -453,7 +458,8 @@ class Trainer:
     """Networks, optimisers and label distribution of one run, and its four updates.
 
     `regularise`, `discriminate`, `penalise` (R1) and `generate` each draw their own latents, run forward and backward
-    and step their optimiser; they return device scalars for the log and never synchronise.
+    and step their optimiser; they return device scalars for the log and do not synchronise (but for
+    --per-class, which must know whose images are whose).
     """
 
     def __init__(self, options: dict, run, labels: Tensor | None, kind: str, encoder=None, classifier=None):
@@ -462,6 +468,9 @@ class Trainer:
         self.labels = None if labels is None else labels.to(run.device)
         self.labels_mean = None if labels is None else self.labels.mean(dim=0)
         self.entropy = 0.0 if labels is None else entropy_bits(labels)
+        if options["sample_y"] == "independent":  # H(Y) of the y that are drawn
+            p = self.labels_mean.double()
+            self.entropy = float(torch.special.entr(torch.stack((p, 1 - p))).sum() / math.log(2))
         torch.manual_seed(run.seed)  # the same weights in every process
         width = 0 if labels is None else labels.shape[1]
         nets = (
@@ -498,6 +507,7 @@ class Trainer:
         self.run.average_gradients(network.parameters())
         scaler.unscale_(optimiser)
         if limit is not None:
+            limit = limit.nan_to_num(0.0, 0.0).clamp(min=1e-12)  # fp16: an update that overflowed gives no measure
             torch.nn.utils.clip_grads_with_norm_(network.parameters(), 1.0, gradient_norm(network) / limit)
         scaler.step(optimiser)
         scaler.update()
@@ -558,9 +568,9 @@ class Trainer:
     def average(self, images: int) -> None:
         """Exponential moving average of the decoder's weights after `images` images.
 
-        Its half-life is EMA_HALF_LIFE images, or a twentieth of those seen, so that short runs forget their start too.
+        Its half-life is EMA_HALF_LIFE images, or a fortieth of those seen, so that short runs forget their start too.
         """
-        decay = 0.5 ** (self.options["batch"] / min(EMA_HALF_LIFE, images / 20))
+        decay = 0.5 ** (self.options["batch"] / min(EMA_HALF_LIFE, images / 40))
         update = torch.optim.swa_utils.get_ema_multi_avg_fn(decay)
         update(list(self.ema.parameters()), list(self.decoder.parameters()), None)
 
@@ -595,7 +605,8 @@ class Trainer:
     def load_state(self, state: dict) -> None:
         """Go on from `state()`."""
         for name, value in state.items():
-            getattr(self, name).load_state_dict(value)
+            if value or not name.startswith("scaler"):  # that of an fp32 or bf16 run is empty
+                getattr(self, name).load_state_dict(value)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -655,6 +666,7 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> Network:
     import encoder as encoder_stage
     import training
 
+    device = training.choose_device(device)
     state = training.load(path, "gan")
     data, labels = state["data"], state["labels"]
     names = data["label_names"] if labels else []
@@ -738,10 +750,13 @@ def train(options: dict) -> None:
 
     smoke = {"batch": 8, "kimg": 0.256, "snap": 0.128} if options["smoke"] else {}
     options |= {name: value for name, value in smoke.items() if options[name] is None}
+    clip = options["reg_clip"]
     options = training.by_data(PRESETS, options["data"], options)
     for bad, why in (
         (options["per_class"] and options["unconditional"], "--per-class needs labels, --unconditional has none"),
         (options["unconditional"] and options["reg_mode"] == "joint", "--reg-mode joint needs labels"),
+        (options["unconditional"] and options["sample_y"] == "independent", "--sample-y needs labels"),
+        (clip and options["reg_mode"] == "joint", "--reg-clip limits a regularisation of its own, not a joint one"),
         (set(options["augment"].split(",")) - {"color", "translation", "cutout", "none"},
          f"--augment {options['augment']}: choose from color, translation, cutout, separated by commas, or none"),
     ):  # fmt: skip
@@ -803,8 +818,13 @@ def train(options: dict) -> None:
         remedy = "give the same options, or start over with --no-resume or another --outdir"
         training.check_same(state["options"], options, sorted(options.keys() - FREE), checkpoint, remedy)
         training.check_same(state["data"], data.info(), ("fingerprint",), checkpoint, remedy)
-        if stage2 and state["encoder"] and training.fingerprint(state["encoder"]["model"]) != stage2["encoder_hash"]:
-            raise click.ClickException(f"{checkpoint} was trained with another encoder.pt: {remedy}")
+        for name, stage in (("encoder", stage1), ("classifier", stage2)):
+            if (
+                stage
+                and state[name]
+                and training.fingerprint(state[name]["model"]) != training.fingerprint(stage["model"])
+            ):
+                raise click.ClickException(f"{checkpoint} was trained with another {name}.pt: {remedy}")
         trainer.load_state(state["trainer"])
         images, iteration = state["images_seen"], state["iteration"]
     total = round(1000 * options["kimg"])
@@ -814,7 +834,8 @@ def train(options: dict) -> None:
         )
 
     # Train.
-    outdir.mkdir(parents=True, exist_ok=True)
+    if run.rank == 0:
+        training.make_folder(outdir)
     log = training.Log(outdir, "gan", total, images, rank=run.rank)
     if run.rank == 0:
         training.write_options(outdir / "gan.json", options)

@@ -131,7 +131,8 @@ def _run_forward(x, bias, slope, impl, y=None):
     if x.numel() == 0:
         return y
     if impl == "triton":
-        _triton_forward(x, bias, y, slope)
+        with torch.cuda.device_of(x):
+            _triton_forward(x, bias, y, slope)
     else:
         run = c_function("bias_lrelu", x.dtype, "pppiiid")
         run(x.data_ptr(), bias.data_ptr(), y.data_ptr(), *_view(x), slope)
@@ -147,7 +148,8 @@ def _run_masked(
     if y.numel() == 0:
         return dx, db.zero_()
     if impl == "triton":
-        _triton_masked(g, y, bias, dx, db, slope)
+        with torch.cuda.device_of(y):
+            _triton_masked(g, y, bias, dx, db, slope)
     else:
         run = c_function("bias_lrelu_masked", y.dtype, "pppppiiid")
         b = None if bias is None else bias.data_ptr()

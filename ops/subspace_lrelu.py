@@ -58,7 +58,7 @@ def _mix(coef, maps):
     last = not maps.is_contiguous()
     flat = (maps.permute(0, 2, 3, 1) if last else maps).to(coef.dtype)
     with torch.autocast(maps.device.type, enabled=False):
-        out = (coef @ flat.flatten(1)).view(-1, *flat.shape[1:])
+        out = (coef @ flat.flatten(1)).view(len(coef), *flat.shape[1:])
     return out.permute(0, 3, 1, 2) if last else out
 
 
@@ -99,7 +99,7 @@ class _Backward(torch.autograd.Function):
     def backward(ctx, gdh, gdcoef, gdmaps, gdbias):
         """With q the gradient that reaches dh by all four outputs, dg = q * m; dcoef needs maps too, and dmaps coef."""
         g, y, coef, maps = ctx.saved_tensors
-        m = torch.where(y > 0, 1.0, ctx.slope).to(coef.dtype)
+        m = torch.where(y > 0, coef.new_ones(()), ctx.slope)
         dh = g.to(coef.dtype) * m
         q, to_coef, to_maps = gdh.to(coef.dtype), None, None
         if gdcoef.numel():
@@ -129,7 +129,8 @@ def _run_forward(h, coef, maps, bias, slope, impl, y=None):
     if h.numel() == 0:
         return y
     if impl == "triton":
-        _triton_forward(h, coef, maps, bias, y, slope)
+        with torch.cuda.device_of(h):
+            _triton_forward(h, coef, maps, bias, y, slope)
     else:
         run = c_function("subspace_lrelu", h.dtype, "pppppiiiiid")
         run(*[t.data_ptr() for t in (h, coef, maps, bias, y)], *_sizes(h, coef), slope)
@@ -152,7 +153,8 @@ def _run_backward(
     if y.numel() == 0:
         return tuple(t.zero_() for t in outputs)
     if impl == "triton":
-        _triton_backward(g, y, coef, maps, *outputs, slope)
+        with torch.cuda.device_of(y):
+            _triton_backward(g, y, coef, maps, *outputs, slope)
     else:
         run = c_function("subspace_lrelu_backward", y.dtype, "ppppppppiiiiid")
         pointers = [t.data_ptr() if t.numel() else None for t in (g, y, coef, maps, *outputs)]

@@ -14,7 +14,9 @@ import resource
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).parent.parent), str(Path(__file__).parent)]
@@ -27,6 +29,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
+import dataset
 import gan
 import training
 
@@ -165,7 +168,8 @@ class PlainTrainer:
     """The four updates in the usual way, with the weights and the random numbers of a gan.Trainer."""
 
     def __init__(self, ours: gan.Trainer, encoder: nn.Module, classifier: nn.Module):
-        self.ours, self.options, self.batch = ours, ours.options, ours.batch
+        self.options, self.batch, self.labels = ours.options, ours.batch, ours.labels
+        self.latent_width = ours.decoder.latent_width
         self.encoder, self.classifier = encoder, classifier
         dtype = ours.decoder.generator.last_bias.dtype
         self.decoder = PlainDecoder(self.options["size"], ours.labels.shape[1]).to(dtype)
@@ -178,8 +182,8 @@ class PlainTrainer:
         self.opt_d = torch.optim.Adam(self.D.parameters(), **adam)
 
     def fake(self) -> tuple[Tensor, Tensor]:
-        y = self.ours.draw_y(self.batch)
-        latents = torch.randn(self.batch, self.ours.decoder.latent_width, dtype=y.dtype)
+        y = self.labels[torch.randint(len(self.labels), (self.batch,))]
+        latents = torch.randn(self.batch, self.latent_width, dtype=y.dtype)
         return self.decoder(y, latents), y
 
     def step(self, loss: Tensor, optimiser: torch.optim.Optimizer) -> Tensor:
@@ -210,7 +214,7 @@ class PlainTrainer:
         return self.step(gan.loss_g(self.options["loss"], score) + 100 * self.decoder.orthogonality(), self.opt_g)
 
     def average(self, images: int) -> None:
-        decay = 0.5 ** (self.options["batch"] / min(gan.EMA_HALF_LIFE, images / 20))
+        decay = 0.5 ** (self.options["batch"] / min(gan.EMA_HALF_LIFE, images / 40))
         with torch.no_grad():
             for p, q in zip(self.ema.parameters(), self.decoder.parameters(), strict=True):
                 p.mul_(decay).add_(q, alpha=1 - decay)
@@ -260,22 +264,26 @@ def build(side: str, size: int, batch: int, disc: str, backbone: str, loss: str 
     return PlainTrainer(gan.Trainer(options, run, torch.eye(3), "one-hot"), resnet, classifier)
 
 
-def serve(side: str, size: int, batch: int, disc: str, backbone: str) -> None:
+def serve(side: str, size: int, batch: int, disc: str, backbone: str, data: str) -> None:
     """Child process: at each line on stdin run one R1 cycle and print the seconds of its parts."""
     if side == "ours":
         training.keep_memory()
     trainer = build(side, size, batch, disc, backbone)
     torch.manual_seed(1)
+    batches = feed(data, size, batch) if side == "ours" else None
     real, y = torch.rand(batch, 3, size, size) * 2 - 1, torch.eye(3)[torch.randint(3, (batch,))]
-    if side == "ours":
-        real = real.contiguous(memory_format=torch.channels_last)
     parts = dict(regularisation=trainer.regularise, D=lambda: trainer.discriminate(real, y), G=trainer.generate)
     parts |= dict(R1=lambda: trainer.penalise(real, y), EMA=lambda: trainer.average(200_000))
     for _ in sys.stdin:
-        start = time.perf_counter()
+        waited, start = 0.0, time.perf_counter()
         for i in range(gan.R1_EVERY):
+            if batches:
+                asked = time.perf_counter()
+                real, y = next(batches)
+                waited += time.perf_counter() - asked
             trainer.iteration(i, real, y)
         times = {"iteration": (time.perf_counter() - start) / gan.R1_EVERY}
+        times |= {"data": waited / gan.R1_EVERY} if batches else {}
         for name, part in parts.items():
             start = time.perf_counter()
             part()
@@ -284,20 +292,48 @@ def serve(side: str, size: int, batch: int, disc: str, backbone: str) -> None:
         print(json.dumps(times | {"peak MiB": peak}), flush=True)
 
 
+def feed(data: str, size: int, batch: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Batches as gan.py gets them: shuffled, prepared by a thread, converted by the caller."""
+    for x, y in dataset.open_dataset(data, size).batches(batch, "cpu"):
+        yield dataset.to_float(x), y
+
+
 def quartiles(values: list[float]) -> list[float]:
     return statistics.quantiles(values, n=4, method="inclusive")
 
 
+def precision_row() -> dict:
+    """How far the losses of the two sides are apart in fp32, from the same weights and random numbers."""
+    apart = 0.0
+    for disc in ("global", "patch"):
+        sides = [build(side, 32, 8, disc, "resnet18") for side in ("ours", "plain")]
+        real, y = torch.rand(8, 3, 32, 32) * 2 - 1, torch.eye(3)[torch.arange(8) % 3]
+        for update, arguments in (("regularise", ()), ("discriminate", (real, y))):
+            losses = []
+            for side in sides:
+                torch.manual_seed(5)
+                loss = getattr(side, update)(*arguments)
+                losses.append((loss[0] if isinstance(loss, tuple) else loss).item())
+            apart = max(apart, abs(losses[0] / losses[1] - 1))
+    return dict(what="step: losses in fp32 against the plain ones", note=f"at most {apart:.0e} apart, relatively")
+
+
 def step_rows(quick: bool) -> list[dict]:
     """Ours against the baseline: a row for each configuration and part."""
+    import bench_data
+
     cases = [(64, 32, "global", "resnet18"), (64, 32, "patch", "resnet50")]
     if not quick:
         cases += [(128, 16, "global", "resnet18"), (128, 16, "patch", "resnet50")]
-    rows = []
+    rows, folder = [precision_row()], tempfile.TemporaryDirectory()
+    data, environment = f"{folder.name}/images", os.environ | {"INFOSCC_CACHE": f"{folder.name}/cache"}
+    bench_data.image_folder(Path(data), 640, 128)
     for case in cases:
         command = [sys.executable, __file__, "--serve"]
         sides = {
-            side: subprocess.Popen([*command, json.dumps([side, *case])], stdin=-1, stdout=-1, text=True)
+            side: subprocess.Popen(
+                [*command, json.dumps([side, *case, data])], stdin=-1, stdout=-1, text=True, env=environment
+            )
             for side in ("ours", "plain")
         }
         rounds: dict[str, list[dict]] = {side: [] for side in sides}
@@ -308,7 +344,7 @@ def step_rows(quick: bool) -> list[dict]:
         for process in sides.values():
             process.stdin.close()
             process.wait()
-        for part in rounds["ours"][0]:
+        for part in rounds["plain"][0]:
             ours, plain = ([r[part] for r in rounds[side][1:]] for side in ("ours", "plain"))  # the first warms up
             ratios = quartiles([p / o for o, p in zip(ours, plain, strict=True)])
             name = "{} px, batch {}, {}, {}".format(*case)
@@ -318,7 +354,11 @@ def step_rows(quick: bool) -> list[dict]:
                 row["images_per_second"] = case[1] / row["ours"]
                 row["gflop"] = count_flops(*case) / 1e9
                 row["of_peak"] = row["gflop"] / row["ours"] / peak_gflops()
+                row["note"] = f"{row['gflop']:.0f} GFLOP, {row['of_peak']:.0%} of the matrix-product peak"
             rows.append(row)
+        waits = [r["data"] / r["iteration"] for r in rounds["ours"][1:]]
+        rows.append(dict(what=f"step {name}: data", note=f"waiting is {statistics.median(waits):.2%} of an iteration"))
+    folder.cleanup()
     return rows
 
 
@@ -407,9 +447,9 @@ def main(quick, only, out, child):
     rows = collect(only, quick)
     Path(out).write_text(json.dumps(dict(machine=machine, rows=rows), indent=1) + "\n")
     for row in rows:
-        low, high = row["spread"]
-        more = f"  {row['gflop']:.0f} GFLOP, {row['of_peak']:.0%} of the matrix-product peak" if "gflop" in row else ""
-        print(f"{row['what']:70} {row['ratio']:7.2f}x  [{low:.2f}, {high:.2f}]{more}")
+        ratio = f"{row['ratio']:7.2f}x" if "ratio" in row else ""
+        spread = "[{:.2f}, {:.2f}]".format(*row["spread"]) if "spread" in row else ""
+        print(f"{row['what']:70} {ratio:8} {spread:14}  {row.get('note', '')}".rstrip())
     print(f"{machine}; wrote {out}")
 
 

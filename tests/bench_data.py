@@ -85,7 +85,9 @@ def data_rows(quick: bool = False) -> list[dict]:
                 median = statistics.median(values)
                 row = {"name": f"{name}, {stored} px files", "size": 64, "batch": batch, "images_per_second": median}
                 row |= {"low": min(values), "high": max(values), "runs": repeats}
-                rows.append(row | {"ratio": median / statistics.median(theirs)})
+                rival = statistics.median(theirs)
+                row |= {"what": f"data: {row['name']}", "spread": [min(values) / rival, max(values) / rival]}
+                rows.append(row | {"ratio": median / rival, "note": f"{median:,.0f} images a second"})
     torch.set_num_threads(threads)
     os.environ.pop("INFOSCC_CACHE") if old is None else os.environ.update(INFOSCC_CACHE=old)
     return rows

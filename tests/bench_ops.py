@@ -110,8 +110,15 @@ def op_rows(quick: bool, device: str = "cpu") -> list[dict]:
                 medians = {name: statistics.median(t) for name, t in times.items()}
                 for name, t in times.items():
                     q1, _, q3 = statistics.quantiles(t, n=4)
+                    kinds = {"what": f"{op.__name__} {'x'.join(map(str, shape))}, {kind}: {name}"}
                     rows.append(
-                        {
+                        kinds
+                        | {
+                            "ratio": medians["eager"] / medians[name],
+                            "spread": [medians["eager"] / q3, medians["eager"] / q1],
+                            "note": f"{medians['compile'] / medians[name]:.2f} of compiled"
+                            if "compile" in medians
+                            else "",
                             "op": op.__name__,
                             "shape": list(shape),
                             "pass": kind,

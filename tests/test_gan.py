@@ -1,10 +1,12 @@
 """Stage 3: networks, losses, updates, and the command on small real folders."""
 
+import copy
 import json
 import math
 import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import click
 import numpy as np
@@ -95,6 +97,7 @@ def test_exact_orthonormal_basis():
     s.L.data.fill_(1)
     U = s.maps()[:-1].flatten(1)
     torch.testing.assert_close(U @ U.T, torch.eye(6).double(), rtol=0, atol=1e-12)
+    torch.testing.assert_close(s.gram(), torch.eye(6).double(), rtol=0, atol=1e-12)  # what the log calls orthogonality
 
 
 def test_per_class_discriminator_scores_by_its_class():
@@ -349,6 +352,22 @@ def test_labels_are_drawn_jointly_or_independently():
     assert agree["joint"] == 1 and abs(agree["independent"] - 0.5) < 0.05
 
 
+def test_entropy_is_of_the_labels_that_are_drawn():
+    labels = torch.tensor([[0.0, 0.0], [1.0, 1.0]]).repeat(50, 1)
+    for how, bits in (("joint", 1), ("independent", 2)):
+        t = gan.Trainer(OPTIONS | {"sample_y": how}, CPU, labels, "multi-label")
+        assert t.entropy == pytest.approx(bits)
+
+
+@pytest.mark.parametrize("norm", [float("nan"), float("inf"), 0.0])
+def test_a_limit_from_an_overflowed_update_stops_the_regularisation(norm):
+    """In fp16 the adversarial update is skipped where it overflows, and leaves a gradient without a norm."""
+    encoder, classifier = frozen_stages()
+    t = trainer(encoder=encoder, classifier=classifier)
+    t.regularise(torch.tensor(norm))
+    assert measure_gradient(t.decoder) < 1e-6 and all(p.isfinite().all() for p in t.decoder.parameters())
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_mixed_precision_stays_near_fp32(dtype):
     """Same weights, same numbers: losses of one iteration agree to the precision of the dtype."""
@@ -423,6 +442,8 @@ def test_resumed_run_equals_an_unbroken_one(command, class_folder, class_run, tm
     assert digest(broken / "gan.pt") == digest(whole / "gan.pt")
     assert "already" in command("gan", *common, "--outdir", broken).output
     assert digest(broken / "gan.pt") == digest(whole / "gan.pt")
+    command("gan", *common, "--outdir", broken, "--kimg", 0.272, "--precision", "fp16")  # may change on the way
+    assert training.load(broken / "gan.pt", "gan")["images_seen"] == 272
 
 
 def test_each_option_changes_the_result(command, class_folder, class_run, tmp_path):
@@ -487,6 +508,16 @@ def test_refusals(command, class_folder, attribute_folder, run_folder, tmp_path)
     (tmp_path / "junk.pt").write_bytes(b"not a checkpoint")
     assert "junk.pt" in refused(*data, "--outdir", run_folder, "--smoke", "--init", tmp_path / "junk.pt")
     assert digest(run_folder / "gan.pt") == before
+    classifier = training.load(run_folder / "classifier.pt", "classifier")
+    original = copy.deepcopy(classifier)
+    classifier["model"]["weight"] += 1
+    training.save(run_folder / "classifier.pt", classifier)
+    assert "another classifier.pt" in refused(*data, "--outdir", run_folder, "--smoke", "--kimg", 1)
+    training.save(run_folder / "classifier.pt", original)
+    joint = ("--reg-mode", "joint", "--reg-clip")
+    assert "--reg-clip" in refused(*data, "--outdir", run_folder, "--smoke", *joint, code=2)
+    alone = ("--unconditional", "--sample-y", "independent")
+    assert "needs labels" in refused(*data, "--outdir", run_folder, "--smoke", *alone, code=2)
     encoder = training.load(run_folder / "encoder.pt", "encoder")
     next(iter(encoder["model"].values()))[0] += 1
     training.save(run_folder / "encoder.pt", encoder)
@@ -502,19 +533,10 @@ def test_dry_run_touches_nothing(command, tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
-def test_two_processes_train_as_one_network(class_folder, run_folder):
-    arguments = [
-        "gan.py",
-        "--data",
-        class_folder,
-        "--outdir",
-        run_folder,
-        "--smoke",
-        "--kimg",
-        "0.064",
-        "--device",
-        "cpu",
-    ]
+@pytest.mark.parametrize("more", [[], ["--per-class"]])  # 4 images of 3 classes: some process has none of one
+def test_two_processes_train_as_one_network(class_folder, run_folder, more):
+    arguments = ["gan.py", "--data", class_folder, "--outdir", run_folder, "--smoke", "--kimg", "0.064"]
+    arguments += ["--device", "cpu", *more]
     subprocess.run([*TORCHRUN, *map(str, arguments)], cwd=ROOT, check=True, capture_output=True, timeout=300)
     state = training.load(run_folder / "gan.pt", "gan")
     assert state["images_seen"] == 64 and state["iteration"] == 8
@@ -542,11 +564,22 @@ def test_explore_pictures(command, class_folder, run_folder):
         command("explore", "sample", "--network", network, "--out", run_folder / "other.png", *change)
         other = np.asarray(Image.open(run_folder / "other.png"))
         assert other.shape != whole.shape or not np.array_equal(other, whole), change
-    assert "'x'" in command("explore", "sample", "--network", network, "--y", "x", code=2).output.replace(
-        "--y x", "'x'"
-    )
-    assert "--seeds" in command("explore", "sample", "--network", network, "--seeds", "a", code=2).output
+    assert "--y x" in command("explore", "sample", "--network", network, "--y", "x", code=2).output
+    for seeds in ("a", "-1", "5-3", str(2**32), "0-99999999"):
+        assert "--seeds" in command("explore", "sample", "--network", network, "--seeds", seeds, code=2).output
+    assert "--device tpu" in command("explore", "sample", "--network", network, "--device", "tpu", code=1).output
+    strip = (run_folder / "traverse.png").read_bytes()
+    command("explore", "traverse", "--network", network, "--steps", 3, "--y", "high")
+    assert (run_folder / "traverse.png").read_bytes() != strip
     assert "nothing.pt" in command("explore", "sample", "--network", "nothing.pt", code=1).output
+
+
+def test_classes_with_commas():
+    import explore
+
+    network = SimpleNamespace(label_names=["dog", "tench, Tinca"], label_kind="one-hot")
+    assert explore.parse_y(network, [])[0].tolist() == [[1, 0], [0, 1]]
+    assert explore.parse_y(network, ["tench, Tinca"])[0].tolist() == [[0, 1]]
 
 
 def test_traversal_moves_one_dimension_and_is_sorted():

@@ -118,6 +118,19 @@ def test_first_and_second_order_gradients(impl, memory_format):
 
 
 @impls
+@formats
+def test_second_order_is_exact_in_float64(impl, memory_format):
+    """gradgradcheck allows more than the rounding of the slope to float32 makes."""
+    inputs = tensors(2, 3, 2, 3, 4, memory_format=memory_format)
+    results = []
+    for function in (lambda *t: subspace_lrelu(*t, slope=0.1, impl=impl), lambda *t: subspace_lrelu(*t, 0.1, "ref")):
+        first = grad(function(*inputs).pow(2).sum(), inputs, create_graph=True)
+        results.append(grad(sum(d.pow(2).sum() for d in first), inputs))
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+
+@impls
 def test_third_order_gradients_of_bias_lrelu(impl):
     h, _, _, bias = tensors(2, 3, 2, 2, 1)
 
@@ -197,6 +210,11 @@ def test_empty_and_strided(impl, memory_format):
         assert y.shape == h.shape
         for d, t in zip(grad(y.sum(), inputs), inputs, strict=True):
             assert d.shape == t.shape and not d.any()
+    for shape in ((2, 3, 0, 4, 5), (2, 0, 4, 4, 5)):  # maps without elements
+        inputs = tensors(*shape, memory_format=memory_format)
+        y = subspace_lrelu(*inputs, impl=impl)
+        first = grad(y.sum(), inputs, create_graph=True)
+        assert y.shape == inputs[0].shape and [d.shape for d in first] == [t.shape for t in inputs]
     h, coef, maps, bias = tensors(4, 6, 5, 5, 7, memory_format=memory_format)
     cut = (
         h[::2, 1:4, 1:, ::2],

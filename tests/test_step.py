@@ -1,5 +1,7 @@
 """The training step against the plain baseline of bench.py: with the same numbers, the same losses and updates."""
 
+import copy
+
 import bench
 import pytest
 import torch
@@ -12,9 +14,17 @@ def float64():
     torch.set_default_dtype(torch.float32)
 
 
+def of_gradients(network):
+    """The network with the gradients that the last backward left in the place of its weights."""
+    gradients = copy.deepcopy(network)
+    for p, q in zip(gradients.parameters(), network.parameters(), strict=True):
+        p.data = torch.zeros_like(q) if q.grad is None else q.grad.clone(memory_format=torch.contiguous_format)
+    return gradients
+
+
 @pytest.mark.parametrize(("disc", "loss"), [("global", "lsgan"), ("patch", "hinge"), ("global", "ns")])
 def test_same_losses_and_updates_as_the_plain_step(float64, disc, loss):
-    """Losses to 1e-9 in float64, and the weights after one Adam step of each update."""
+    """Losses and gradients to 1e-9 in float64, and the weights after one Adam step of each update."""
     ours, plain = (bench.build(side, 32, 8, disc, "resnet18", loss) for side in ("ours", "plain"))
     real, y = torch.rand(8, 3, 32, 32) * 2 - 1, torch.eye(3)[torch.arange(8) % 3]
     for update in ("regularise", "discriminate", "penalise", "generate"):
@@ -29,6 +39,15 @@ def test_same_losses_and_updates_as_the_plain_step(float64, disc, loss):
         if update == "generate":
             losses[0] += 100 * orthogonality
         assert losses[0] == pytest.approx(losses[1], rel=1e-9), update
+        if update in ("regularise", "generate"):
+            found, wanted = bench.PlainDecoder(32, 3), plain.decoder
+            found.take(of_gradients(ours.decoder))
+        else:
+            found, wanted = bench.plain_discriminator(of_gradients(ours.D)), plain.D
+        gradients = [torch.zeros_like(q) if q.grad is None else q.grad for q in wanted.parameters()]
+        scale = max(g.abs().max().item() for g in gradients)
+        for p, g in zip(found.parameters(), gradients, strict=True):
+            torch.testing.assert_close(p, g, rtol=1e-9, atol=1e-9 * scale)
     check = bench.PlainDecoder(32, 3)
     check.take(ours.decoder)
     for p, q in zip(check.parameters(), plain.decoder.parameters(), strict=True):
