@@ -27,6 +27,7 @@ import pickle
 import platform
 import shlex
 import socket
+import struct
 import subprocess
 import tempfile
 import threading
@@ -55,7 +56,10 @@ WEIGHTS_URL = (
     "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/pt_inception-2015-12-05-6726825d.pth"
 )
 WEIGHTS_HASH = "6726825d"  # how the SHA-256 of the published file begins
-SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
+SUFFIXES = {
+    *(".avif", ".bmp", ".gif", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".pnm", ".ppm"),
+    *(".tga", ".tif", ".tiff", ".webp"),
+}
 METRICS = ("fid", "is", "kid", "chamfer", "chamfer_sum", "accuracy", "diversity", "information")
 
 
@@ -71,7 +75,8 @@ def load_image(path: Path) -> Tensor:
     """
     try:
         with Image.open(path) as image:
-            image = ImageOps.exif_transpose(image)
+            with contextlib.suppress(SyntaxError, struct.error):  # a damaged EXIF block leaves the image as it is
+                image = ImageOps.exif_transpose(image)
             if image.mode.startswith("I"):
                 image = Image.fromarray((np.asarray(image).clip(0, 65535) / 257 + 0.5).astype(np.uint8))
             elif "A" in image.getbands() or "transparency" in image.info:
@@ -83,17 +88,20 @@ def load_image(path: Path) -> Tensor:
 
 
 class Folder:
-    """All images of a folder and the folders in it, in the order of their paths, at most `num`."""
+    """All images of a folder and the folders in it, or `num` of them drawn by the seed, in the order of their paths."""
 
-    def __init__(self, path: str, num: int | None = None):
+    def __init__(self, path: str, num: int | None = None, seed: int = 0):
         if not Path(path).is_dir():
             raise click.ClickException(f"{path} is not a folder")
         self.path = path
-        self.files = sorted(str(p) for p in Path(path).rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
+        found = (Path(at, name) for at, _, names in os.walk(path, followlinks=True) for name in names)
+        self.files = sorted(str(p) for p in found if p.suffix.lower() in SUFFIXES and p.is_file())
         if len(self.files) < 2:
             what = "only one image, but a distance needs at least two" if self.files else "no image"
             raise click.ClickException(f"{path} has {what} ({', '.join(sorted(SUFFIXES))})")
-        self.files = self.files[:num]
+        if num and num < len(self.files):
+            chosen = np.random.default_rng([seed, 6]).choice(len(self.files), num, replace=False)
+            self.files = [self.files[i] for i in np.sort(chosen)]
         self.sizes: set[tuple] = set()
 
     def __len__(self) -> int:
@@ -104,6 +112,8 @@ class Folder:
         return hashlib.sha256(b"".join(hashlib.sha256(Path(f).read_bytes()).digest() for f in self.files)).hexdigest()
 
     def batches(self, blocks: Sequence[np.ndarray]) -> Iterator[list[Tensor]]:
+        if not blocks:  # more processes than blocks
+            return
         with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
             ahead = [[pool.submit(load_image, self.files[i]) for i in block] for block in blocks[:1]]
             try:
@@ -208,8 +218,8 @@ class Inception(nn.Module):
         net = torchvision.models.inception_v3(num_classes=1008, aux_logits=False, weights=None, init_weights=False)
         try:
             net.load_state_dict(weights)
-        except RuntimeError as error:
-            raise ValueError(str(error).splitlines()[1].strip()) from None
+        except Exception as error:
+            raise ValueError(f"{str(error).splitlines()[-1].strip():.200}") from None
         net.eval().requires_grad_(False)
         self.classes = net.fc.weight  # of the logits, which IS takes without their bias
         self.convs: dict[str, tuple] = {}  # name: weight, bias, stride, padding
@@ -342,8 +352,10 @@ class InceptionFeatures:
         path = Path(file) if file else published_weights()
         try:
             self.net = Inception(torch.load(path, map_location="cpu", weights_only=True)).to(device)
-        except (OSError, RuntimeError, ValueError, TypeError, EOFError, KeyError, pickle.UnpicklingError) as error:
-            why = error.strerror if isinstance(error, OSError) else str(error).splitlines()[0]
+        except Exception as error:  # damaged files raise nearly anything
+            why = "it is no file of tensors"
+            if isinstance(error, OSError | ValueError):
+                why = getattr(error, "strerror", None) or error
             raise click.ClickException(f"{path} holds no weights of the FID Inception network: {why}") from None
         self.hash = file_hash(path)[:16]
         self.published = self.hash.startswith(WEIGHTS_HASH)
@@ -380,6 +392,8 @@ class EncoderFeatures:
             x = torch.cat(parts)
         else:
             x = images.to(self.device).permute(0, 3, 1, 2).float()
+            if x.shape[-1] != self.size:  # of another run's encoder
+                x = F.interpolate(x, (self.size,) * 2, mode="bilinear", antialias=True)
         return self.encoder((x / 127.5 - 1).contiguous(memory_format=torch.channels_last)).float()
 
     def __call__(self, images: Tensor | list[Tensor]) -> tuple[Tensor, Tensor | None]:
@@ -435,11 +449,11 @@ def frechet_distance(mean1: np.ndarray, cov1: np.ndarray, mean2: np.ndarray, cov
     is the sum of the singular values of A^T B: real and not negative whatever the rank. In high rank they are the roots
     of the eigenvalues of the symmetric (A^T B)(A^T B)^T, with an error of 1e-8 of the largest each.
 
-    means [D], covariances [D, D] symmetric. Raises ValueError if a covariance is not finite.
+    means [D], covariances [D, D] symmetric. Raises ValueError if they are not finite.
     """
     cov1, cov2 = np.asarray(cov1, np.float64), np.asarray(cov2, np.float64)
-    if not (np.isfinite(cov1).all() and np.isfinite(cov2).all()):
-        raise ValueError("a covariance is not finite")
+    if not all(np.isfinite(a).all() for a in (mean1, cov1, mean2, cov2)):
+        raise ValueError("a mean or covariance is not finite")
 
     def factor(cov: np.ndarray) -> np.ndarray:
         lower, pivot, rank, _ = scipy.linalg.lapack.dpstrf(cov, lower=1)
@@ -516,6 +530,11 @@ def kernel_distance(
     return float(np.mean(values)), float(np.std(values))
 
 
+def is_stats(reference: str) -> bool:
+    """Whether a --reference is a file of statistics and no folder."""
+    return reference.endswith(".npz") or Path(reference).is_file()
+
+
 def save_stats(path: Path, moments: Moments, features, content: str) -> None:
     """Write a reference's statistics as an .npz that pytorch-fid reads too. content: hash of the images."""
     temporary = path.with_name(f".{os.getpid()}.{path.stem}.npz")
@@ -526,6 +545,8 @@ def save_stats(path: Path, moments: Moments, features, content: str) -> None:
         os.replace(temporary, path)
     except OSError as error:
         raise click.ClickException(f"cannot write {path}: {error.strerror}") from None
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def load_stats(path: Path | str, features) -> tuple[Moments, bool]:
@@ -535,12 +556,12 @@ def load_stats(path: Path | str, features) -> tuple[Moments, bool]:
     """
     try:
         with np.load(path, allow_pickle=False) as file:
-            stats = {name: file[name] for name in file.files}
+            stats = {k: file[k] for k in ("mu", "sigma", "n", "network", "resize") if k in file.files}
         mean, cov = (torch.from_numpy(np.asarray(stats[name], np.float64)) for name in ("mu", "sigma"))
         n = int(stats.get("n", 10**9))
     except (OSError, ValueError, KeyError, EOFError, TypeError, AttributeError, zipfile.BadZipFile) as error:
         raise click.ClickException(f"{path} holds no statistics ('mu' and 'sigma'): {error}") from None
-    if mean.ndim != 1 or cov.shape != (len(mean), len(mean)) or not cov.isfinite().all():
+    if mean.ndim != 1 or cov.shape != (len(mean), len(mean)) or not all(t.isfinite().all() for t in (mean, cov)):
         raise click.ClickException(f"{path}: mu {[*mean.shape]} and sigma {[*cov.shape]} are no mean and covariance")
     if len(mean) != features.dims:
         raise click.ClickException(
@@ -668,7 +689,7 @@ def affinities(x: Tensor, perplexity: float, block: int = 1024) -> Tensor:
         log_beta = -d.mean(1, keepdim=True).clamp(min=1e-30).log()
         low, high = log_beta - 40, log_beta + 40
         for _ in range(60):
-            beta = log_beta.exp()
+            beta = log_beta.clamp(max=80).exp()  # where all points are one
             e = torch.exp(-beta * d)
             e[own] = 0
             total = e.sum(1, keepdim=True)
@@ -987,9 +1008,12 @@ class Run:
     """What `--network` names: the generator, its encoder and classifier, and the images it was trained on."""
 
     def __init__(self, path: str, world: World):
-        import dataset
-        import gan
-        import training
+        try:
+            import dataset
+            import gan
+            import training
+        except ModuleNotFoundError as error:
+            raise click.ClickException(f"--network needs {error.name}.py beside metrics.py") from None
 
         self.net, self.folder, self.world = gan.load(path, world.device), Path(path).parent, world
         self.kind, self.names, self.real = self.net.label_kind, self.net.label_names, self.net.real_labels
@@ -1033,11 +1057,11 @@ class Run:
             y = self.real[torch.from_numpy(np.random.default_rng([seed, 1]).integers(0, len(self.real), n))]
         return Generated(self.net, n, y, seed)
 
-    def embed(self, source) -> Tensor:
-        """Encoder features h float32 [N, F] of a source, on the CPU."""
-        what = "generated images" if isinstance(source, Generated) else "real images"
-        parts = {block[0]: h.cpu() for block, h in scan(source, self.features.embed, self.world, what)}
-        return in_order(parts, self.world)
+    def embed(self, source, batch: int | None = None) -> Tensor:
+        """Encoder features h float32 [N, F] of a source, on the CPU. batch: images at once, by default the world's."""
+        what, world = "generated images" if isinstance(source, Generated) else "real images", self.world
+        world = World(world.device, world.rank, world.size, batch or world.batch)
+        return in_order({block[0]: h.cpu() for block, h in scan(source, self.features.embed, world, what)}, world)
 
     def classify(self, h: Tensor) -> Tensor:
         """Logits [N, Y] of the run's classifier for features h, on the CPU."""
@@ -1058,13 +1082,21 @@ def measure_chamfer(run: Run, seeds: list[int], points: int, published: bool) ->
 
     published: the published code's way (random start, rate 200, scikit-learn's force, sum from real to generated). The
     floor is the same number between two disjoint halves of real images.
+
+    t-SNE magnifies differences in the last digits, so features are computed 64 at once and, on the CPU, on one thread:
+    the number then depends neither on the batch nor on the processes.
     """
     how = {"init": "random", "rate": 200.0, "force": "scikit-learn"} if published else {}
     values, floors = {}, {}
     for i, seed in enumerate(seeds):
         order = np.random.default_rng([seed, 4]).permutation(len(run.train))[: 2 * points]
-        real, other = (run.embed(Real(run.train, np.sort(part))) for part in np.split(order, [points]))
-        fake = run.embed(run.generated(points, seed))
+        threads = torch.get_num_threads()
+        try:
+            torch.set_num_threads(1)
+            real, other = (run.embed(Real(run.train, np.sort(part)), 64) for part in np.split(order, [points]))
+            fake = run.embed(run.generated(points, seed), 64)
+        finally:
+            torch.set_num_threads(threads)
         if i % run.world.size == run.world.rank:  # the t-SNEs of different seeds go to different processes
             for h, into in ((fake, values), (other, floors)):
                 y = tsne(torch.cat([real, h]).to(run.world.device), seed=seed, **how)
@@ -1119,6 +1151,8 @@ def measure_diversity(run: Run, labels: Tensor, each: int, seed: int) -> dict:
     _, inverse, counts = torch.unique(labels, dim=0, return_inverse=True, return_counts=True)
     often = counts.argsort(descending=True, stable=True)[:10]
     groups = [(inverse == i).nonzero()[:each, 0] for i in often if counts[i] > 1]
+    if not groups:
+        return {"notes": ["no diversity: no two training images have the same y"]}
     y = torch.cat([labels[g] for g in groups])
     sources = run.generated(len(y), seed, y), Real(run.train, torch.cat(groups).numpy())
     fake, real = ([spread(h) for h in run.embed(s).split([len(g) for g in groups])] for s in sources)
@@ -1201,6 +1235,8 @@ def measure_fidelity(options: dict, amounts: dict, need: set, run: Run | None, w
     features = choose_features(options["features"], options["inception"], options["resize"], run, world)
     num, seed, reference = options["num"], options["seed"], options["reference"] or ""
     results: dict = {"features": features.name, "resize": features.resize}
+    if options["features"] not in ("auto", "inception", "encoder"):
+        results["features_file"] = options["features"]
     notes, target, content = [], options["save_stats"], None
     if run:
         num = num or amounts["inception" if features.name == "inception" else "num"]
@@ -1208,13 +1244,14 @@ def measure_fidelity(options: dict, amounts: dict, need: set, run: Run | None, w
         images = run.generated(num, seed)
         real = Real(run.train, np.sort(np.random.default_rng([seed, 5]).permutation(len(run.train))[:n]))
         results["reference"] = f"{n:,} of {len(run.train):,} training images"
-        content = f"{run.train.fingerprint}-{seed}-{n}"
+        content = f"{run.train.fingerprint}-{run.train.size}-{len(run.train)}-{seed}-{n}"
         key = hashlib.sha256(f"{content} {features.hash} {features.resize}".encode()).hexdigest()[:12]
         target = target or run.folder / f"reference-{features.name}-{features.resize}-{key}.npz"
         reference = str(target) if Path(target).exists() and "kid" not in need and not options["save_stats"] else ""
     else:
-        images = Folder(options["images"], num)
-        real = Folder(reference, num) if reference and not reference.endswith(".npz") else None
+        num = num or (amounts["num"] if options["smoke"] else None)
+        images = Folder(options["images"], num, seed)
+        real = Folder(reference, num, seed) if reference and not is_stats(reference) else None
         if real is None and "kid" in need:
             raise click.UsageError("--metrics kid needs a folder as --reference: statistics hold no single features")
     if features.name == "encoder" and features.classifier is None and "is" in need:
@@ -1228,7 +1265,7 @@ def measure_fidelity(options: dict, amounts: dict, need: set, run: Run | None, w
     if "is" in need:
         results["is"], results["is_std"] = scores.value()
     if need & {"fid", "kid"}:
-        if reference.endswith(".npz"):
+        if is_stats(reference):
             theirs, named = load_stats(reference, features)
             if not named:
                 notes.append(f"{reference} does not name its network and resize: taken to be these")
@@ -1236,11 +1273,19 @@ def measure_fidelity(options: dict, amounts: dict, need: set, run: Run | None, w
             theirs, _, kept_real = measure(real, features, world, "reference", keep="kid" in need)
             if target:
                 content = content or real.fingerprint()
-                world.first(lambda: save_stats(Path(target), theirs, features, content))
+                try:
+                    world.first(lambda: save_stats(Path(target), theirs, features, content))
+                except click.ClickException as error:
+                    if options["save_stats"]:
+                        raise
+                    notes.append(f"statistics not kept: {error.message}")
         results["n_reference"] = theirs.n if theirs.n < 10**9 else None
         if "fid" in need:
             name, n = "fid" if features.name == "inception" else "fd", min(moments.n, theirs.n)
-            results[name] = frechet_distance(*moments.gaussian(), *theirs.gaussian())
+            try:
+                results[name] = frechet_distance(*moments.gaussian(), *theirs.gaussian())
+            except ValueError as error:
+                raise click.ClickException(f"no {name.upper()}: {error} in the features of these images") from None
             if n <= features.dims:
                 notes.append(f"{n:,} images for {features.dims:,} features: the covariance is singular and {name.upper()} "
                              "comes out too high; compare it at equal n only")  # fmt: skip
@@ -1270,7 +1315,13 @@ def evaluate(options: dict, world: World) -> dict:
             raise click.UsageError(f"--metrics: no {name!r}; choose from {', '.join(METRICS)}")
         if name not in possible:
             raise click.UsageError(f"--metrics {name} needs {'a run with labels and encoder' if run else '--network'}")
-    need = set(wanted or possible)
+    notes = []
+    if run and len(run.train) < 32 and any(m.startswith("chamfer") for m in wanted or possible):
+        notes.append(f"no Chamfer distance: {len(run.train)} training images are too few for its t-SNE, 32 are needed")
+        wanted, possible = (m and [n for n in m if not n.startswith("chamfer")] for m in (wanted, possible))
+    need = set(wanted if options["metrics"] else possible)
+    if run and run.clusters and need & {"accuracy", "diversity", "information"} and run.labels("train") is None:
+        notes.append(f"no judge, no diversity, no I(Y;E): they need the clusters' {run.folder / 'classifier.pt'}")
     if not wanted:
         need -= {"kid"} if run or (options["reference"] or "").endswith(".npz") else set()
         need -= {"chamfer_sum"} if slow else set()  # minutes
@@ -1279,27 +1330,31 @@ def evaluate(options: dict, world: World) -> dict:
     results |= {"seed": seed, "processes": world.size, "device": world.device.type}
 
     if need & {"fid", "is", "kid"}:
-        results |= measure_fidelity(options, amounts, need, run, world)
+        found = measure_fidelity(options, amounts, need, run, world)
+        notes += found.pop("notes", [])
+        results |= found
     seeds = list(range(seed, seed + (options["seeds"] or amounts["seeds"])))
     for name in need & {"chamfer", "chamfer_sum"}:
         points = 6400 if name == "chamfer_sum" and not options["smoke"] else amounts["points"]
         points = min(options["points"] or points, len(run.train) // 2)
         found = measure_chamfer(run, seeds, points, name == "chamfer_sum")
         results |= {name + key: value for key, value in found.items()} | {"seeds": seeds}
-    n = min(options["num"] or 10**9, amounts["control"])
+    n = options["num"] or amounts["control"]
     if "accuracy" in need:
         results |= measure_control(run, n, seed, amounts["judge"])
     if "diversity" in need and (labels := run.labels("train")) is not None:
-        results |= measure_diversity(run, labels, amounts["each"], seed)
+        found = measure_diversity(run, labels, amounts["each"], seed)
+        notes += found.pop("notes", [])
+        results |= found
     if "information" in need:
         results |= measure_information(run, n, seed)
-    return results | {"seconds": round(time.time() - began, 1)}
+    return results | {"seconds": round(time.time() - began, 1)} | ({"notes": notes} if notes else {})
 
 
 # Lines of the report: key, name, number, remark.
 LINES = (
     ("fid", "FID", "{:.4f}", "lower is better"),
-    ("fd", "FD", "{:.4f}", "lower is better; the run's own encoder in place of Inception"),
+    ("fd", "FD", "{:.4f}", "lower is better; by an encoder in place of Inception"),
     ("is", "IS", "{:.4f}", "+- {is_std:.4f} over 10 splits; by the network above"),
     ("kid", "KID", "{:.6f}", "+- {kid_std:.6f} over 100 subsets of {kid_subset:,}"),
     ("chamfer", "t-SNE Chamfer", "{:.3f}", "+- {chamfer_std:.3f}; mean both ways, {chamfer_n:,} + {chamfer_n:,} images, seeds {seeds}"),
@@ -1324,7 +1379,10 @@ def report(r: dict, columns: int = 5) -> str:
     lines = [r["network"] if "network" in r else f"{r['images']} against {r.get('reference')}"]
     if "features" in r:
         against = f", against {r['reference']}" if "network" in r else ""
-        lines.append(f"features: {r['features']}, resize: {r['resize']}, seed: {r['seed']}, n: {r['n']:,}{against}")
+        file = f" of {r['features_file']}" if "features_file" in r else ""
+        lines.append(
+            f"features: {r['features']}{file}, resize: {r['resize']}, seed: {r['seed']}, n: {r['n']:,}{against}"
+        )
     lines += [
         f"  {name:25s}{form.format(r[key]):>12s}  {more.format(**r)}" for key, name, form, more in LINES if key in r
     ]
@@ -1395,21 +1453,31 @@ def main(network: tuple[str, ...], json_file: str | None, **options) -> None:
         raise click.UsageError("--save-stats takes one --network")
     if options["images"] and not options["reference"] and options["metrics"] != "is":
         raise click.UsageError("--images needs a --reference, except for --metrics is")
+    if options["save_stats"] and (
+        is_stats(options["reference"] or "")
+        or "fid" not in (options["metrics"] or "fid").replace("fd", "fid").split(",")
+    ):
+        raise click.UsageError("--save-stats keeps the statistics of a folder or a run that FID is measured against")
     for name, file in (("--json", json_file), ("--save-stats", options["save_stats"])):
-        if file and not Path(file).absolute().parent.is_dir():
-            raise click.UsageError(f"{name} {file}: there is no such folder")
+        if file and (Path(file).is_dir() or not Path(file).absolute().parent.is_dir()):
+            raise click.UsageError(f"{name} {file} is a folder, or in no such folder")
+    for file in network:
+        if not Path(file).is_file():
+            raise click.ClickException(f"--network {file}: there is no such file; gan.py writes gan.pt to its --outdir")
     world = start(options["device"], options["batch"])
     results = []
     for file in network or (None,):
         results.append(evaluate(options | {"network": file}, world))
         if world.rank == 0:
             click.echo(report(results[-1]))
-    if world.rank == 0:
-        if len(results) > 1:
-            click.echo("\n" + compare(results))
-        if json_file:
-            found = results[0] if len(results) == 1 else {r["network"]: r for r in results}
-            Path(json_file).write_text(json.dumps(found, indent=2) + "\n")
+            if json_file:  # after each run: what is measured is not lost
+                found = results[0] if len(network) < 2 else {r["network"]: r for r in results}
+                try:
+                    Path(json_file).write_text(json.dumps(found, indent=2) + "\n")
+                except OSError as error:
+                    raise click.ClickException(f"cannot write {json_file}: {error.strerror}") from None
+    if world.rank == 0 and len(results) > 1:
+        click.echo("\n" + compare(results))
     if dist.is_initialized():
         dist.destroy_process_group()
 

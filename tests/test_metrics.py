@@ -478,7 +478,11 @@ def test_folders_as_a_command_and_statistics(space, tmp_path):
     result = command("--images", space.a, "--reference", space.b, *options, "--save-stats", stats, "--kid-subset", 6)
     assert result.exit_code == 0 and "not the published weight file" in result.output, result.output
     first = json.loads(out.read_text())
-    x, y = (f[:12] for f in (ours(space, "tf").x, ours(space, "tf").y))
+    folders = metrics.Folder(str(space.a), 12), metrics.Folder(str(space.b), 12)
+    rows = [[int(Path(f).stem) for f in folder.files] for folder in folders]
+    assert rows[0] == rows[1] == sorted(rows[0]) and rows[0] != list(range(12))  # drawn, not the first
+    assert metrics.Folder(str(space.a), 12, seed=1).files != folders[0].files
+    x, y = (f[rows[0]] for f in (ours(space, "tf").x, ours(space, "tf").y))
     assert first["fid"] == pytest.approx(gram_frechet(x, y), rel=1e-4)
     assert (first["kid"], first["kid_std"]) == pytest.approx(metrics.kernel_distance(x, y, 6), rel=1e-4)
     alone = command("--images", space.a, "--metrics", "is", *options)
@@ -631,6 +635,7 @@ def fake_run(folder: Path, kind: str = "one-hot", wrong: bool = False) -> Path:
         text = text.format(kind=kind, wrong=wrong) if name == "gan" else text
         (folder / f"{name}.py").write_text(textwrap.dedent(text))
     shutil.copy(ROOT / "metrics.py", folder)
+    (folder / "gan.pt").touch()
     return folder / "gan.pt"
 
 
@@ -704,6 +709,8 @@ def test_run_with_several_attributes(stand_ins):
 def test_several_runs_are_one_table(stand_ins):
     path = stand_ins()
     options = ("--num", 60, "--metrics", "fid,accuracy", "--smoke")
+    path.with_name("other.pt").touch()
+    fails("--network", path, "--network", path.with_name("typo.pt"), text="typo.pt: there is no such file")
     one, two = score_run(path, *options), score_run(path, *options, "--network", path.with_name("other.pt"))
     assert {Path(name).name for name in two if name != "output"} == {"gan.pt", "other.pt"}
     assert all(v["fd"] == one["fd"] for name, v in two.items() if name != "output")
@@ -738,19 +745,107 @@ def test_batch_and_processes_change_nothing(stand_ins):
     assert done.returncode == 0, done.stderr
     two = json.loads(out.read_text())
     assert two["processes"] == 2
-    for key in (
-        "fd",
-        "is",
-        "is_std",
-        "kid",
-        "accuracy",
-        "accuracy_judge",
-        "diversity",
-        "mi_generated_bits",
-        "mi_real_bits",
-    ):
+    keys = ["fd", "is", "is_std", "kid", "chamfer", "chamfer_sum", "accuracy", "accuracy_judge", "diversity"]
+    for key in (*keys, "mi_generated_bits", "mi_real_bits"):
         assert one[key] == pytest.approx(other[key], rel=1e-4, abs=1e-6), key
         assert one[key] == pytest.approx(two[key], rel=1e-4, abs=1e-6), key
+
+
+def test_folders_in_more_processes_than_blocks(space, tmp_path):
+    arguments = ["--images", str(space.a), "--reference", str(space.b), "--metrics", "fid", "--device", "cpu"]
+    arguments += ["--num", "5", "--inception", str(space.weights), "--json", str(tmp_path / "two.json")]
+    done = subprocess.run([*TORCHRUN, str(ROOT / "metrics.py"), *arguments], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    one = command(*arguments[:-1], tmp_path / "one.json")
+    assert one.exit_code == 0, one.output
+    one, two = (json.loads((tmp_path / f"{n}.json").read_text()) for n in ("one", "two"))
+    assert two["processes"] == 2 and two["fid"] == pytest.approx(one["fid"], rel=1e-4)
+
+
+def test_statistics_of_another_size_are_not_reused(stand_ins, monkeypatch):
+    path = stand_ins()
+    options = ("--num", 60, "--metrics", "fid", "--smoke")
+    score_run(path, *options)
+    dataset = sys.modules["dataset"]
+    monkeypatch.setattr(dataset.Dataset, "size", 32)
+    score_run(path, *options)
+    assert len(list(path.parent.glob("reference-*.npz"))) == 2
+
+
+def test_a_run_folder_that_cannot_be_written(stand_ins, monkeypatch):
+    path = stand_ins()
+
+    def refuse(file, **arrays):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(np, "savez", refuse)
+    found = score_run(path, "--num", 60, "--metrics", "fid,accuracy", "--smoke")
+    assert "accuracy" in found and "statistics not kept" in found["notes"][0]
+    fails("--network", path, "--save-stats", path.with_name("s.npz"), "--smoke", text="cannot write")
+
+
+def test_small_or_finely_labelled_runs(stand_ins, monkeypatch):
+    path = stand_ins()
+    whole = sys.modules.get("dataset") or __import__("dataset")
+    make = whole.open_dataset
+
+    def few(data, size, split, attributes=None):
+        ds = make(data, size, split)
+        ds.images, ds.labels = ds.images[:3], ds.labels[:3]
+        return ds
+
+    monkeypatch.setattr(whole, "open_dataset", few)
+    found = score_run(path, "--num", 30, "--metrics", "diversity,chamfer,is", "--smoke")
+    assert {"chamfer", "diversity"}.isdisjoint(found) and "is" in found
+    assert [note.split(":")[0] for note in found["notes"]] == ["no Chamfer distance", "no diversity"]
+
+
+def test_encoder_of_another_size(space):
+    class Mean(nn.Module):
+        features = 3
+
+        def forward(self, x):
+            assert x.shape[2:] == (8, 8)
+            return x.mean((2, 3))
+
+    net = metrics.EncoderFeatures(Mean(), None, "none", 8, torch.device("cpu"))
+    images = torch.randint(0, 256, (5, 16, 16, 3), dtype=torch.uint8)
+    torch.testing.assert_close(net.embed(images), net.embed(list(images)))
+
+
+def test_damaged_exif_and_links(space, tmp_path):
+    Image.open(space.a / "000.png").save(tmp_path / "x.png", exif=b"Exif\0\0garbage")
+    assert torch.equal(metrics.load_image(tmp_path / "x.png"), metrics.load_image(space.a / "000.png"))
+    (tmp_path / "all").mkdir()
+    (tmp_path / "all" / "linked").symlink_to(space.a)
+    shutil.copy(space.a / "000.png", tmp_path / "all" / "one.JFIF")
+    assert len(metrics.Folder(str(tmp_path / "all"))) == len(list(space.a.iterdir())) + 1
+
+
+def test_statistics_and_weights_that_make_no_sense(space, tmp_path):
+    fid = ("--images", space.a, "--metrics", "fid", "--inception")
+    np.savez(tmp_path / "nan.npz", mu=np.full(2048, np.nan), sigma=np.eye(2048))
+    fails(*fid, space.weights, "--reference", tmp_path / "nan.npz", text="no mean and covariance")
+    with pytest.raises(ValueError, match="not finite"):
+        metrics.frechet_distance(np.full(3, np.nan), np.eye(3), np.zeros(3), np.eye(3))
+    torch.save({1: 2}, tmp_path / "odd.pt")
+    torch.save(torchvision.models.resnet18().state_dict(), tmp_path / "resnet.pt")
+    (tmp_path / "page.pt").write_text("<html>")
+    (tmp_path / "dot.pt").write_text(".")
+    for name in ("odd.pt", "resnet.pt", "page.pt", "dot.pt"):
+        fails(*fid, tmp_path / name, "--reference", space.b, text=f"{name} holds no weights of the FID Inception")
+        output = command(*fid, tmp_path / name, "--reference", space.b).output
+        assert len(output) < 600 and "weights_only" not in output
+    out = ("--reference", space.b, *fid, space.weights)
+    fails(*out, "--json", tmp_path, text="is a folder", code=2)
+    np.savez(tmp_path / "fine.npz", mu=np.zeros(2048), sigma=np.eye(2048))
+    stats = ("--reference", tmp_path / "fine.npz", *fid, space.weights, "--save-stats", tmp_path / "s.npz")
+    fails(*stats, text="--save-stats keeps", code=2)
+
+
+def test_points_that_are_all_one():
+    y = metrics.tsne(torch.ones(60, 5), iterations=20, init="random")
+    assert y.isfinite().all()
 
 
 def test_help_touches_no_device():
