@@ -1,10 +1,12 @@
 """The training step against the plain baseline of bench.py: with the same numbers, the same losses and updates."""
 
 import copy
+import json
 
 import bench
 import pytest
 import torch
+from click.testing import CliRunner
 
 
 @pytest.fixture
@@ -54,3 +56,16 @@ def test_same_losses_and_updates_as_the_plain_step(float64, disc, loss):
         torch.testing.assert_close(p, q, rtol=1e-7, atol=1e-9)
     for p, q in zip(bench.plain_discriminator(ours.D).parameters(), plain.D.parameters(), strict=True):
         torch.testing.assert_close(p, q, rtol=1e-7, atol=1e-9)
+
+
+def test_the_benchmark_prints_and_saves_every_kind_of_row(tmp_path, monkeypatch):
+    rows = [
+        dict(what="alone", note="3 s"),
+        dict(what="a ratio", ratio=2.5),
+        dict(what="both", ratio=1, spread=[0.5, 2]),
+    ]
+    monkeypatch.setattr(bench, "collect", lambda only, quick: rows)
+    result = CliRunner().invoke(bench.main, ["--out", str(tmp_path / "b.json")])
+    alone, ratio, both, _ = result.output.splitlines()
+    assert alone.endswith("3 s") and ratio.endswith("2.50x") and both.endswith("1.00x [0.50, 2.00]")
+    assert json.loads((tmp_path / "b.json").read_text())["rows"] == rows
