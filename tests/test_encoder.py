@@ -58,6 +58,9 @@ def test_byol_and_barlow_are_their_equations():
     assert encoder.byol(a, b, b, a).item() == pytest.approx(float(both), abs=1e-12)
     expected = ((unit[0] - unit[1]) ** 2).sum(1).mean() * 2
     assert encoder.byol(a, b, a, b).item() == pytest.approx(float(expected))
+    z = encoder.standardise(torch.randn(50, 7, dtype=torch.float64) * 3 + 2)
+    torch.testing.assert_close(z.mean(0), torch.zeros(7).double(), rtol=0, atol=1e-12)
+    torch.testing.assert_close(z.std(0, correction=0), torch.ones(7).double(), rtol=0, atol=1e-4)
 
     n1, n2 = ((v - v.mean(0)) / v.std(0, correction=0) for v in (a, b))
     c = [[float((n1[:, i] * n2[:, j]).mean()) for j in range(4)] for i in range(4)]
