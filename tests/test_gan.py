@@ -264,7 +264,7 @@ def test_generator_step_costs_the_discriminator_no_weight_gradients():
 
 def test_ema_half_life_counts_images():
     t = trainer(0, kind="none", batch=2000)
-    for images, half_life in ((20 * gan.EMA_HALF_LIFE, gan.EMA_HALF_LIFE), (40_000, 2000)):
+    for images, half_life in ((40 * gan.EMA_HALF_LIFE, gan.EMA_HALF_LIFE), (80_000, 2000)):
         for p, q in zip(t.decoder.parameters(), t.ema.parameters(), strict=True):
             p.data.fill_(1.0)
             q.data.fill_(0.0)
