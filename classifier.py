@@ -460,7 +460,7 @@ def run_stage(options: dict) -> None:
         theirs, ours = state["options"] | {"encoder": state["encoder_hash"]}, options | {"encoder": encoder_hash}
         keys = ["encoder", "attributes", "batch", "seed", "smoke"] + ["init"] * bool(options["init"])
         training.check_same(theirs, ours, keys, path, remedy)
-    first = training.load(options["init"], "classifier")["model"] if options["init"] else None
+    weights = training.load(options["init"], "classifier")["model"] if options["init"] else None
 
     # Embed every image once.
     steps = -(-len(ds) * 9 // 10 // options["batch"])
@@ -503,9 +503,9 @@ def run_stage(options: dict) -> None:
         training.save(path, content)
 
     # Train.
-    saved = None
-    if first:
-        weights, first = first, Classifier(**config)
+    first, saved = None, None
+    if weights:
+        first = Classifier(**config)
         training.init_weights(first, weights, options["init"])
         first.to(run.device).requires_grad_(False)
     log = training.Log(outdir, "classifier", epochs * len(ds), state.get("training", {}).get("epochs", 0) * len(ds))

@@ -261,9 +261,8 @@ def arrange(
             split[members[np.argsort(digests[members])[:held]]] = "val"
     if "train" not in split or "val" not in split:
         fail(f"{root}: no images are left for train or val; each class needs at least two")
-    for c, name in enumerate(classes):
-        if seen and c not in class_of[split == "train"]:
-            fail(f"{root}: class {name} has no training images: add some or remove it")
+    if seen and (missing := set(range(len(classes))) - set(class_of[split == "train"].tolist())):
+        fail(f"{root}: class {classes[min(missing)]} has no training images: add some or remove it")
     values = np.asarray(values, np.uint8).reshape(len(keys), len(attributes))
     return Source(root, sorted(files), keys, split, list(classes), class_of, list(attributes), values, hidden or {})
 
@@ -308,11 +307,8 @@ def read_rows(root: Path, table: str) -> list[tuple[str, list[str]]]:
     """The rows of a .csv or of a file with spaces between the columns, each after the place to name in errors."""
     try:
         lines = read(root, table).decode("utf-8-sig").splitlines()
-        rows = (
-            list(csv.reader(lines, skipinitialspace=True, strict=True))
-            if table.endswith(".csv")
-            else [line.split() for line in lines]
-        )
+        comma = table.endswith(".csv")
+        rows = list(csv.reader(lines, skipinitialspace=True, strict=True)) if comma else [s.split() for s in lines]
     except (*UNREADABLE, csv.Error) as error:
         fail(f"{root / table} cannot be read: {error}")
     rows = [(f"{root / table} line {i}", [cell.strip() for cell in row]) for i, row in enumerate(rows, 1) if any(row)]
@@ -825,17 +821,23 @@ class Dataset:
     def _stream(self, rows: Iterable[np.ndarray], device: torch.device | str, workers: int) -> Iterator[tuple]:
         """The images and labels of each of `rows` in turn, `workers` threads that many batches ahead."""
         pin, ahead = torch.device(device).type == "cuda", deque()
-        pool = ThreadPoolExecutor(workers, "batches") if workers else None
+
+        def move(batch: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, ...]:
+            return tuple(t.to(device, non_blocking=True) for t in batch)
+
+        if not workers:
+            yield from (move(self._gather(r, pin)) for r in rows)
+            return
+        pool = ThreadPoolExecutor(workers, "batches")
         try:
-            for r in itertools.chain(rows, [None] * workers):
-                if r is not None:
-                    ahead.append(pool.submit(self._gather, r, pin).result if pool else lambda r=r: self._gather(r, pin))
-                if len(ahead) > workers or (r is None and ahead):
-                    x, y = ahead.popleft()()
-                    yield x.to(device, non_blocking=True), y.to(device, non_blocking=True)
+            for r in rows:
+                ahead.append(pool.submit(self._gather, r, pin))
+                if len(ahead) > workers:
+                    yield move(ahead.popleft().result())
+            while ahead:
+                yield move(ahead.popleft().result())
         finally:
-            if pool:
-                pool.shutdown(cancel_futures=True)
+            pool.shutdown(cancel_futures=True)
 
 
 def open_dataset(

@@ -473,8 +473,7 @@ def train(encoder: Encoder, ds, run, options: dict, state: dict, total: int, log
     scaler = run.scaler()
     stateful = {"optimizer": optimizer, "scaler": scaler} | {k: m for k, m in modules.items() if k != "encoder"}
     for name, value in state.get("training", {}).items():
-        if value or name != "scaler":  # that of an fp32 or bf16 run is empty
-            stateful[name].load_state_dict(value)
+        stateful[name].load_state_dict(value)
     encoder.train()
 
     every = batch * max(1, max(total // 50, 2 * batch if options["smoke"] else 5_000) // batch)

@@ -467,10 +467,12 @@ class Trainer:
         self.encoder, self.classifier = encoder, classifier
         self.labels = None if labels is None else labels.to(run.device)
         self.labels_mean = None if labels is None else self.labels.mean(dim=0)
-        self.entropy = 0.0 if labels is None else entropy_bits(labels)
-        if options["sample_y"] == "independent":  # H(Y) of the y that are drawn
+        self.entropy = 0.0  # H(Y) of the y that are drawn, in bits
+        if options["sample_y"] == "independent":
             p = self.labels_mean.double()
             self.entropy = float(torch.special.entr(torch.stack((p, 1 - p))).sum() / math.log(2))
+        elif labels is not None:
+            self.entropy = entropy_bits(labels)
         torch.manual_seed(run.seed)  # the same weights in every process
         width = 0 if labels is None else labels.shape[1]
         nets = (
@@ -605,8 +607,7 @@ class Trainer:
     def load_state(self, state: dict) -> None:
         """Go on from `state()`."""
         for name, value in state.items():
-            if value or not name.startswith("scaler"):  # that of an fp32 or bf16 run is empty
-                getattr(self, name).load_state_dict(value)
+            getattr(self, name).load_state_dict(value)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -819,11 +820,8 @@ def train(options: dict) -> None:
         training.check_same(state["options"], options, sorted(options.keys() - FREE), checkpoint, remedy)
         training.check_same(state["data"], data.info(), ("fingerprint",), checkpoint, remedy)
         for name, stage in (("encoder", stage1), ("classifier", stage2)):
-            if (
-                stage
-                and state[name]
-                and training.fingerprint(state[name]["model"]) != training.fingerprint(stage["model"])
-            ):
+            theirs, ours = (s and training.fingerprint(s["model"]) for s in (state[name], stage))
+            if theirs and ours and theirs != ours:
                 raise click.ClickException(f"{checkpoint} was trained with another {name}.pt: {remedy}")
         trainer.load_state(state["trainer"])
         images, iteration = state["images_seen"], state["iteration"]

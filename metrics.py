@@ -1146,13 +1146,14 @@ def load_judge(run: Run, labels: Tensor, seed: int, steps: int) -> tuple[Judge, 
     return judge.to(run.world.device).eval().requires_grad_(False), state["accuracy"]
 
 
-def measure_diversity(run: Run, labels: Tensor, each: int, seed: int) -> dict:
+def measure_diversity(run: Run, labels: Tensor, each: int, seed: int, notes: list[str]) -> dict:
     """Mean distance of encoder features within one y, of generated and of real images, over the ten most frequent y's."""
     _, inverse, counts = torch.unique(labels, dim=0, return_inverse=True, return_counts=True)
     often = counts.argsort(descending=True, stable=True)[:10]
     groups = [(inverse == i).nonzero()[:each, 0] for i in often if counts[i] > 1]
     if not groups:
-        return {"notes": ["no diversity: no two training images have the same y"]}
+        notes.append("no diversity: no two training images have the same y")
+        return {}
     y = torch.cat([labels[g] for g in groups])
     sources = run.generated(len(y), seed, y), Real(run.train, torch.cat(groups).numpy())
     fake, real = ([spread(h) for h in run.embed(s).split([len(g) for g in groups])] for s in sources)
@@ -1230,14 +1231,14 @@ def choose_features(option: str, inception: str | None, how: str, run: Run | Non
     return features
 
 
-def measure_fidelity(options: dict, amounts: dict, need: set, run: Run | None, world: World) -> dict:
-    """FID or FD, IS and KID, of a run or of two folders."""
+def measure_fidelity(options: dict, amounts: dict, need: set, run: Run | None, world: World, notes: list[str]) -> dict:
+    """FID or FD, IS and KID, of a run or of two folders; what the user should know of them is added to `notes`."""
     features = choose_features(options["features"], options["inception"], options["resize"], run, world)
     num, seed, reference = options["num"], options["seed"], options["reference"] or ""
     results: dict = {"features": features.name, "resize": features.resize}
     if options["features"] not in ("auto", "inception", "encoder"):
         results["features_file"] = options["features"]
-    notes, target, content = [], options["save_stats"], None
+    target, content = options["save_stats"], None
     if run:
         num = num or amounts["inception" if features.name == "inception" else "num"]
         n = min(num, len(run.train))
@@ -1296,7 +1297,7 @@ def measure_fidelity(options: dict, amounts: dict, need: set, run: Run | None, w
     for source in (images, real):
         if isinstance(source, Folder) and len(source.sizes) > 1:
             notes.append(f"{source.path} has images of {len(source.sizes)} sizes: each is resized from its own")
-    return results | ({"notes": notes} if notes else {})
+    return results
 
 
 def evaluate(options: dict, world: World) -> dict:
@@ -1323,16 +1324,14 @@ def evaluate(options: dict, world: World) -> dict:
     if run and run.clusters and need & {"accuracy", "diversity", "information"} and run.labels("train") is None:
         notes.append(f"no judge, no diversity, no I(Y;E): they need the clusters' {run.folder / 'classifier.pt'}")
     if not wanted:
-        need -= {"kid"} if run or (options["reference"] or "").endswith(".npz") else set()
+        need -= {"kid"} if run or is_stats(options["reference"] or "") else set()
         need -= {"chamfer_sum"} if slow else set()  # minutes
     amounts = AMOUNTS["smoke" if options["smoke"] else "cpu" if slow else "gpu"]
     results: dict = {key: options[key] for key in ("network", "images", "reference") if options[key]}
     results |= {"seed": seed, "processes": world.size, "device": world.device.type}
 
     if need & {"fid", "is", "kid"}:
-        found = measure_fidelity(options, amounts, need, run, world)
-        notes += found.pop("notes", [])
-        results |= found
+        results |= measure_fidelity(options, amounts, need, run, world, notes)
     seeds = list(range(seed, seed + (options["seeds"] or amounts["seeds"])))
     for name in need & {"chamfer", "chamfer_sum"}:
         points = 6400 if name == "chamfer_sum" and not options["smoke"] else amounts["points"]
@@ -1343,9 +1342,7 @@ def evaluate(options: dict, world: World) -> dict:
     if "accuracy" in need:
         results |= measure_control(run, n, seed, amounts["judge"])
     if "diversity" in need and (labels := run.labels("train")) is not None:
-        found = measure_diversity(run, labels, amounts["each"], seed)
-        notes += found.pop("notes", [])
-        results |= found
+        results |= measure_diversity(run, labels, amounts["each"], seed, notes)
     if "information" in need:
         results |= measure_information(run, n, seed)
     return results | {"seconds": round(time.time() - began, 1)} | ({"notes": notes} if notes else {})

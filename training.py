@@ -119,6 +119,14 @@ def write_options(path: Path, options: dict) -> None:
 # Device, precision, processes, seeds.
 
 
+class Scaler(torch.amp.GradScaler):
+    """GradScaler that takes the empty state of a run without loss scaling: a resumed run may change its precision."""
+
+    def load_state_dict(self, state_dict: dict) -> None:
+        if state_dict:
+            super().load_state_dict(state_dict)
+
+
 @dataclass
 class Run:
     """Where and how a stage runs. `dtype` is the autocast dtype, None for fp32."""
@@ -133,9 +141,9 @@ class Run:
         """Context in which the networks compute in the chosen precision."""
         return torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype is not None)
 
-    def scaler(self) -> torch.amp.GradScaler:
+    def scaler(self) -> Scaler:
         """Loss scaler for one optimiser: does something in fp16 only."""
-        return torch.amp.GradScaler(self.device.type, enabled=self.dtype is torch.float16)
+        return Scaler(self.device.type, enabled=self.dtype is torch.float16)
 
     def reseed(self, images: int) -> None:
         """Derive all randomness from (seed, rank, images seen): a resumed run then draws what an unbroken one would."""

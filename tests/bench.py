@@ -16,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).parent.parent), str(Path(__file__).parent)]
@@ -302,6 +302,16 @@ def quartiles(values: list[float]) -> list[float]:
     return statistics.quantiles(values, n=4, method="inclusive")
 
 
+def both_losses(sides: Sequence, update: str, arguments: tuple) -> list[float]:
+    """The loss of one update on each side, from the same random numbers."""
+    losses = []
+    for side in sides:
+        torch.manual_seed(5)
+        loss = getattr(side, update)(*arguments)
+        losses.append((loss[0] if isinstance(loss, tuple) else loss).item())
+    return losses
+
+
 def precision_row() -> dict:
     """How far the losses of the two sides are apart in fp32, from the same weights and random numbers."""
     apart = 0.0
@@ -309,12 +319,8 @@ def precision_row() -> dict:
         sides = [build(side, 32, 8, disc, "resnet18") for side in ("ours", "plain")]
         real, y = torch.rand(8, 3, 32, 32) * 2 - 1, torch.eye(3)[torch.arange(8) % 3]
         for update, arguments in (("regularise", ()), ("discriminate", (real, y))):
-            losses = []
-            for side in sides:
-                torch.manual_seed(5)
-                loss = getattr(side, update)(*arguments)
-                losses.append((loss[0] if isinstance(loss, tuple) else loss).item())
-            apart = max(apart, abs(losses[0] / losses[1] - 1))
+            ours, plain = both_losses(sides, update, arguments)
+            apart = max(apart, abs(ours / plain - 1))
     return dict(what="step: losses in fp32 against the plain ones", note=f"at most {apart:.0e} apart, relatively")
 
 

@@ -82,12 +82,11 @@ def data_rows(quick: bool = False) -> list[dict]:
             bytes_only = rates(ds.batches(batch, "cpu"), batch, 200 if quick else 2000, repeats)
             named = {"ImageFolder, 2 workers": theirs, "packed": ours, "packed, uint8": bytes_only}
             for name, values in named.items():
-                median = statistics.median(values)
-                row = {"name": f"{name}, {stored} px files", "size": 64, "batch": batch, "images_per_second": median}
-                row |= {"low": min(values), "high": max(values), "runs": repeats}
-                rival = statistics.median(theirs)
-                row |= {"what": f"data: {row['name']}", "spread": [min(values) / rival, max(values) / rival]}
-                rows.append(row | {"ratio": median / rival, "note": f"{median:,.0f} images a second"})
+                median, rival = statistics.median(values), statistics.median(theirs)
+                row = {"what": f"data: {name}, {stored} px files", "ratio": median / rival}
+                row |= {"spread": [min(values) / rival, max(values) / rival], "note": f"{median:,.0f} images a second"}
+                row |= {"size": 64, "batch": batch, "images_per_second": median, "runs": repeats}
+                rows.append(row | {"low": min(values), "high": max(values)})
     torch.set_num_threads(threads)
     os.environ.pop("INFOSCC_CACHE") if old is None else os.environ.update(INFOSCC_CACHE=old)
     return rows
@@ -95,6 +94,6 @@ def data_rows(quick: bool = False) -> list[dict]:
 
 if __name__ == "__main__":
     for row in data_rows("--quick" in sys.argv):
-        print(f"{row['name']:40} {row['images_per_second']:>12,.0f} img/s  ({row['low']:,.0f} - {row['high']:,.0f})"
+        print(f"{row['what']:46} {row['images_per_second']:>12,.0f} img/s  ({row['low']:,.0f} - {row['high']:,.0f})"
               f"  {row['ratio']:6.1f} x")  # fmt: skip
     print(f"torch {torch.__version__}, {os.cpu_count()} processors")

@@ -57,7 +57,7 @@ def race(contestants: dict, seconds: float, synchronize) -> dict[str, list[float
 
 def op_rows(quick: bool, device: str = "cpu") -> list[dict]:
     """One row an op, shape, pass and implementation: op, shape, pass, impl, ms (median), ms_q1, ms_q3 (quartiles), n,
-    vs_eager and vs_compile (how many times faster, in medians; None where torch.compile cannot: double backward).
+    ratio (to eager) and vs_compile (times faster, in medians; None where torch.compile cannot: double backward).
 
     Passes: 'forward' without gradient; 'forward+backward' to all that training differentiates (coef is noise);
     'double backward' is forward, backward with create_graph and backward through that, as R1 does. fp32, channels_last.
@@ -110,15 +110,13 @@ def op_rows(quick: bool, device: str = "cpu") -> list[dict]:
                 medians = {name: statistics.median(t) for name, t in times.items()}
                 for name, t in times.items():
                     q1, _, q3 = statistics.quantiles(t, n=4)
-                    kinds = {"what": f"{op.__name__} {'x'.join(map(str, shape))}, {kind}: {name}"}
+                    compiled_by = medians["compile"] / medians[name] if "compile" in medians else None
                     rows.append(
-                        kinds
-                        | {
+                        {
+                            "what": f"{op.__name__} {'x'.join(map(str, shape))}, {kind}: {name}",
                             "ratio": medians["eager"] / medians[name],
                             "spread": [medians["eager"] / q3, medians["eager"] / q1],
-                            "note": f"{medians['compile'] / medians[name]:.2f} of compiled"
-                            if "compile" in medians
-                            else "",
+                            "note": f"{compiled_by:.2f} of compiled" if compiled_by else "",
                             "op": op.__name__,
                             "shape": list(shape),
                             "pass": kind,
@@ -127,8 +125,7 @@ def op_rows(quick: bool, device: str = "cpu") -> list[dict]:
                             "ms_q1": q1 * 1e3,
                             "ms_q3": q3 * 1e3,
                             "n": len(t),
-                            "vs_eager": medians["eager"] / medians[name],
-                            "vs_compile": medians["compile"] / medians[name] if "compile" in medians else None,
+                            "vs_compile": compiled_by,
                         }
                     )
     return rows
@@ -139,5 +136,5 @@ if __name__ == "__main__":
     print(line.format("op", "shape", "pass", "impl", "ms", "q1", "q3", "x eager", "x compile"))
     for row in op_rows("--quick" in sys.argv, "cuda" if torch.cuda.is_available() else "cpu"):
         numbers = [f"{row[k]:.3f}" for k in ("ms", "ms_q1", "ms_q3")]
-        ratios = ["" if row[k] is None else f"{row[k]:.2f}" for k in ("vs_eager", "vs_compile")]
+        ratios = ["" if row[k] is None else f"{row[k]:.2f}" for k in ("ratio", "vs_compile")]
         print(line.format(row["op"], "x".join(map(str, row["shape"])), row["pass"], row["impl"], *numbers, *ratios))

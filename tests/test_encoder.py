@@ -5,21 +5,17 @@ import math
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
-from conftest import TORCHRUN, copy_run
+from conftest import ROOT, TORCHRUN, copy_run
 from PIL import Image
 
 import encoder
 import training
-
-ROOT = Path(__file__).parent.parent
-
 
 # Losses.
 

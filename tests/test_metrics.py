@@ -19,13 +19,12 @@ import pytest
 import torch
 import torchvision
 from click.testing import CliRunner
-from conftest import TORCHRUN
+from conftest import ROOT, TORCHRUN
 from PIL import Image
 from torch import nn
 
 import metrics
 
-ROOT = Path(__file__).parent.parent
 CPU = torch.device("cpu")
 
 
