@@ -16,6 +16,7 @@ import json
 import math
 import os
 import re
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable
@@ -296,8 +297,9 @@ def fingerprint(state: dict[str, torch.Tensor]) -> str:
 class Log:
     """Progress bar on stderr, one JSON object a line in `stats.jsonl`, the same numbers in TensorBoard.
 
-    `add` only keeps device tensors; `write` fetches all means in one transfer, so nothing synchronises
-    between log lines. Processes other than the first stay silent.
+    The bar moves at once in a terminal, every 10 seconds in a file. `add` only keeps device tensors;
+    `write` fetches all means in one transfer, so nothing synchronises between log lines. Processes other than the first
+    stay silent.
     """
 
     def __init__(self, outdir: Path, stage: str, total: int, done: int = 0, unit: str = "img", rank: int = 0):
@@ -313,6 +315,7 @@ class Log:
             disable=rank != 0,
             dynamic_ncols=True,
             smoothing=0.1,
+            mininterval=0.1 if sys.stderr.isatty() else 10.0,  # a log file keeps every state of the bar
         )
         self.time = time.time()
         if rank == 0:

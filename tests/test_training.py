@@ -3,6 +3,7 @@
 import errno
 import json
 import math
+import time
 from pathlib import Path
 
 import click
@@ -98,3 +99,14 @@ def test_bad_values_are_one_line(command, tmp_path, stage, option, value):
     assert option in line and value in line
     assert not list(tmp_path.iterdir())
     assert command(stage, "--seed", 2**32, code=2)
+
+
+def test_bar_in_a_file_moves_seldom(tmp_path, capfd):
+    log = training.Log(tmp_path, "gan", total=2000)
+    start = time.perf_counter()
+    for _ in range(2000):
+        time.sleep(0.0005)
+        log.step(1)
+    log.close()
+    assert time.perf_counter() - start > 0.5  # a terminal's bar would have moved five times and more
+    assert capfd.readouterr().err.count("img/s]") == 2  # at its start and its end
