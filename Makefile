@@ -26,7 +26,7 @@ VARIANTS := --orth=penalty --orth=exact --orth=none --reg-mode=joint --per-class
 ablations: .venv/done
 	for option in $(VARIANTS); do \
 		mkdir -p runs/ablations/$${option#--} && cp $(RUN)/encoder.pt $(RUN)/classifier.pt runs/ablations/$${option#--} && \
-		$(BIN)/python gan.py --outdir runs/ablations/$${option#--} $$option || exit 1; \
+		$(BIN)/python gan.py --kimg 45 --outdir runs/ablations/$${option#--} $$option || exit 1; \
 	done
 	$(BIN)/python metrics.py $(VARIANTS:--%=--network runs/ablations/%/gan.pt)
 

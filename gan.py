@@ -35,8 +35,8 @@ EMA_HALF_LIFE = 10_000  # images
 LOG_EVERY = 2_000  # images
 
 # Published: AFHQ at 256 px and CelebA at 128 px, 200,000 iterations. The row '' serves any other data.
-# r1 None: 10, but for patches 10 (size / 256)^2: at 10 the patch discriminator of a small image is too flat to hold the
-# generator back from saturated colours.
+# r1 None: 10 (size / 256)^1/2, for patches 10 (size / 256)^2: at 10 the discriminators of small images are flat, the
+# global one learns slowly, the patches' does not hold the generator back from saturated colours.
 PRESETS = {
     "":              dict(batch=32, lr=1e-4, kimg=200.0,   snap=50.0,  augment="color,translation,cutout", r1=None, reg_clip=True),
     "critters":      dict(batch=16, lr=5e-4, kimg=60.0,    snap=10.0,  augment="none"),
@@ -202,6 +202,8 @@ class Decoder(nn.Module):
         self.generator = Generator(size, orthonormal)
         he_init(self)
         self.generator.last.weight.data.mul_(0.5)  # keeps tanh out of saturation
+        if labels:  # so that eps follows y from the start, about as much as the 512 numbers of the noise
+            self.mapper.weight.data[:, :labels].mul_((NOISE / 3) ** 0.5)
 
     @property
     def latent_width(self) -> int:
@@ -797,7 +799,7 @@ def train(options: dict) -> None:
         raise click.UsageError("--sample-y independent needs several attributes; one-hot labels have one distribution")
     options |= {"size": data.size, "attributes": attributes}
     if options["r1"] is None:
-        options["r1"] = 10 * (data.size / 256) ** 2 if options["disc"] == "patch" else 10.0
+        options["r1"] = 10 * (data.size / 256) ** (2 if options["disc"] == "patch" else 0.5)
 
     # Build the networks.
     encoder = encoder_stage.build(stage1).to(run.device, memory_format=torch.channels_last) if stage2 else None

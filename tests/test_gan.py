@@ -329,6 +329,14 @@ def test_first_images_are_smooth_and_bases_orthonormal():
     assert decoder.orthogonality() < 1e-10
 
 
+@pytest.mark.parametrize("labels", [3, 15])
+def test_code_starts_to_follow_the_labels_as_much_as_the_noise(labels):
+    decoder = gan.Decoder(32, labels)
+    by_y = decoder.mapper.weight[:, :labels] @ (decoder.embed.weight @ torch.eye(labels))
+    by_noise = decoder.mapper.weight[:, labels:] @ torch.randn(gan.NOISE, 100)
+    assert 0.3 < by_y.std(dim=1).mean() / by_noise.std(dim=1).mean() < 3
+
+
 def test_joint_regularisation_adds_to_the_adversarial_step():
     encoder, classifier = frozen_stages()
     moved = {}
@@ -462,7 +470,7 @@ def test_each_option_changes_the_result(command, class_folder, class_run, tmp_pa
         if variant:
             shutil.rmtree(outdir)
     assert all(len(same) == 1 for same in seen.values()), seen
-    assert [o["r1"] for o in used[:2]] == [10, 10 * (used[1]["size"] / 256) ** 2]  # patches: by area
+    assert [o["r1"] for o in used[:2]] == [10 * (used[0]["size"] / 256) ** power for power in (0.5, 2)]  # --disc patch
     count = len(list((tmp_path / "0" / "snapshots").iterdir()))
     outdir = copy_run(class_run, tmp_path / "snap")
     command(
