@@ -202,8 +202,6 @@ class Decoder(nn.Module):
         self.generator = Generator(size, orthonormal)
         he_init(self)
         self.generator.last.weight.data.mul_(0.5)  # keeps tanh out of saturation
-        if labels:  # so that eps follows y from the start, about as much as the 512 numbers of the noise
-            self.mapper.weight.data[:, :labels].mul_((NOISE / 3) ** 0.5)
 
     @property
     def latent_width(self) -> int:
@@ -482,6 +480,10 @@ class Trainer:
             build_discriminator(options["disc"], options["size"], width if options["per_class"] else 0),
         )
         self.decoder, self.D = (n.to(run.device, memory_format=torch.channels_last) for n in nets)
+        if width and not self.D.batch_statistics:
+            # From the start, eps follows y about as much as the 512 numbers of the noise. Not against patches: their
+            # batch norm hides colours, which the regularisation would then drive into saturation.
+            self.decoder.mapper.weight.data[:, :width].mul_((NOISE / 3) ** 0.5)
         self.ema = copy.deepcopy(self.decoder).requires_grad_(False).eval()
         adam = dict(lr=options["lr"], betas=(0.5, 0.99), fused=True)
         self.opt_g = torch.optim.Adam(self.decoder.parameters(), **adam)
