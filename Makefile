@@ -6,6 +6,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 RUN := runs/critters
+GAN := $(BIN)/python gan.py --kimg 45
 
 .venv/done: requirements.txt requirements-test.txt
 	$(PYTHON) -m venv .venv
@@ -15,7 +16,7 @@ RUN := runs/critters
 demo: .venv/done
 	$(BIN)/python encoder.py --epochs 4
 	$(BIN)/python classifier.py
-	$(BIN)/python gan.py --kimg 45
+	$(GAN)
 	$(BIN)/python explore.py sample --network $(RUN)/gan.pt
 	$(BIN)/python explore.py traverse --network $(RUN)/gan.pt
 	$(BIN)/python metrics.py --network $(RUN)/gan.pt --json $(RUN)/metrics.json
@@ -26,7 +27,7 @@ VARIANTS := --orth=penalty --orth=exact --orth=none --reg-mode=joint --per-class
 ablations: .venv/done
 	for option in $(VARIANTS); do \
 		mkdir -p runs/ablations/$${option#--} && cp $(RUN)/encoder.pt $(RUN)/classifier.pt runs/ablations/$${option#--} && \
-		$(BIN)/python gan.py --kimg 45 --outdir runs/ablations/$${option#--} $$option || exit 1; \
+		$(GAN) --outdir runs/ablations/$${option#--} $$option || exit 1; \
 	done
 	$(BIN)/python metrics.py $(VARIANTS:--%=--network runs/ablations/%/gan.pt)
 

@@ -464,11 +464,11 @@ def train(encoder: Encoder, ds, run, options: dict, state: dict, total: int, log
             nn.BatchNorm1d(128), nn.Linear(128, 512), nn.BatchNorm1d(512), nn.ReLU(), nn.Linear(512, 128)
         ).to(run.device)
         modules["target"] = copy.deepcopy(encoder).requires_grad_(False)
-    parameters = [p for m in modules.values() for p in m.parameters() if p.requires_grad]
     # BYOL learns from a predictor that keeps up with the encoder: it goes faster.
     groups = [
         dict(params=[*m.parameters()], speed=5 if n == "predictor" else 1) for n, m in modules.items() if n != "target"
     ]
+    parameters = [p for group in groups for p in group["params"]]
     optimizer = torch.optim.Adam(groups, lr=options["lr"], weight_decay=options["weight_decay"], fused=True)
     scaler = run.scaler()
     stateful = {"optimizer": optimizer, "scaler": scaler} | {k: m for k, m in modules.items() if k != "encoder"}
