@@ -443,6 +443,8 @@ def r1_penalty(D: nn.Module, x: Tensor, y: Tensor | None) -> Tensor:
 
 def scores_real_fake(D: nn.Module, real: Tensor, fake: Tensor, y_real: Tensor, y_fake: Tensor) -> tuple[Tensor, Tensor]:
     """D on both: in one pass, unless batch statistics would then mix them."""
+    # In the weights' format: the first convolution's gradient by its weights would else turn that of its whole output.
+    real, fake = (x.contiguous(memory_format=torch.channels_last) for x in (real, fake))
     if D.batch_statistics:
         return D(real, y_real), D(fake, y_fake)
     y = None if y_real is None else torch.cat((y_real, y_fake))

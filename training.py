@@ -43,7 +43,7 @@ OPTIONS = [
     click.option("--batch",     metavar="N", type=click.IntRange(2), help="Images per step, over all processes.  [default: by data]"),
     click.option("--init",      metavar="FILE", help="Checkpoint to take the network's first weights from."),
     click.option("--seed",      metavar="N", type=click.IntRange(0, 2**32 - 1), default=0, help="Seed of everything random."),
-    click.option("--precision", type=click.Choice(["auto", "fp32", "bf16", "fp16"]), default="auto", help="auto: fp32 on CPUs; bf16 on GPUs that have it, else fp16."),
+    click.option("--precision", type=click.Choice(["auto", "fp32", "bf16", "fp16"]), default="auto", help="auto: bf16 where a GPU has it or a CPU multiplies matrices in it (AMX); else fp16 on GPUs, fp32 on CPUs."),
     click.option("--device",    metavar="DEVICE", default="auto", help="cpu, cuda, cuda:1; auto: cuda if there is one."),
     click.option("--workers",   metavar="N", type=click.IntRange(0), default=1, help="Threads that prepare batches; 0: none."),
     click.option("--resume/--no-resume", default=True, help="Go on from the checkpoint in the output folder, or start over."),
@@ -183,6 +183,12 @@ def choose_device(device: str | torch.device = "auto") -> torch.device:
         raise click.ClickException(f"--device {device}: {str(error).splitlines()[0]}") from None
 
 
+def cpu_has_amx() -> bool:
+    """Whether this CPU has bf16 matrix units. Without them bf16 only adds conversions."""
+    capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # not in older versions of torch
+    return bool(capabilities.get("amx_bf16"))
+
+
 def start(device: str = "auto", precision: str = "auto", seed: int = 0) -> Run:
     """Set up the device, the precision, the processes of torchrun and the seeds.
 
@@ -197,6 +203,8 @@ def start(device: str = "auto", precision: str = "auto", seed: int = 0) -> Run:
         torch.backends.cudnn.benchmark = True
         if precision == "auto":
             precision = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    elif precision == "auto" and cpu_has_amx():
+        precision = "bf16"
     if world > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if dev.type == "cuda" else "gloo")
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)

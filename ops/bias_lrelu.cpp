@@ -3,17 +3,13 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <type_traits>
 #include <vector>
 
-#include <c10/util/BFloat16.h>
-#include <c10/util/Half.h>
-
+#include "half.h"
 #include "stream.h"
 
 namespace {
 
-template <class T> using acc_t = std::conditional_t<std::is_same_v<T, double>, double, float>;
 constexpr int64_t kTile = 1024;   // elements in the inner loop: whole rows of channels, so that short rows fill vectors too
 constexpr int64_t kTask = 16384;  // elements that make it worth waking a thread
 
@@ -36,16 +32,16 @@ void sum_rows(const T* x, A* s, int64_t rows, int64_t C, A* scratch) {
   for (; r + 4 * fold <= rows; r += 4 * fold) {
     const T* xr = x + r * C;
 #pragma omp simd
-    for (int64_t i = 0; i < L; i++) out[i] += (A(xr[i]) + A(xr[L + i])) + (A(xr[2 * L + i]) + A(xr[3 * L + i]));
+    for (int64_t i = 0; i < L; i++) out[i] += (get(xr[i]) + get(xr[L + i])) + (get(xr[2 * L + i]) + get(xr[3 * L + i]));
   }
   for (; r + fold <= rows; r += fold)
 #pragma omp simd
-    for (int64_t i = 0; i < L; i++) out[i] += A(x[r * C + i]);
+    for (int64_t i = 0; i < L; i++) out[i] += get(x[r * C + i]);
   if (fold > 1)
     for (int64_t f = 0; f < fold; f++)
       for (int64_t c = 0; c < C; c++) s[c] += out[f * C + c];
   for (; r < rows; r++)
-    for (int64_t c = 0; c < C; c++) s[c] += A(x[r * C + c]);
+    for (int64_t c = 0; c < C; c++) s[c] += get(x[r * C + c]);
 }
 
 // y = lrelu(x + bias): reads x once, writes y once. x and y may be the same.
@@ -67,8 +63,8 @@ void forward(const T* x, const acc_t<T>* bias, T* y, int64_t outer, int64_t C, i
         T* out = past ? buffer.data() : y + t;
 #pragma omp simd
         for (int64_t i = 0; i < n; i++) {
-          const A v = A(x[t + i]) + b[i], w = v * slope;
-          out[i] = T(v > 0 ? v : w);
+          const A v = get(x[t + i]) + b[i], w = v * slope;
+          put(out[i], v > 0 ? v : w);
         }
         if (past) stream(y + t, out, n * sizeof(T));
       }
@@ -81,8 +77,8 @@ void forward(const T* x, const acc_t<T>* bias, T* y, int64_t outer, int64_t C, i
           T* out = past ? buffer.data() : y + t;
 #pragma omp simd
           for (int64_t i = 0; i < n; i++) {
-            const A v = A(x[t + i]) + b, w = v * slope;
-            out[i] = T(v > 0 ? v : w);
+            const A v = get(x[t + i]) + b, w = v * slope;
+            put(out[i], v > 0 ? v : w);
           }
           if (past) stream(y + t, out, n * sizeof(T));
         }
@@ -118,8 +114,8 @@ void masked(const T* g, const T* y, const acc_t<T>* bias, T* dx, acc_t<T>* db, i
           T* out = past ? buffer.data() : dx + t;
 #pragma omp simd
           for (int64_t i = 0; i < n; i++) {
-            const A v = A(g[t + i]) + b[i], w = v * slope;
-            out[i] = T(A(y[t + i]) > 0 ? v : w);
+            const A v = get(g[t + i]) + b[i], w = v * slope;
+            put(out[i], get(y[t + i]) > 0 ? v : w);
           }
           // Summed apart, from the cache: stores to the sums between those to dx cost twice the time.
           if (db) sum_rows(out, s, n / C, C, scratch.data());
@@ -136,8 +132,8 @@ void masked(const T* g, const T* y, const acc_t<T>* bias, T* dx, acc_t<T>* db, i
           T* out = past ? buffer.data() : dx + t;
 #pragma omp simd reduction(+ : s)
           for (int64_t i = 0; i < n; i++) {
-            const A v = A(g[t + i]) + b, w = v * slope, d = A(y[t + i]) > 0 ? v : w;
-            out[i] = T(d);
+            const A v = get(g[t + i]) + b, w = v * slope, d = get(y[t + i]) > 0 ? v : w;
+            put(out[i], d);
             s += d;
           }
           if (past) stream(dx + t, out, n * sizeof(T));
@@ -166,5 +162,5 @@ void masked(const T* g, const T* y, const acc_t<T>* bias, T* dx, acc_t<T>* db, i
 
 BIAS_LRELU(float32, float)
 BIAS_LRELU(float64, double)
-BIAS_LRELU(bfloat16, c10::BFloat16)
-BIAS_LRELU(float16, c10::Half)
+BIAS_LRELU(bfloat16, bfloat16)
+BIAS_LRELU(float16, float16)

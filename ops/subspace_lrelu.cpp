@@ -4,17 +4,13 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <type_traits>
 #include <vector>
 
-#include <c10/util/BFloat16.h>
-#include <c10/util/Half.h>
-
+#include "half.h"
 #include "stream.h"
 
 namespace {
 
-template <class T> using acc_t = std::conditional_t<std::is_same_v<T, double>, double, float>;
 constexpr int64_t kPiece = 512;   // places in a piece
 constexpr int64_t kTask = 16384;  // elements that make it worth waking a thread
 
@@ -25,7 +21,7 @@ constexpr int64_t kImages = 8;    // images in one go, where their gradients are
 template <int N, class A, class X>
 inline A dot(const A* c, const X* in, int64_t stride, int64_t i) {
   A v = 0;
-  for (int j = 0; j < N; j++) v += c[j] * A(in[j * stride + i]);
+  for (int j = 0; j < N; j++) v += c[j] * get(in[j * stride + i]);
   return v;
 }
 
@@ -52,7 +48,7 @@ void forward(const T* h, const acc_t<T>* coef, const T* maps, const acc_t<T>* bi
         else if (++s == S) s = 0, c++;
       }
       for (int64_t k = 0; k < K; k++)
-        for (int64_t i = 0; i < n; i++) m[k * kPiece + i] = A(maps[k * P + p + i]);
+        for (int64_t i = 0; i < n; i++) m[k * kPiece + i] = get(maps[k * P + p + i]);
       for (int64_t b = 0; b < B; b++) {
         const T* hb = h + b * P + p;
         const A *cb = coefs.data() + b * KK, *add = base;
@@ -65,8 +61,8 @@ void forward(const T* h, const acc_t<T>* coef, const T* maps, const acc_t<T>* bi
         T* out = past ? row.data() : y + b * P + p;
 #pragma omp simd
         for (int64_t i = 0; i < n; i++) {
-          const A v = A(hb[i]) + add[i] + dot<kMaps>(cb, mb, kPiece, i), w = v * slope;
-          out[i] = T(v > 0 ? v : w);
+          const A v = get(hb[i]) + add[i] + dot<kMaps>(cb, mb, kPiece, i), w = v * slope;
+          put(out[i], v > 0 ? v : w);
         }
         if (past) stream(y + b * P + p, out, n * sizeof(T));
       }
@@ -94,7 +90,7 @@ void backward(const T* g, const T* y, const acc_t<T>* coef, const T* maps, T* dh
     } else {
       for (int64_t j = 0; j < images; j++)
 #pragma omp simd
-        for (int64_t i = 0; i < n; i++) out[i] += c[j] * A(d[j * apart + i]);
+        for (int64_t i = 0; i < n; i++) out[i] += c[j] * get(d[j * apart + i]);
     }
   };
 #pragma omp parallel if (B * P >= 2 * kTask)
@@ -114,8 +110,8 @@ void backward(const T* g, const T* y, const acc_t<T>* coef, const T* maps, T* dh
           T* dj = d + j * apart;
 #pragma omp simd
           for (int64_t i = 0; i < n; i++) {
-            const A v = A(gj[i]), w = v * slope;
-            dj[i] = T(A(yj[i]) > 0 ? v : w);
+            const A v = get(gj[i]), w = v * slope;
+            put(dj[i], get(yj[i]) > 0 ? v : w);
           }
         }
         // What was just written is in the first-level cache: the sums read it from there.
@@ -132,7 +128,7 @@ void backward(const T* g, const T* y, const acc_t<T>* coef, const T* maps, T* dh
               const T *dj = d + j * apart, *mk = maps + k * P + p;
               A s = 0;
 #pragma omp simd reduction(+ : s)
-              for (int64_t i = 0; i < n; i++) s += A(dj[i]) * A(mk[i]);
+              for (int64_t i = 0; i < n; i++) s += get(dj[i]) * get(mk[i]);
               part[(p / kPiece * B + b + j) * K + k] = s;
             }
         if (past)
@@ -140,7 +136,7 @@ void backward(const T* g, const T* y, const acc_t<T>* coef, const T* maps, T* dh
       }
       if (dmaps)
         for (int64_t k = 0; k < K; k++)
-          for (int64_t i = 0; i < n; i++) dmaps[k * P + p + i] = T(dm[k * kPiece + i]);
+          for (int64_t i = 0; i < n; i++) put(dmaps[k * P + p + i], dm[k * kPiece + i]);
       if (dbias) std::copy(sum, sum + n, places.begin() + p);
     }
     stream_end();
@@ -177,5 +173,5 @@ void backward(const T* g, const T* y, const acc_t<T>* coef, const T* maps, T* dh
 
 SUBSPACE_LRELU(float32, float)
 SUBSPACE_LRELU(float64, double)
-SUBSPACE_LRELU(bfloat16, c10::BFloat16)
-SUBSPACE_LRELU(float16, c10::Half)
+SUBSPACE_LRELU(bfloat16, bfloat16)
+SUBSPACE_LRELU(float16, float16)

@@ -56,28 +56,30 @@ def race(contestants: dict, seconds: float, synchronize) -> dict[str, list[float
 
 
 def op_rows(quick: bool, device: str = "cpu") -> list[dict]:
-    """One row an op, shape, pass and implementation: op, shape, pass, impl, ms (median), ms_q1, ms_q3 (quartiles), n,
+    """One row an op, shape, dtype, pass and implementation, with ms (median), ms_q1, ms_q3 (quartiles), n (calls),
     ratio (to eager) and vs_compile (times faster, in medians; None where torch.compile cannot: double backward).
 
     Passes: 'forward' without gradient; 'forward+backward' to all that training differentiates (coef is noise);
-    'double backward' is forward, backward with create_graph and backward through that, as R1 does. fp32, channels_last.
+    'double backward' is forward, backward with create_graph and backward through that, as R1 does. channels_last; fp32,
+    and bf16 for the two passes that run in it.
     """
     keep_memory()
     fused = "triton" if device == "cuda" else "cpp"
     synchronize = torch.cuda.synchronize if device == "cuda" else lambda: None
     rows = []
     for op, shapes in ((bias_lrelu, BIAS_SHAPES), (subspace_lrelu, SUBSPACE_SHAPES)):
-        for shape in shapes[1:-1:2] if quick else shapes:
+        chosen = shapes[1:-1:2] if quick else shapes
+        for shape, dtype in [(s, torch.float32) for s in chosen] + [(s, torch.bfloat16) for s in chosen]:
             make = torch.Generator().manual_seed(0)
 
-            def randn(*size, grad=True):
-                t = torch.randn(*size, generator=make).to(device)  # noqa: B023
+            def randn(*size, grad=True, dtype=dtype):
+                t = torch.randn(*size, generator=make).to(device, dtype)  # noqa: B023
                 return (t.to(memory_format=torch.channels_last) if t.ndim == 4 else t).requires_grad_(grad)
 
-            x, bias, g, gx = randn(*shape), randn(shape[1]), randn(*shape), randn(*shape, grad=False)
+            x, bias, g, gx = randn(*shape), randn(shape[1], dtype=None), randn(*shape), randn(*shape, grad=False)
             inputs = (x, bias)
             if op is subspace_lrelu:
-                inputs = (x, randn(shape[0], BASIS, grad=False), randn(BASIS, *shape[1:]), bias)
+                inputs = (x, randn(shape[0], BASIS, grad=False, dtype=None), randn(BASIS, *shape[1:]), bias)
             wanted = [t for t in inputs if t.requires_grad]
             torch._dynamo.reset()
             compiled = torch.compile(lambda *a: op(*a, impl="ref"), dynamic=False, fullgraph=True)  # noqa: B023
@@ -87,8 +89,9 @@ def op_rows(quick: bool, device: str = "cpu") -> list[dict]:
                 fused: lambda *a: op(*a, impl=fused),  # noqa: B023
             }
             for kind in ("forward", "forward+backward", "double backward"):
-                if kind == "double backward" and op is subspace_lrelu:
-                    continue  # composed of PyTorch ops: no loss differentiates through it twice
+                # subspace_lrelu's is composed of PyTorch ops, no loss needs it; R1, which needs bias_lrelu's, is fp32.
+                if kind == "double backward" and (op is subspace_lrelu or dtype != torch.float32):
+                    continue
 
                 def contestant(function, kind=kind, inputs=inputs, wanted=wanted, g=g, gx=gx):
                     def run():
@@ -113,12 +116,13 @@ def op_rows(quick: bool, device: str = "cpu") -> list[dict]:
                     compiled_by = medians["compile"] / medians[name] if "compile" in medians else None
                     rows.append(
                         {
-                            "what": f"{op.__name__} {'x'.join(map(str, shape))}, {kind}: {name}",
+                            "what": f"{op.__name__} {'x'.join(map(str, shape))} {str(dtype)[6:]}, {kind}: {name}",
                             "ratio": medians["eager"] / medians[name],
                             "spread": [medians["eager"] / q3, medians["eager"] / q1],
                             "note": f"{compiled_by:.2f} of compiled" if compiled_by else "",
                             "op": op.__name__,
                             "shape": list(shape),
+                            "dtype": str(dtype)[6:],
                             "pass": kind,
                             "impl": name,
                             "ms": medians[name] * 1e3,
@@ -132,8 +136,8 @@ def op_rows(quick: bool, device: str = "cpu") -> list[dict]:
 
 
 if __name__ == "__main__":
-    line = "{:15s} {:15s} {:17s} {:8s} {:>8} {:>8} {:>8} {:>8} {:>9}"
-    print(line.format("op", "shape", "pass", "impl", "ms", "q1", "q3", "x eager", "x compile"))
+    line = "{:15s} {:15s} {:9s} {:17s} {:8s} {:>8} {:>8} {:>8} {:>8} {:>9}"
+    print(line.format("op", "shape", "dtype", "pass", "impl", "ms", "q1", "q3", "x eager", "x compile"))
     for row in op_rows("--quick" in sys.argv, "cuda" if torch.cuda.is_available() else "cpu"):
         numbers = [f"{row[k]:.3f}" for k in ("ms", "ms_q1", "ms_q3")]
         ratios = ["" if row[k] is None else f"{row[k]:.2f}" for k in ("ratio", "vs_compile")]
