@@ -255,6 +255,15 @@ def byol(p1: torch.Tensor, p2: torch.Tensor, t1: torch.Tensor, t2: torch.Tensor)
     return 4 - 2 * (F.cosine_similarity(p1, t2).mean() + F.cosine_similarity(p2, t1).mean())
 
 
+def whiten(z: torch.Tensor, ridge: float = 0.1) -> torch.Tensor:
+    """z [B, D] float32 with mean 0 and uncorrelated features of variance 1 over the batch, turned as little as possible
+    (ZCA). ridge, as a part of their mean variance, is added to all variances: B need not exceed D."""
+    z = z - z.mean(0)
+    C = z.T @ z / len(z)
+    values, vectors = torch.linalg.eigh(C + ridge * C.diagonal().mean() * torch.eye(len(C), device=z.device))
+    return z @ (vectors * values.rsqrt()) @ vectors.T
+
+
 def standardise(z: torch.Tensor) -> torch.Tensor:
     """z [B, D] with mean 0 and variance 1 of each feature over the batch."""
     return (z - z.mean(0)) / (z.std(0, correction=0) + 1e-5)
@@ -489,7 +498,7 @@ def train(encoder: Encoder, ds, run, options: dict, state: dict, total: int, log
             z = encoder.projection(encoder(views))
             p = modules["predictor"](z) if method == "byol" else None
             with torch.no_grad():
-                t = standardise(modules["target"].projection(modules["target"](views))) if method == "byol" else None
+                t = modules["target"].projection(modules["target"](views)) if method == "byol" else None
 
         # The loss of the whole batch, over all processes, in fp32.
         z1, z2 = (gather(v) for v in z.float().split(half))
@@ -500,7 +509,9 @@ def train(encoder: Encoder, ds, run, options: dict, state: dict, total: int, log
         elif method == "barlow":
             loss = barlow(z1, z2)
         else:
-            loss = byol(*(gather(v) for v in p.float().split(half)), *(gather(v) for v in t.float().split(half)))
+            # White targets: from raw ones the embedding learns only the directions that vary most.
+            t1, t2 = whiten(torch.cat([gather(v) for v in t.float().split(half)])).split(batch)
+            loss = byol(*(gather(v) for v in p.float().split(half)), t1, t2)
 
         # Update.
         optimizer.zero_grad(set_to_none=True)
@@ -582,6 +593,13 @@ def run_stage(options: dict) -> None:
     if config["stem"] == "auto":
         config["stem"] = "small" if ds.size < 64 and run.device.type == "cuda" else "imagenet"
     options["stem"] = config["stem"]
+    if run.dtype and run.device.type == "cpu" and ds.size < 32 and config["stem"] == "imagenet":
+        # Its last maps have one pixel; of a 3x3 kernel at stride 2 there, oneDNN 3.12 leaves half-precision gradients unset.
+        if options["precision"] != "auto":
+            raise click.UsageError(
+                f"--stem imagenet on {ds.size} px needs --precision fp32 on a CPU, or take --stem small"
+            )
+        run.dtype = None
     state = training.load(path, "encoder") if options["resume"] and path.exists() else {}
     if state:
         remedy = "give --no-resume to start over, or another --outdir"

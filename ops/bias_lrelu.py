@@ -181,8 +181,9 @@ if triton is not None:
         x, bias, y, rows, cols, C, SLOPE: tl.constexpr, LAST: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr
     ):
         """Moves 2 n elements, reading x and writing y once: the minimum. The bias comes from the cache."""
-        r = (tl.program_id(0) * ROWS + tl.arange(0, ROWS))[:, None]
-        c = (tl.program_id(1) * COLS + tl.arange(0, COLS))[None, :]
+        across = tl.cdiv(cols, COLS)  # tiles; one axis of programs for both, since the second ends at 65,535
+        r = ((tl.program_id(0) // across) * ROWS + tl.arange(0, ROWS))[:, None]
+        c = ((tl.program_id(0) % across) * COLS + tl.arange(0, COLS))[None, :]
         at = r.to(tl.int64) * cols + c
         inside = (r < rows) & (c < cols)
         b = tl.load(bias + c, mask=c < cols, other=0) if LAST else tl.load(bias + r % C, mask=r < rows, other=0)
@@ -238,7 +239,7 @@ def _tiles(x):
 
 def _triton_forward(x, bias, y, slope):
     rows, cols, last, ROWS, COLS = _tiles(x)
-    grid = (triton.cdiv(rows, ROWS), triton.cdiv(cols, COLS))
+    grid = (triton.cdiv(rows, ROWS) * triton.cdiv(cols, COLS),)
     _forward_kernel[grid](x, bias, y, rows, cols, x.shape[1], slope, last, ROWS, COLS)
 
 

@@ -7,6 +7,7 @@ training step is compared with a plain baseline that stands below: the same netw
 the usual way (NCHW, convolutions over the batch, nothing frozen, standard modules). Each side has a process of its own.
 """
 
+import itertools
 import json
 import os
 import platform
@@ -241,7 +242,7 @@ def frozen_resnet(backbone: str) -> nn.Module:
 
 
 def build(side: str, size: int, batch: int, disc: str, backbone: str, loss: str = "lsgan"):
-    """The trainer of one side, 'ours' or 'plain', with the same weights."""
+    """The trainer of one side, with the same weights: 'ours' and 'plain' in fp32, 'bf16' ours in mixed precision."""
     options = dict(size=size, batch=batch, disc=disc, per_class=False, loss=loss, reg_every=2, reg_mode="separate")
     options |= dict(
         orth="penalty", r1=10.0, reg_clip=False, augment="color,translation,cutout", sample_y="joint", lr=1e-4
@@ -249,8 +250,8 @@ def build(side: str, size: int, batch: int, disc: str, backbone: str, loss: str 
     torch.manual_seed(0)
     resnet = frozen_resnet(backbone)
     classifier = nn.Linear(2048 if backbone == "resnet50" else 512, 3)
-    run = training.Run(torch.device("cpu"), None, 0)
-    if side == "ours":
+    run = training.Run(torch.device("cpu"), torch.bfloat16 if side == "bf16" else None, 0)
+    if side != "plain":
         import encoder
 
         theirs = resnet.state_dict()
@@ -266,11 +267,11 @@ def build(side: str, size: int, batch: int, disc: str, backbone: str, loss: str 
 
 def serve(side: str, size: int, batch: int, disc: str, backbone: str, data: str) -> None:
     """Child process: at each line on stdin run one R1 cycle and print the seconds of its parts."""
-    if side == "ours":
+    if side != "plain":
         training.keep_memory()
     trainer = build(side, size, batch, disc, backbone)
     torch.manual_seed(1)
-    batches = feed(data, size, batch) if side == "ours" else None
+    batches = feed(data, size, batch) if side != "plain" else None
     real, y = torch.rand(batch, 3, size, size) * 2 - 1, torch.eye(3)[torch.randint(3, (batch,))]
     parts = dict(regularisation=trainer.regularise, D=lambda: trainer.discriminate(real, y), G=trainer.generate)
     parts |= dict(R1=lambda: trainer.penalise(real, y), EMA=lambda: trainer.average(200_000))
@@ -325,7 +326,7 @@ def precision_row() -> dict:
 
 
 def step_rows(quick: bool) -> list[dict]:
-    """Ours against the baseline: a row for each configuration and part."""
+    """Ours against the baseline: a row for each configuration and part; where bf16 is the default, one for it too."""
     import bench_data
 
     cases = [(64, 32, "global", "resnet18"), (64, 32, "patch", "resnet50")]
@@ -336,11 +337,12 @@ def step_rows(quick: bool) -> list[dict]:
     bench_data.image_folder(Path(data), 640, 128)
     for case in cases:
         command = [sys.executable, __file__, "--serve"]
+        names = ("ours", "bf16", "plain") if training.cpu_has_amx() else ("ours", "plain")
         sides = {
             side: subprocess.Popen(
                 [*command, json.dumps([side, *case, data])], stdin=-1, stdout=-1, text=True, env=environment
             )
-            for side in ("ours", "plain")
+            for side in names
         }
         rounds: dict[str, list[dict]] = {side: [] for side in sides}
         for _ in range(3 if quick else 7):
@@ -350,14 +352,19 @@ def step_rows(quick: bool) -> list[dict]:
         for process in sides.values():
             process.stdin.close()
             process.wait()
-        for part in rounds["plain"][0]:
-            ours, plain = ([r[part] for r in rounds[side][1:]] for side in ("ours", "plain"))  # the first warms up
+        name = "{} px, batch {}, {}, {}".format(*case)
+        for side, part in itertools.product(names[:-1], rounds["plain"][0]):
+            ours, plain = ([r[part] for r in rounds[s][1:]] for s in (side, "plain"))  # the first warms up
             ratios = quartiles([p / o for o, p in zip(ours, plain, strict=True)])
-            name = "{} px, batch {}, {}, {}".format(*case)
-            row = dict(what=f"step {name}: {part}", ours=statistics.median(ours), plain=statistics.median(plain))
+            row = dict(
+                what=f"step {name}: {part}{' in bf16' if side == 'bf16' else ''}",
+                ours=statistics.median(ours),
+                plain=statistics.median(plain),
+            )
             row |= dict(ratio=ratios[1], spread=[ratios[0], ratios[2]], unit="MiB" if part == "peak MiB" else "s")
             if part == "iteration":
                 row["images_per_second"] = case[1] / row["ours"]
+            if part == "iteration" and side == "ours":
                 row["gflop"] = count_flops(*case) / 1e9
                 row["of_peak"] = row["gflop"] / row["ours"] / peak_gflops()
                 row["note"] = f"{row['gflop']:.0f} GFLOP, {row['of_peak']:.0%} of the matrix-product peak"

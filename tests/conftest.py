@@ -17,8 +17,12 @@ from PIL import Image
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
+
+import training
+
 # "--": or torchrun takes an option like --num for an abbreviation of its own.
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--"]
+OTHER_PRECISION = "fp32" if training.cpu_has_amx() else "bf16"  # than --precision auto takes on this CPU
 
 
 def pytest_sessionfinish():

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, copy_run
+from conftest import OTHER_PRECISION, ROOT, copy_run
 from PIL import Image
 
 import classifier
@@ -248,7 +248,7 @@ def test_going_on_equals_an_unbroken_run_and_options_count(command, class_run, c
     for extra in (
         ("--seed", "1"),
         ("--batch", "8"),
-        ("--precision", "bf16"),
+        ("--precision", OTHER_PRECISION),
         ("--init", tmp_path / "half/classifier.pt"),
     ):
         assert not torch.equal(train(extra[0], "--epochs", "6", *extra), whole), extra

@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
-from conftest import ROOT, TORCHRUN, copy_run
+from conftest import OTHER_PRECISION, ROOT, TORCHRUN, copy_run
 from PIL import Image
 
 import encoder
@@ -54,6 +54,13 @@ def test_byol_and_barlow_are_their_equations():
     assert encoder.byol(a, b, b, a).item() == pytest.approx(float(both), abs=1e-12)
     expected = ((unit[0] - unit[1]) ** 2).sum(1).mean() * 2
     assert encoder.byol(a, b, a, b).item() == pytest.approx(float(expected))
+    x = torch.randn(5000, 7, dtype=torch.float64) @ torch.randn(7, 7, dtype=torch.float64) + 3
+    z = encoder.whiten(x, ridge=0)
+    torch.testing.assert_close(z.T @ z / 5000, torch.eye(7, dtype=z.dtype))
+    turn = (x - x.mean(0)).T @ z  # symmetric: x is not turned
+    torch.testing.assert_close(turn, turn.T), torch.testing.assert_close(z.mean(0), torch.zeros(7, dtype=z.dtype))
+    few = encoder.whiten(torch.randn(5, 7))  # fewer than features: with a ridge still finite, no variance above 1
+    assert few.isfinite().all() and torch.linalg.matrix_norm(few.T @ few / 5, 2) < 1
     z = encoder.standardise(torch.randn(50, 7, dtype=torch.float64) * 3 + 2)
     torch.testing.assert_close(z.mean(0), torch.zeros(7).double(), rtol=0, atol=1e-12)
     torch.testing.assert_close(z.std(0, correction=0), torch.ones(7).double(), rtol=0, atol=1e-4)
@@ -302,7 +309,7 @@ def test_other_images_are_refused_by_name(command, class_run, attribute_folder, 
         ("--method", "barlow"),
         ("--seed", "1"),
         ("--batch", "8"),
-        ("--precision", "bf16"),
+        ("--precision", OTHER_PRECISION),
         ("--stem", "small"),
     ],
     ids=lambda e: "".join(e).lstrip("-"),
@@ -360,6 +367,16 @@ def test_length_size_workers_and_starting_over(command, class_folder, tmp_path, 
     assert longer["images_seen"] == 48 and asked[-1][3] == 32 and not same(first, longer)
     command("encoder", *common, "--epochs", "0.4", "--no-resume")
     assert same(first, state_of(tmp_path))
+
+
+def test_sixteen_pixels_are_not_trained_in_half_precision_on_a_cpu(command, class_folder, tmp_path):
+    """There oneDNN's bf16 gradients would hold whatever stood in memory before."""
+    common = ("--data", class_folder, "--size", "16", "--device", "cpu", "--smoke")
+    line = command("encoder", *common, "--outdir", tmp_path / "half", "--precision", "bf16", code=2).output
+    assert "--stem imagenet on 16 px needs --precision fp32" in line and not (tmp_path / "half").exists()
+    for name, precision in (("auto", "auto"), ("single", "fp32")):
+        command("encoder", *common, "--outdir", tmp_path / name, "--precision", precision)
+    assert same(state_of(tmp_path / "auto"), state_of(tmp_path / "single"))
 
 
 def test_init_from_a_run_and_from_imagenet_weights(command, class_run, class_folder, tmp_path):

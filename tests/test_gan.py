@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, TORCHRUN, copy_run
+from conftest import OTHER_PRECISION, ROOT, TORCHRUN, copy_run
 from PIL import Image
 
 import gan
@@ -461,7 +461,7 @@ def test_each_option_changes_the_result(command, class_folder, class_run, tmp_pa
         [], ["--disc", "patch"], ["--per-class"], ["--loss", "ns"], ["--loss", "lsgan"], ["--reg-every", "0"],
         ["--reg-every", "1"], ["--reg-mode", "joint"], ["--orth", "exact"], ["--orth", "none"], ["--r1", "0"],
         ["--augment", "none"], ["--augment", "cutout"], ["--unconditional"], ["--lr", "0.01"], ["--seed", "1"],
-        ["--precision", "bf16"], ["--batch", "4"],
+        ["--precision", OTHER_PRECISION], ["--batch", "4"],
     ]  # fmt: skip
     seen, used = {}, []
     for i, variant in enumerate(variants):
