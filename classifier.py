@@ -58,18 +58,19 @@ def pos_weight(y: torch.Tensor) -> torch.Tensor:
 
 
 def loss_of(logits: torch.Tensor, y: torch.Tensor, one_hot: bool, weight: torch.Tensor | None = None) -> torch.Tensor:
-    """Equation (3): cross-entropy, or the sum over the attributes of binary cross-entropies; in nats, mean over images."""
+    """Equation (3): cross-entropy [1], or the binary one of each attribute [Y], to be summed; in nats, mean over images."""
     if one_hot:
-        return F.cross_entropy(logits, y)
-    return F.binary_cross_entropy_with_logits(logits, y, pos_weight=weight, reduction="none").sum(1).mean()
+        return F.cross_entropy(logits, y)[None]
+    return F.binary_cross_entropy_with_logits(logits, y, pos_weight=weight, reduction="none").mean(0)
 
 
 def fit(h, y, one_hot: bool, options: dict, epochs: int, first: Classifier | None, state: dict, log=None, save=None):
     """Fit the layer by Adam; returns the Classifier.
 
     It is trained on standardised features, whatever their scale, and the standardisation is folded into W and b. A tenth
-    of the images is held out to choose the epoch that is kept: the one with the least cross-entropy there. Attributes
-    (multi-label) are balanced by `pos_weight`. `first` gives the first weights; `state` is what `save` was given before.
+    of the images is held out to choose the epoch that is kept: the one with the least cross-entropy there, for each
+    attribute its own. Attributes (multi-label) are balanced by `pos_weight`. `first` gives the first weights; `state` is
+    what `save` was given before.
     """
     n, batch = len(h), options["batch"]
     generator = torch.Generator().manual_seed(options["seed"])
@@ -99,17 +100,18 @@ def fit(h, y, one_hot: bool, options: dict, epochs: int, first: Classifier | Non
     for epoch in range(done, epochs):
         order = torch.randperm(len(kept), generator=generator.manual_seed(options["seed"] + epoch + 1)).to(h.device)
         for rows in kept[order].split(batch):
-            loss = loss_of(layer(x[rows]), y[rows], one_hot, weight)
+            loss = loss_of(layer(x[rows]), y[rows], one_hot, weight).sum()
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             optimizer.step()
         with torch.no_grad():
-            test = loss_of(layer(x[held]), y[held], one_hot, weight) if len(held) else loss
+            test = loss_of(layer(x[held]), y[held], one_hot, weight) if len(held) else loss[None]
             for name, value in layer.state_dict().items():
-                best[name] = torch.where(test < least, value, best[name])
+                better = (test < least).view(-1, *[1] * (value.ndim - 1))
+                best[name] = torch.where(better, value, best[name])
             least = torch.minimum(test, least)
         if log:
-            log.add(loss=loss, held_out_loss=test)
+            log.add(loss=loss, held_out_loss=test.sum())
             log.step(n)
         if save and ((epoch + 1) % max(1, epochs // 10) == 0 or epoch + 1 == epochs):
             training = dict(layer=layer.state_dict(), optimizer=optimizer.state_dict(), best=best, least=least)
@@ -133,7 +135,7 @@ def information_bits(logits: torch.Tensor, y: torch.Tensor, one_hot: bool) -> tu
     H(Y|E) is bounded from above by the (unweighted) cross-entropy, or the sum of the attributes' binary ones, of logits
     [N, labels] that must mean probabilities: those of a balanced classifier have their `balance` taken off first.
     """
-    given = loss_of(logits.double(), y.double(), one_hot).item() / math.log(2)
+    given = loss_of(logits.double(), y.double(), one_hot).sum().item() / math.log(2)
     return entropy_bits(y), given, entropy_bits(y) - given
 
 

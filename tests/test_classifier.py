@@ -96,6 +96,18 @@ def test_the_held_out_tenth_stops_overfitting():
     assert classifier.information_bits(first(hv), yv, True)[2] > -0.3
 
 
+def test_each_attribute_keeps_its_own_epoch():
+    """One that cannot be learnt stops early; another beside it learns on as it would alone."""
+    h, y = channel(400, 0.9, 0.1, 0)
+    h = torch.cat((h, torch.randn(400, 50)), 1)
+    noise = y[torch.randperm(400)]
+    both = classifier.fit(h, torch.cat((y, noise), 1), False, OPTIONS, 100, None, {})
+    for i, attribute in enumerate((y, noise)):
+        alone = classifier.fit(h, attribute, False, OPTIONS, 100, None, {})
+        torch.testing.assert_close((both.weight[i], both.bias[i]), (alone.weight[0], alone.bias[0]))
+    assert both.weight[1, 2:].norm() < both.weight[0, 2:].norm()
+
+
 def test_scores_agree_with_scikit_learn():
     from sklearn.metrics import average_precision_score, balanced_accuracy_score
 
