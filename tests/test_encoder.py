@@ -447,23 +447,22 @@ def test_presets_and_dry_run(command, tmp_path, monkeypatch):
         d: json.loads(command("encoder", "--data", d, "--dry-run").output)
         for d in ("afhq", "celeba", "critters", "any")
     }
-    names = ("lr", "weight_decay", "batch", "temperature", "area", "grey", "epochs")
+    names = ("lr", "weight_decay", "batch", "temperature", "area", "strength", "grey", "epochs")
     for data, batch in (("afhq", 32), ("celeba", 128)):  # as published
-        assert [rows[data][k] for k in names] == [3e-4, 1e-4, batch, 0.5, 0.08, 0.2, 200]
-    assert [rows["any"][k] for k in names] == [1e-3, 1e-4, 64, 0.2, 0.3, 0.2, 200]
+        assert [rows[data][k] for k in names] == [3e-4, 1e-4, batch, 0.5, 0.08, 1, 0.2, 200]
+    assert [rows["any"][k] for k in names] == [1e-3, 1e-4, 64, 0.1, 0.6, 0.4, 0.2, 200]
     assert rows["critters"]["stem"] == "imagenet" and rows["afhq"]["stem"] == "auto"
     row = json.loads(command("encoder", "--data", "afhq", "--batch", "8", "--epochs", "3", "--dry-run").output)
     assert row["batch"] == 8 and row["epochs"] == 3
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize(("options", "images"), [((), 10_000), (("--size", 64), 20_000), (("--epochs", 2), None)])
+@pytest.mark.parametrize(("options", "images"), [((), 40_000), (("--epochs", 2), None)])
 def test_length_on_a_cpu(command, attribute_folder, tmp_path, monkeypatch, options, images):
     monkeypatch.setitem(encoder.PRESETS, "", encoder.PRESETS[""] | dict(epochs=2000.0))
     totals = []
     monkeypatch.setattr(encoder, "train", lambda *a: totals.append((a[5], len(a[1]))) or {})
-    common = ("--data", attribute_folder, "--outdir", tmp_path, "--device", "cpu", "--size", 128)
-    command("encoder", *common, *options)
+    command("encoder", "--data", attribute_folder, "--outdir", tmp_path, "--device", "cpu", *options)
     total, n = totals[0]
     assert total == (images or 2 * n)
 
