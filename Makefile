@@ -6,7 +6,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 RUN := runs/critters
-GAN := $(BIN)/python gan.py --kimg 45
+GAN := $(BIN)/python gan.py --kimg 55
 
 .venv/done: requirements.txt requirements-test.txt
 	$(PYTHON) -m venv .venv

@@ -35,7 +35,7 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # fo
 # without --epochs sees on a CPU.
 PUBLISHED = dict(lr=3e-4, temperature=0.5, area=0.08, strength=1.0, cpu_images=None)
 PRESETS = {
-    # Gentle views: smaller crops and stronger colours hide glasses and hats, and short runs then see less than no training.
+    # Gentle views: small crops and strong colours hide glasses and hats, which an untrained network then tells better.
     "": dict(epochs=200.0, batch=64, lr=1e-3, weight_decay=1e-4, temperature=0.1, area=0.6, strength=0.4, grey=0.2,
              tau=0.99, stem="auto", cpu_images=40_000),
     "afhq": PUBLISHED | dict(batch=32),
@@ -261,7 +261,7 @@ def whiten(z: torch.Tensor, ridge: float = 0.1) -> torch.Tensor:
     z = z - z.mean(0)
     C = z.T @ z / len(z)
     values, vectors = torch.linalg.eigh(C + ridge * C.diagonal().mean() * torch.eye(len(C), device=z.device))
-    return z @ (vectors * values.rsqrt()) @ vectors.T
+    return z @ (vectors * values.clamp(min=1e-12).rsqrt()) @ vectors.T
 
 
 def standardise(z: torch.Tensor) -> torch.Tensor:

@@ -61,6 +61,7 @@ def test_byol_and_barlow_are_their_equations():
     torch.testing.assert_close(turn, turn.T), torch.testing.assert_close(z.mean(0), torch.zeros(7, dtype=z.dtype))
     few = encoder.whiten(torch.randn(5, 7))  # fewer than features: with a ridge still finite, no variance above 1
     assert few.isfinite().all() and torch.linalg.matrix_norm(few.T @ few / 5, 2) < 1
+    assert not encoder.whiten(torch.ones(5, 7)).any()  # a collapsed target
     z = encoder.standardise(torch.randn(50, 7, dtype=torch.float64) * 3 + 2)
     torch.testing.assert_close(z.mean(0), torch.zeros(7).double(), rtol=0, atol=1e-12)
     torch.testing.assert_close(z.std(0, correction=0), torch.ones(7).double(), rtol=0, atol=1e-4)
