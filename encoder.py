@@ -593,11 +593,14 @@ def run_stage(options: dict) -> None:
     if config["stem"] == "auto":
         config["stem"] = "small" if ds.size < 64 and run.device.type == "cuda" else "imagenet"
     options["stem"] = config["stem"]
-    if run.dtype and run.device.type == "cpu" and options["precision"] == "auto" and ds.size < 64:
-        run.dtype = None  # no slower, and better: 94.5 % by nearest neighbours on critters, against 92.2 in bf16
-    if run.dtype and run.device.type == "cpu" and ds.size < 32 and config["stem"] == "imagenet":
-        # The last maps have one pixel; there oneDNN 3.12 leaves a strided 3x3 kernel's gradient in half precision unset.
-        raise click.UsageError(f"--stem imagenet on {ds.size} px needs --precision fp32 on a CPU, or take --stem small")
+    if run.dtype and run.device.type == "cpu":
+        if options["precision"] == "auto" and ds.size < 64:
+            run.dtype = None  # no slower, and better: 94.5 % by nearest neighbours on critters, against 92.2 in bf16
+        elif ds.size < 32 and config["stem"] == "imagenet":
+            # The last maps have one pixel; there oneDNN 3.12 leaves a strided 3x3 kernel's half-precision gradient unset.
+            raise click.UsageError(
+                f"--stem imagenet on {ds.size} px needs --precision fp32 on a CPU, or take --stem small"
+            )
     state = training.load(path, "encoder") if options["resume"] and path.exists() else {}
     if state:
         remedy = "give --no-resume to start over, or another --outdir"

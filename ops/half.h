@@ -35,7 +35,7 @@ inline float get(const bfloat16& x) { return float_of(uint32_t(x.bits) << 16); }
 inline float get(const float16& x) {
   constexpr uint32_t rebias = (127 - 15) << 23;
   const uint32_t magnitude = (x.bits & 0x7fffu) << 13;
-  const uint32_t normal = magnitude + rebias, special = normal + rebias;               // special: infinities and NaN
+  const uint32_t normal = magnitude + rebias, special = normal + rebias;  // special: infinities and NaN
   const uint32_t small = bits_of(float_of(normal + (1 << 23)) - float_of(rebias + (1 << 23)));  // subnormal: no leading one
   const uint32_t u = magnitude >= 0x7c00u << 13 ? special : magnitude < 0x400u << 13 ? small : normal;
   return float_of(u | (x.bits & 0x8000u) << 16);

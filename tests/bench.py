@@ -335,14 +335,14 @@ def step_rows(quick: bool) -> list[dict]:
     rows, folder = [precision_row()], tempfile.TemporaryDirectory()
     data, environment = f"{folder.name}/images", os.environ | {"INFOSCC_CACHE": f"{folder.name}/cache"}
     bench_data.image_folder(Path(data), 640, 128)
+    contestants = ("ours", "bf16", "plain") if training.cpu_has_amx() else ("ours", "plain")
     for case in cases:
         command = [sys.executable, __file__, "--serve"]
-        names = ("ours", "bf16", "plain") if training.cpu_has_amx() else ("ours", "plain")
         sides = {
             side: subprocess.Popen(
                 [*command, json.dumps([side, *case, data])], stdin=-1, stdout=-1, text=True, env=environment
             )
-            for side in names
+            for side in contestants
         }
         rounds: dict[str, list[dict]] = {side: [] for side in sides}
         for _ in range(3 if quick else 7):
@@ -353,7 +353,7 @@ def step_rows(quick: bool) -> list[dict]:
             process.stdin.close()
             process.wait()
         name = "{} px, batch {}, {}, {}".format(*case)
-        for side, part in itertools.product(names[:-1], rounds["plain"][0]):
+        for side, part in itertools.product(contestants[:-1], rounds["plain"][0]):
             ours, plain = ([r[part] for r in rounds[s][1:]] for s in (side, "plain"))  # the first warms up
             ratios = quartiles([p / o for o, p in zip(ours, plain, strict=True)])
             row = dict(
