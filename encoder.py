@@ -12,6 +12,7 @@ alone: the features are h, before it. The results are `encoder.pt`, `encoder.jso
 
 import contextlib
 import copy
+import functools
 import json
 import math
 import warnings
@@ -181,6 +182,14 @@ def embed(
 # Augmentation, as SimCLR's, for a whole batch at once.
 
 
+@functools.cache  # made once: a copy from the host would be waited for at every step
+def colour_matrices(device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """[3, 3] each: the identity, RGB to luminance in all channels, and the generator of turns about the grey axis."""
+    luma = torch.tensor([0.299, 0.587, 0.114], device=device).expand(3, 3)
+    axis = 3**-0.5 * torch.tensor([[0.0, -1, 1], [1, 0, -1], [-1, 1, 0]], device=device)
+    return torch.eye(3, device=device), luma, axis
+
+
 def augment(x: torch.Tensor, area: float = 0.08, strength: float = 1.0, grey: float = 0.2) -> torch.Tensor:
     """One random view of each image; each draws its own parameters, on its device.
 
@@ -221,9 +230,7 @@ def augment(x: torch.Tensor, area: float = 0.08, strength: float = 1.0, grey: fl
     brightness, contrast, saturation = (1 + jitter * uniform(-0.8, 0.8) for _ in range(3))
     angle = 2 * math.pi * jitter * uniform(-0.2, 0.2)
     saturation = torch.where(uniform(0, 1) < grey, 0.0, saturation)
-    one = torch.eye(3, device=x.device)
-    luma = torch.tensor([0.299, 0.587, 0.114], device=x.device).expand(3, 3)
-    axis = 3**-0.5 * torch.tensor([[0.0, -1, 1], [1, 0, -1], [-1, 1, 0]], device=x.device)
+    one, luma, axis = colour_matrices(x.device)
     turn = angle.cos() * one + (1 - angle.cos()) / 3 + angle.sin() * axis  # Rodrigues' formula about (1, 1, 1)
     colour = (saturation * one + (1 - saturation) * luma) @ turn
     x = ((x + 1) / 2).flatten(2)
@@ -618,7 +625,8 @@ def run_stage(options: dict) -> None:
             training.init_weights(encoder, weights, options["init"])
     done = state.get("images_seen", 0)
     if done >= total and "results" in state:
-        print(f"{path} is finished: {done:,} images seen. --epochs for more, --no-resume to start over.")
+        if run.rank == 0:
+            print(f"{path} is finished: {done:,} images seen. --epochs for more, --no-resume to start over.")
         return
     encoder.to(run.device, memory_format=torch.channels_last)
 

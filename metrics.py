@@ -658,8 +658,8 @@ def pass_torch(p: Tensor, y: Tensor, dims: int, force: str, block: int = 1024) -
     points, v = y.T.contiguous(), max(dims - 1, 1)
     attract, repel, total = torch.empty_like(points), torch.empty_like(points), 0.0
     square = points.square().sum(1)
-    for rows in torch.arange(len(points), device=y.device).split(block):
-        a, b = int(rows[0]), int(rows[-1]) + 1
+    for a in range(0, len(points), block):
+        b = min(a + block, len(points))
         w = torch.addmm(square[a:b, None] + square, points[a:b], points.T, alpha=-2).clamp_(min=0)
         w = w.div_(v).add_(1).reciprocal_()
         q = w * w.sqrt() if dims == 3 else w
@@ -679,10 +679,10 @@ def affinities(x: Tensor, perplexity: float, block: int = 1024) -> Tensor:
     x = x.float() - x.float().mean(0)
     square, target = x.square().sum(1), math.log(perplexity)
     p = torch.empty(n, n, device=x.device)
-    for rows in torch.arange(n, device=x.device).split(block):
-        a, b = int(rows[0]), int(rows[-1]) + 1
+    for a in range(0, n, block):
+        b = min(a + block, n)
         d = torch.addmm(square[a:b, None] + square, x[a:b], x.T, alpha=-2, out=p[a:b]).clamp_(min=0)
-        own = (torch.arange(b - a, device=x.device), rows)
+        own = (torch.arange(b - a, device=x.device), torch.arange(a, b, device=x.device))
         d[own] = torch.inf
         d -= d.amin(1, keepdim=True)
         d[own] = 0
@@ -952,8 +952,10 @@ def start(device: str, batch: int) -> World:
     rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     try:
         if device == "auto":
-            device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
+            device = "cuda" if torch.cuda.is_available() else "cpu"
         chosen = torch.device(device)
+        if chosen.type == "cuda" and chosen.index is None:
+            chosen = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.empty(1, device=chosen)
     except (RuntimeError, AssertionError) as error:
         raise click.ClickException(f"--device {device}: {str(error).splitlines()[0]}") from None
@@ -993,6 +995,8 @@ def measure(source, features, world: World, what: str, score: bool = False, keep
             inception.add(index, log_p)
         if keep:
             kept[index[0]] = f.cpu()
+    if moments.n:  # sent from a GPU, they would arrive on that same one in every process
+        moments = Moments(moments.n, moments.mean.cpu(), moments.scatter.cpu())
     for i, (other, scores) in enumerate(world.gather((moments, inception))):
         joined.join(other)
         if score and i != world.rank:

@@ -79,6 +79,8 @@ def with_options(own: list[Callable]) -> Callable:
                 if error.filename is None:
                     raise
                 raise click.ClickException(f"{error.filename}: {error.strerror}") from None
+            if dist.is_initialized():
+                dist.destroy_process_group()
 
         for option in reversed(own + OPTIONS):
             guarded = option(guarded)
@@ -158,7 +160,8 @@ class Run:
         parameters = [p for p in parameters if p.requires_grad]
         used = [p.grad is not None for p in parameters]  # not where an image of its class was none of this process's
         grads = [p.grad if u else torch.zeros_like(p) for p, u in zip(parameters, used, strict=True)]
-        flat = torch.cat([*(g.flatten() for g in grads), grads[0].new_tensor(used)])
+        flags = grads[0].new_ones(len(used)) if all(used) else grads[0].new_tensor(used)  # a list would be waited for
+        flat = torch.cat([*(g.flatten() for g in grads), flags])
         dist.all_reduce(flat)
         flat /= self.world
         *means, anywhere = flat.split([*(g.numel() for g in grads), len(grads)])
@@ -168,15 +171,15 @@ class Run:
 
 
 def choose_device(device: str | torch.device = "auto") -> torch.device:
-    """'cpu', 'cuda', 'cuda:1', or 'auto'. Raises click.ClickException for one that this machine does not have."""
+    """'cpu', 'cuda' (this process's), 'cuda:1', or 'auto'; CUDA devices with their number. Raises click.ClickException for one that this machine does not have."""
     try:
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
         dev = torch.device(device)
         if dev.type not in ("cpu", "cuda"):
             raise RuntimeError("neither a CPU nor a CUDA device")
-        if dev.type == "cuda" and dev.index is None and "LOCAL_RANK" in os.environ:
-            dev = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        if dev.type == "cuda" and dev.index is None:
+            dev = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.empty(1, device=dev)
         return dev
     except (RuntimeError, AssertionError) as error:
@@ -208,9 +211,8 @@ def start(device: str = "auto", precision: str = "auto", seed: int = 0) -> Run:
     if world > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if dev.type == "cuda" else "gloo")
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
-    run = Run(dev, dtype, seed, rank, world)
-    run.reseed(0)
-    return run
+    Run(dev, dtype, seed).reseed(0)  # as rank 0: the networks built next start the same in every process
+    return Run(dev, dtype, seed, rank, world)
 
 
 def keep_memory() -> None:

@@ -89,11 +89,15 @@ def _why_not(impl: str, device: str) -> str | None:
     if impl == "triton":
         if triton is None:
             return "Triton is not installed (pip install triton)"
-        return (
-            None
-            if device == "cuda" or INTERPRET
-            else "Triton needs CUDA tensors (or TRITON_INTERPRET=1 when the ops are imported)"
-        )
+        if INTERPRET:
+            return None
+        if device != "cuda":
+            return "Triton needs CUDA tensors (or TRITON_INTERPRET=1 when the ops are imported)"
+        try:
+            triton.runtime.driver.active.get_current_target()  # compiles its launcher, with a C compiler
+        except Exception as e:
+            return f"Triton cannot start: {e}"
+        return None
     if device != "cpu":
         return "the C++ ops need CPU tensors"
     try:

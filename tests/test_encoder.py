@@ -110,6 +110,36 @@ def test_two_processes_compute_the_loss_of_the_joint_batch(tmp_path):
     assert all(done.stdout.count(f"equal {name}") == 2 for name in ("simclr", "barlow", "byol"))
 
 
+SAME = """
+import sys, torch.distributed as dist
+sys.path.insert(0, sys.argv.pop(1))
+import encoder
+train = encoder.train
+def watched(net, *rest):
+    def compare(seen, extra):
+        states = net.state_dict(), extra["predictor"]
+        weights = [v.double().sum().item() for state in states for k, v in state.items() if "running" not in k]
+        both = [None, None]
+        dist.all_gather_object(both, weights)
+        sys.stdout.write(f"same {both[0] == both[1]}\\n")
+        sys.stdout.flush()
+        rest[-1](seen, extra)
+    return train(net, *rest[:-1], compare)
+encoder.train = watched
+encoder.command()()
+"""
+
+
+def test_two_processes_train_one_network(class_folder, tmp_path):
+    (tmp_path / "work.py").write_text(SAME)
+    options = ["--data", str(class_folder), "--method", "byol", "--smoke", "--device", "cpu", "--outdir", str(tmp_path)]
+    command = [*TORCHRUN, "work.py", str(ROOT), *options]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=400)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "same True" in done.stdout and "same False" not in done.stdout
+    assert done.stdout.count("Wrote") == 1
+
+
 # Augmentation.
 
 

@@ -92,6 +92,20 @@ def test_matches_float64_over_random_shapes(impl, memory_format, dtype):
     check(bias_lrelu, plain_bias, (h.detach()[:, :, 0, 0].requires_grad_(), bias), impl, dtype)
 
 
+@pytest.mark.skipif(CUDA or ops.build.triton is None, reason="Triton runs here")
+def test_triton_that_cannot_start_falls_back(monkeypatch):
+    """No driver here; elsewhere it may be a C compiler that is missing."""
+    monkeypatch.setattr(ops.build, "INTERPRET", False)
+    ops.build._why_not.cache_clear()
+    try:
+        with pytest.warns(UserWarning, match="fall back to the PyTorch reference on cuda: Triton cannot start: "):
+            assert ops.build.choose("auto", "cuda") == "ref"
+        with pytest.raises(RuntimeError, match="cannot run on cuda tensors: Triton cannot start"):
+            ops.build.choose("triton", "cuda")
+    finally:
+        ops.build._why_not.cache_clear()
+
+
 @pytest.mark.skipif("cpp" not in IMPLS, reason="no C++ op here")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_cpp_converts_like_torch(dtype):

@@ -11,6 +11,7 @@ import pytest
 import torch
 from conftest import copy_run
 
+import metrics
 import training
 
 
@@ -110,3 +111,18 @@ def test_bar_in_a_file_moves_seldom(tmp_path, capfd):
     log.close()
     assert time.perf_counter() - start > 0.5  # a terminal's bar would have moved five times and more
     assert capfd.readouterr().err.count("img/s]") == 2  # at its start and its end
+
+
+def test_cuda_devices_have_a_number(monkeypatch):
+    """torch.cuda.set_device refuses one without; of several processes each takes its own."""
+    empty = torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *size, device=None: empty(*size))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    chosen = []
+    monkeypatch.setattr(torch._C, "_cuda_setDevice", chosen.append)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)
+    for device, local_rank, number in (("auto", None, 0), ("cuda", None, 0), ("cuda", "2", 2), ("cuda:1", "2", 1)):
+        if local_rank:
+            monkeypatch.setenv("LOCAL_RANK", local_rank)
+        assert training.start(device).device == metrics.start(device, 8).device == torch.device("cuda", number)
+    assert chosen == [0, 0, 0, 0, 2, 2, 1, 1]
