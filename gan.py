@@ -152,16 +152,37 @@ class EigenBlock(nn.Module):
         return self.feature_conv2(h)
 
 
-def conv_to_image(h: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """F.conv2d(h, weight, bias, padding=3) for weight [3, C, 7, 7] and even sides, 2x2 pixels at once.
+def autocast_dtype(*tensors: Tensor) -> list[Tensor]:
+    """The tensors as autocast has convolutions compute: for convolutions that it does not know."""
+    device = tensors[0].device.type
+    if not torch.is_autocast_enabled(device):
+        return list(tensors)
+    return [t.to(torch.get_autocast_dtype(device)) for t in tensors]
+
+
+class ToImage(torch.autograd.Function):
+    """F.conv_transpose2d(h, weight, bias, padding=3) for weight [C, 3, 7, 7] and even sides, 2x2 pixels at once.
 
     Three output channels would leave most of a vector empty. The kernel, shifted to each of four pixels and padded to
-    8x8, gives them as 12 channels at stride 2: the same sums.
+    8x8, gives them as 12 channels at stride 2: the same sums. Their gradients are those of a convolution of images.
     """
-    shifted = [F.pad(weight, (j, 1 - j, i, 1 - i)) for i in (0, 1) for j in (0, 1)]
-    blocks = torch.stack(shifted, dim=1).flatten(0, 1).contiguous(memory_format=torch.channels_last)
-    bias = None if bias is None else bias.repeat_interleave(4)
-    return F.pixel_shuffle(F.conv2d(h, blocks, bias, stride=2, padding=3), 2)
+
+    @staticmethod
+    def forward(ctx, h, weight, bias):
+        ctx.save_for_backward(h, weight)
+        kernel = weight.flip(2, 3).transpose(0, 1)
+        shifted = [F.pad(kernel, (j, 1 - j, i, 1 - i)) for i in (0, 1) for j in (0, 1)]
+        blocks = torch.stack(shifted, dim=1).flatten(0, 1).contiguous(memory_format=torch.channels_last)
+        bias = None if bias is None else bias.repeat_interleave(4)
+        return F.pixel_shuffle(F.conv2d(h, blocks, bias, stride=2, padding=3), 2)
+
+    @staticmethod
+    def backward(ctx, g):
+        (h, weight), (by_h, by_weight, by_bias) = ctx.saved_tensors, ctx.needs_input_grad
+        g = g.contiguous(memory_format=torch.channels_last)
+        dh = F.conv2d(g, weight, None, padding=3) if by_h else None
+        dweight = torch.nn.grad.conv2d_weight(g, weight.shape, h, padding=3) if by_weight else None
+        return dh, dweight, g.sum((0, 2, 3)) if by_bias else None
 
 
 class Generator(nn.Module):
@@ -188,8 +209,8 @@ class Generator(nn.Module):
         for i, block in enumerate(self.blocks):
             h = block(h, z[:, i], convolved[i] if convolved else None)
         h = bias_lrelu(h, self.last_bias, inplace=True)
-        x = conv_to_image(h, self.last.weight, self.last.bias)
-        return torch.tanh(full(x))
+        h, weight, bias = autocast_dtype(h, self.last.weight, self.last.bias)
+        return torch.tanh(full(ToImage.apply(h, weight.flip(2, 3).transpose(0, 1), bias)))
 
 
 class Decoder(nn.Module):
@@ -229,7 +250,7 @@ class Conv(torch.autograd.Function):
     """F.conv2d(x, weight, None, stride, padding), square and padded alike, that R1 can differentiate twice at speed.
 
     The gradient by x is a convolution whose own gradients are usual ones; the double backward that torch has for
-    convolutions takes the batch for channels and whole maps for kernels. Gradients of images go by `conv_to_image`.
+    convolutions takes the batch for channels and whole maps for kernels. Gradients of images go by `ToImage`.
     """
 
     by_weight = True  # False: leave the gradients of weights out, which autograd.grad by x alone would throw away
@@ -247,7 +268,7 @@ class Conv(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             image = weight.shape[1:] == (3, 7, 7) and (stride, padding) == (1, 3)
             if image and g.shape[2] % 2 == g.shape[3] % 2 == 0:
-                dx = conv_to_image(g, weight.flip(2, 3).transpose(0, 1))
+                dx = ToImage.apply(g, weight, None)
             else:
                 rest = (x.shape[2] + 2 * padding - weight.shape[2]) % stride
                 dx = F.conv_transpose2d(g, weight, None, stride, padding, rest)
@@ -258,10 +279,7 @@ class Conv(torch.autograd.Function):
 
 def conv(x: Tensor, layer: nn.Conv2d) -> Tensor:
     """The convolution of a layer, without its bias, by `Conv`."""
-    weight, device = layer.weight, x.device.type
-    if torch.is_autocast_enabled(device):
-        x, weight = (t.to(torch.get_autocast_dtype(device)) for t in (x, weight))
-    return Conv.apply(x, weight, layer.stride[0], layer.padding[0])
+    return Conv.apply(*autocast_dtype(x, layer.weight), layer.stride[0], layer.padding[0])
 
 
 class ConvLrelu(nn.Conv2d):
@@ -833,9 +851,9 @@ def train(options: dict) -> None:
         images, iteration = state["images_seen"], state["iteration"]
     total = round(1000 * options["kimg"])
     if images >= total:
-        return click.echo(
-            f"{checkpoint} has seen {images} images already: more with --kimg, over again with --no-resume"
-        )
+        if run.rank == 0:
+            click.echo(f"{checkpoint} has seen {images} images already: more with --kimg, over again with --no-resume")
+        return
 
     # Train.
     if run.rank == 0:
@@ -873,7 +891,8 @@ def train(options: dict) -> None:
             break
     batches.close()
     log.close()
-    click.echo(f"wrote {checkpoint} and {outdir / 'samples'}")
+    if run.rank == 0:
+        click.echo(f"wrote {checkpoint} and {outdir / 'samples'}")
 
 
 # fmt: off

@@ -4,7 +4,8 @@
 
 Every comparison is made within this one run, its sides taking turns; figures are medians with their quartiles. The
 training step is compared with a plain baseline that stands below: the same networks, losses and augmentation written
-the usual way (NCHW, convolutions over the batch, nothing frozen, standard modules). Each side has a process of its own.
+the usual way (NCHW, convolutions over the batch, nothing frozen, standard modules, ImageFolder with two workers). Each
+side has a process of its own.
 """
 
 import itertools
@@ -271,20 +272,18 @@ def serve(side: str, size: int, batch: int, disc: str, backbone: str, data: str)
         training.keep_memory()
     trainer = build(side, size, batch, disc, backbone)
     torch.manual_seed(1)
-    batches = feed(data, size, batch) if side != "plain" else None
-    real, y = torch.rand(batch, 3, size, size) * 2 - 1, torch.eye(3)[torch.randint(3, (batch,))]
+    batches = (plain_feed if side == "plain" else feed)(data, size, batch)
+    real, y = next(batches)
     parts = dict(regularisation=trainer.regularise, D=lambda: trainer.discriminate(real, y), G=trainer.generate)
     parts |= dict(R1=lambda: trainer.penalise(real, y), EMA=lambda: trainer.average(200_000))
     for _ in sys.stdin:
         waited, start = 0.0, time.perf_counter()
         for i in range(gan.R1_EVERY):
-            if batches:
-                asked = time.perf_counter()
-                real, y = next(batches)
-                waited += time.perf_counter() - asked
+            asked = time.perf_counter()
+            real, y = next(batches)
+            waited += time.perf_counter() - asked
             trainer.iteration(i, real, y)
-        times = {"iteration": (time.perf_counter() - start) / gan.R1_EVERY}
-        times |= {"data": waited / gan.R1_EVERY} if batches else {}
+        times = {"iteration": (time.perf_counter() - start) / gan.R1_EVERY, "data": waited / gan.R1_EVERY}
         for name, part in parts.items():
             start = time.perf_counter()
             part()
@@ -297,6 +296,14 @@ def feed(data: str, size: int, batch: int) -> Iterator[tuple[Tensor, Tensor]]:
     """Batches as gan.py gets them: shuffled, prepared by a thread, converted by the caller."""
     for x, y in dataset.open_dataset(data, size).batches(batch, "cpu"):
         yield dataset.to_float(x), y
+
+
+def plain_feed(data: str, size: int, batch: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """The same images by ImageFolder and two workers."""
+    import bench_data
+
+    for x, y in bench_data.usual_batches(Path(data) / "train", batch, size):
+        yield x, F.one_hot(y, 3).float()
 
 
 def quartiles(values: list[float]) -> list[float]:
@@ -370,7 +377,7 @@ def step_rows(quick: bool) -> list[dict]:
                 row["note"] = f"{row['gflop']:.0f} GFLOP, {row['of_peak']:.0%} of the matrix-product peak"
             rows.append(row)
         waits = [r["data"] / r["iteration"] for r in rounds["ours"][1:]]
-        rows.append(dict(what=f"step {name}: data", note=f"waiting is {statistics.median(waits):.2%} of an iteration"))
+        rows.append(dict(what=f"step {name}: waiting for data", note=f"{statistics.median(waits):.2%} of an iteration"))
     folder.cleanup()
     return rows
 

@@ -49,7 +49,11 @@ def rates(batches, batch: int, count: int, repeats: int) -> list[float]:
     return result
 
 
-def endless(loader):
+def usual_batches(root: Path, batch: int, size: int):
+    """Shuffled float32 batches in [-1, 1] with their labels, without end: ImageFolder, decoded by two workers."""
+    steps = [transforms.Resize(size), transforms.CenterCrop(size), transforms.ToTensor()]
+    folder = ImageFolder(str(root), transforms.Compose([*steps, transforms.Normalize([0.5] * 3, [0.5] * 3)]))
+    loader = DataLoader(folder, batch, shuffle=True, num_workers=2, drop_last=True, persistent_workers=True)
     while True:
         yield from loader
 
@@ -69,12 +73,7 @@ def data_rows(quick: bool = False) -> list[dict]:
             os.environ["INFOSCC_CACHE"] = f"{temporary}/cache"
             root = Path(temporary) / "images"
             image_folder(root, 640 if quick else 1920, stored)
-            steps = [transforms.Resize(64), transforms.CenterCrop(64), transforms.ToTensor()]
-            steps.append(transforms.Normalize([0.5] * 3, [0.5] * 3))
-            folder = ImageFolder(str(root / "train"), transforms.Compose(steps))
-            loader = DataLoader(folder, batch, shuffle=True, num_workers=2, drop_last=True, persistent_workers=True)
-            theirs = rates(endless(loader), batch, 20 if quick else 60, repeats)
-            del loader
+            theirs = rates(usual_batches(root / "train", batch, 64), batch, 20 if quick else 60, repeats)
             ds = open_dataset(str(root), 64)
             ours = rates(
                 ((to_float(x), y) for x, y in ds.batches(batch, "cpu")), batch, 200 if quick else 2000, repeats

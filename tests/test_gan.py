@@ -205,9 +205,15 @@ def test_convolutions_equal_torchs_to_second_order(shape):
             torch.testing.assert_close(ours, theirs)
 
 
-def test_conv_to_image_equals_the_convolution():
-    layer, h = torch.nn.Conv2d(5, 3, 7, padding=3).double(), torch.randn(2, 5, 8, 12).double()
-    torch.testing.assert_close(gan.conv_to_image(h, layer.weight, layer.bias), layer(h))
+def test_to_image_equals_the_transposed_convolution_to_second_order():
+    h, weight = torch.randn(2, 5, 8, 12).double().requires_grad_(), torch.randn(5, 3, 7, 7).double().requires_grad_()
+    inputs, results = (h, weight, torch.randn(3).double().requires_grad_()), []
+    for f in (gan.ToImage.apply, lambda *args: torch.nn.functional.conv_transpose2d(*args, padding=3)):
+        y = f(*inputs)
+        g = torch.autograd.grad(y.square().sum(), inputs, create_graph=True)
+        results.append((y, *g, *torch.autograd.grad(sum((x**3).sum() for x in g), inputs)))
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs)
 
 
 @pytest.mark.parametrize("disc", ["global", "patch"])
