@@ -175,8 +175,12 @@ def evaluate(logits: torch.Tensor, y: torch.Tensor, names: list[str], one_hot: b
         labels[name] = dict(rate=rate, accuracy=(guess[:, i] == y[:, i]).float().mean().item(), majority=max(rate, 1 - rate),
                             balanced=balanced_accuracy(guess[:, i], y[:, i]), ap=average_precision(scores[:, i], y[:, i]))  # fmt: skip
     recalls = [(guess[:, i] * y[:, i]).sum().item() / y[:, i].sum().item() for i in range(len(names)) if y[:, i].any()]
-    overall["balanced"] = float(np.mean(recalls) if one_hot else np.nanmean([v["balanced"] for v in labels.values()]))
-    overall["ap"] = float(np.nanmean([v["ap"] for v in labels.values()]))
+
+    def mean(key: str) -> float:  # of the labels that have it
+        values = [v[key] for v in labels.values() if not math.isnan(v[key])]
+        return float(np.mean(values)) if values else math.nan
+
+    overall |= dict(balanced=float(np.mean(recalls)) if one_hot else mean("balanced"), ap=mean("ap"))
     bits = dict(zip(("h_y", "h_y_given_e", "mi"), information_bits(logits - balance, y, one_hot), strict=True))
     return {"images": len(y), "overall": overall, "labels": labels, "bits": bits}
 
@@ -411,7 +415,7 @@ def cluster(h: dict, sets: dict, spec: str, seed: int, folder: Path, device) -> 
 # fmt: off
 OPTIONS = [
     click.option("--attributes", metavar="SPEC", help="class; names separated by commas; celeba5, celeba10, celeba15; clusters:K or clusters:auto (K from 3 to 15), found in the "
-                 "encoder's embeddings.  [default: classes if there are any, else all attributes]"),
+                 "encoder's embeddings.  [default: classes if there are any, else all attributes; celeba: celeba5]"),
     click.option("--epochs", metavar="N", type=click.IntRange(1), help="Passes over the embeddings.  [default: 200, and at least 3,000 steps]"),
 ]
 # fmt: on

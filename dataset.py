@@ -985,13 +985,15 @@ def sheet(ds: Dataset, columns: int = 8) -> np.ndarray:
 @click.option("--size",       metavar="PIXELS", type=int, help="Image size, a power of two from 16 to 1024.  [default: by data]")  # fmt: skip
 @click.option("--attributes", metavar="NAMES", help="class, A,B,..., celeba5, celeba10 or celeba15.  [default: by data]")  # fmt: skip
 @click.option("--download",   "wanted", is_flag=True, help="First fetch a preset from its official source.")  # fmt: skip
-@click.option("--version",    type=click.Choice(list(AFHQ)), default="v1", show_default=True, help="Which AFHQ to fetch.")  # fmt: skip
+@click.option("--version",    type=click.Choice(list(AFHQ)), help="Which AFHQ to fetch.  [default: v1]")  # fmt: skip
 @click.option("--skip-broken", is_flag=True, help="Pack without the images that cannot be read, and list them.")
 @click.option("--sheet",      "picture", metavar="FILE", help="Write a picture of some images of each class or attribute.")  # fmt: skip
 def main(data, size, attributes, wanted, version, skip_broken, picture) -> None:
     """Find a data set, pack it, and print what it holds."""
+    if version and not wanted:
+        raise click.UsageError("--version goes with --download")
     if wanted:
-        download(data, version)
+        download(data, version or "v1")
     first = open_dataset(data, size, "train", attributes, skip_broken)
     parts = {s: Dataset(first.pack, data, s, attributes) for s in first.splits}
     table = [("images", map(len, parts.values()))]

@@ -312,7 +312,7 @@ def knn(bank: torch.Tensor, labels: torch.Tensor, queries: torch.Tensor, k: int 
 
 def linear_probe(h: torch.Tensor, labels: torch.Tensor, queries: torch.Tensor, one_hot: bool) -> torch.Tensor:
     """Scores [Q, Y] of logistic regression on standardised features, fitted with L-BFGS. Multi-label: balanced."""
-    mean, std = h.mean(0), h.std(0) + 1e-6
+    mean, std = h.mean(0), h.std(0, correction=0) + 1e-6
     h, queries = (h - mean) / std, (queries - mean) / std
     linear = nn.utils.skip_init(nn.Linear, h.shape[1], labels.shape[1], device=h.device)
     nn.init.zeros_(linear.weight), nn.init.zeros_(linear.bias)
@@ -548,7 +548,7 @@ OPTIONS = [
     click.option("--method",   type=click.Choice(["simclr", "byol", "barlow"]), default="simclr", help="Loss: SimCLR's NT-Xent, BYOL, Barlow Twins."),
     click.option("--backbone", type=click.Choice(["resnet18", "resnet34", "resnet50"]), default="resnet18", help="Network."),
     click.option("--stem",     type=click.Choice(["auto", "imagenet", "small"]), help="First layers; imagenet works at a quarter of the image's size, small at the full size "
-                 "(15 times the work); auto: small below 64 px on a GPU, else imagenet.  [default: auto; critters: imagenet]"),
+                 "(15 times the work); auto: small below 64 px on a GPU, else imagenet.  [default: auto; critters, fashion-mnist: imagenet]"),
     click.option("--epochs",   metavar="N", type=click.FloatRange(0, min_open=True), help="Passes over the training images.  [default: 200; critters 5; fashion-mnist 0.5; "
                  "a path on a CPU: at most 40,000 images]"),
 ]

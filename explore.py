@@ -5,17 +5,20 @@ python explore.py sample   --network runs/celeba/gan.pt --y Bald,Eyeglasses --y 
 python explore.py traverse --network runs/critters/gan.pt --y cat --seeds 3
 """
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
 import click
+import matplotlib
 import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 import gan
 
-MOST = 1000  # seeds of a range
+MOST = 1000  # seeds of a range, images of a strip
+PIXELS = 10**8  # of a picture
 RANGE = 4.5  # a traversal covers z in [-4.5, 4.5], as in EigenGAN
 
 
@@ -59,12 +62,19 @@ def parse_y(network: gan.Network, texts: Sequence[str]) -> tuple[Tensor | None, 
     return torch.tensor(rows), list(texts or names)
 
 
+def check_size(tiles: int, tile: int) -> None:
+    """Raises click.UsageError for a picture that would fill the memory."""
+    if tiles * tile**2 > PIXELS:
+        raise click.UsageError(f"{tiles:,} images at --tile {tile} are more than {PIXELS:,} pixels: ask for less")
+
+
 def gallery(images: Tensor, columns: int, tile: int, row_names: list[str], column_names: list[str]) -> Image.Image:
     """x [rows * columns, 3, H, W] in [-1, 1] -> a picture of tiles of `tile` px with a name for each row and column."""
     tiles = gan.grid(images, columns)
     rows = len(images) // columns
     body = Image.fromarray(tiles).resize((columns * tile, rows * tile), Image.Resampling.BICUBIC)
-    font = ImageFont.load_default(max(10, tile // 6))
+    file = f"{matplotlib.get_data_path()}/fonts/ttf/DejaVuSans.ttf"  # Pillow's own has but ASCII
+    font = ImageFont.truetype(file, max(10, tile // 6))
     left = max((int(font.getlength(name)) for name in row_names), default=0)
     left, top = left + 12 if left else 0, int(1.6 * font.size)
     picture = Image.new("RGB", (left + body.width, top + body.height), "white")
@@ -107,12 +117,18 @@ def traverse(
     return generate(network, None if y is None else y.expand(len(values), -1), latents)
 
 
+def finite(context: click.Context, option: click.Parameter, value: float) -> float:
+    if not math.isfinite(value):
+        raise click.BadParameter("give a finite number")
+    return value
+
+
 # fmt: off
 Y = "A class, or attributes to turn on (A,B,...; none: all off)"
 OPTIONS = [
     click.option("--network",    metavar="FILE", required=True, help="gan.pt or a snapshot."),
-    click.option("--truncation", metavar="T", type=click.FloatRange(0), default=1.0, help="Scale of the latents: below 1 more typical, less varied."),
-    click.option("--tile",       metavar="PIXELS", type=click.IntRange(8), default=64, help="Size of an image in the picture."),
+    click.option("--truncation", metavar="T", type=click.FloatRange(0), callback=finite, default=1.0, help="Scale of the latents: below 1 more typical, less varied."),
+    click.option("--tile",       metavar="PIXELS", type=click.IntRange(8, 1024), default=64, help="Size of an image in the picture."),
     click.option("--device",     metavar="DEVICE", default="cpu", help="cpu or cuda."),
     click.option("--out",        metavar="PNG", help="Picture to write.  [default: beside the network]"),
 ]
@@ -152,6 +168,7 @@ def sample_command(network, y, seeds, truncation, tile, device, out):
     file, network = network, gan.load(network, device)
     labels, names = parse_y(network, y)
     columns = parse_seeds(seeds)
+    check_size(len(names) * len(columns), tile)
     images = sample(network, labels, len(names), columns, truncation)
     write(gallery(images, len(columns), tile, names, [str(s) for s in columns]), out, file, "sample.png")
 
@@ -160,7 +177,7 @@ def sample_command(network, y, seeds, truncation, tile, device, out):
 @options(
     click.option("--y", metavar="NAMES", help=f"{Y}.  [default: the first]"),
     click.option("--seeds", metavar="LIST", default="0", help="Seeds of the images to start from, a picture each."),
-    click.option("--steps", metavar="N", type=click.IntRange(2), default=9, help="Images in a strip."),
+    click.option("--steps", metavar="N", type=click.IntRange(2, MOST), default=9, help="Images in a strip."),
 )
 def traverse_command(network, y, seeds, steps, truncation, tile, device, out):
     """A strip over [-4.5, 4.5] for each layer and dimension, the most important |L| first."""
@@ -170,6 +187,7 @@ def traverse_command(network, y, seeds, steps, truncation, tile, device, out):
     dimensions = importance(network)
     strips = [f"layer {layer} dim {dim}  |L| {L:.1f}" for L, layer, dim in dimensions]
     wanted = parse_seeds(seeds)
+    check_size(len(dimensions) * steps, tile)
     for seed in wanted:
         latent = truncation * network.latents([seed])
         first = None if labels is None else labels[:1]

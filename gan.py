@@ -763,7 +763,7 @@ def earlier_stages(outdir: Path, needed: bool) -> tuple[dict | None, dict | None
 
 
 # Options that a resumed run may change.
-FREE = {"kimg", "snap", "outdir", "precision", "device", "workers", "resume", "init", "dry_run"}
+FREE = {"data", "kimg", "snap", "outdir", "precision", "device", "workers", "resume", "init", "dry_run"}
 
 
 def train(options: dict) -> None:
@@ -841,7 +841,8 @@ def train(options: dict) -> None:
     if options["resume"] and checkpoint.exists():
         state = training.load(checkpoint, "gan")
         remedy = "give the same options, or start over with --no-resume or another --outdir"
-        training.check_same(state["options"], options, sorted(options.keys() - FREE), checkpoint, remedy)
+        keys = sorted(options.keys() - FREE) + ["init"] * bool(options["init"])
+        training.check_same(state["options"], options, keys, checkpoint, remedy)
         training.check_same(state["data"], data.info(), ("fingerprint",), checkpoint, remedy)
         for name, stage in (("encoder", stage1), ("classifier", stage2)):
             theirs, ours = (s and training.fingerprint(s["model"]) for s in (state[name], stage))
@@ -849,7 +850,7 @@ def train(options: dict) -> None:
                 raise click.ClickException(f"{checkpoint} was trained with another {name}.pt: {remedy}")
         trainer.load_state(state["trainer"])
         images, iteration = state["images_seen"], state["iteration"]
-    total = round(1000 * options["kimg"])
+    total = max(1, round(1000 * options["kimg"]))
     if images >= total:
         if run.rank == 0:
             click.echo(f"{checkpoint} has seen {images} images already: more with --kimg, over again with --no-resume")

@@ -560,7 +560,8 @@ def load_stats(path: Path | str, features) -> tuple[Moments, bool]:
         mean, cov = (torch.from_numpy(np.asarray(stats[name], np.float64)) for name in ("mu", "sigma"))
         n = int(stats.get("n", 10**9))
     except (OSError, ValueError, KeyError, EOFError, TypeError, AttributeError, zipfile.BadZipFile) as error:
-        raise click.ClickException(f"{path} holds no statistics ('mu' and 'sigma'): {error}") from None
+        why = f": {error.strerror}" if getattr(error, "strerror", None) else ""
+        raise click.ClickException(f"{path} holds no statistics ('mu' and 'sigma'){why}") from None
     if mean.ndim != 1 or cov.shape != (len(mean), len(mean)) or not all(t.isfinite().all() for t in (mean, cov)):
         raise click.ClickException(f"{path}: mu {[*mean.shape]} and sigma {[*cov.shape]} are no mean and covariance")
     if len(mean) != features.dims:
@@ -1011,7 +1012,7 @@ def measure(source, features, world: World, what: str, score: bool = False, keep
 class Run:
     """What `--network` names: the generator, its encoder and classifier, and the images it was trained on."""
 
-    def __init__(self, path: str, world: World):
+    def __init__(self, path: str, world: World, moved: str | None = None):
         try:
             import dataset
             import gan
@@ -1024,7 +1025,8 @@ class Run:
         data = self.net.data
         self.clusters = bool(self.names) and str(data["attributes"]).startswith("clusters")
         attributes = None if self.clusters or not self.names else data["attributes"]
-        self.images = {s: dataset.open_dataset(data["data"], data["size"], s, attributes) for s in ("train", "val")}
+        source = moved or data["data"]
+        self.images = {s: dataset.open_dataset(source, data["size"], s, attributes) for s in ("train", "val")}
         self.train = self.images["train"]
         remedy = "give the run's folder the data it was trained on, or train again"
         training.check_same(data, self.train.info(), ("fingerprint", "size"), path, remedy)
@@ -1203,9 +1205,12 @@ def choose_features(option: str, inception: str | None, how: str, run: Run | Non
             raise click.ClickException(f"there is no encoder in the run nor {run.folder / 'encoder.pt'}")
         return own
     if option not in ("auto", "inception"):
-        import encoder
-        import gan
-        import training
+        try:
+            import encoder
+            import gan
+            import training
+        except ModuleNotFoundError as error:
+            raise click.ClickException(f"--features {option} needs {error.name}.py beside metrics.py") from None
 
         try:
             state = training.load(option, "encoder")
@@ -1270,11 +1275,17 @@ def measure_fidelity(options: dict, amounts: dict, need: set, run: Run | None, w
     if "is" in need:
         results["is"], results["is_std"] = scores.value()
     if need & {"fid", "kid"}:
+        theirs = None
         if is_stats(reference):
-            theirs, named = load_stats(reference, features)
-            if not named:
+            try:
+                theirs, named = load_stats(reference, features)
+            except click.ClickException as error:
+                if not run:
+                    raise
+                notes.append(f"{error.message}: made again")
+            if theirs and not named:
                 notes.append(f"{reference} does not name its network and resize: taken to be these")
-        else:
+        if theirs is None:
             theirs, _, kept_real = measure(real, features, world, "reference", keep="kid" in need)
             if target:
                 content = content or real.fingerprint()
@@ -1307,7 +1318,7 @@ def measure_fidelity(options: dict, amounts: dict, need: set, run: Run | None, w
 def evaluate(options: dict, world: World) -> dict:
     """Run the command with its options; returns the results, keyed as in the JSON file."""
     began, slow, seed = time.time(), world.device.type == "cpu", options["seed"]
-    run = Run(options["network"], world) if options["network"] else None
+    run = Run(options["network"], world, options["data"]) if options["network"] else None
     wanted = options["metrics"] and [m.strip() for m in options["metrics"].split(",")]
     wanted = wanted and ["fid" if m == "fd" else m for m in wanted]
     possible = [m for m in METRICS if run or m in ("fid", "is", "kid")]
@@ -1429,6 +1440,7 @@ def compare(results: Sequence[dict]) -> str:
     multiple=True,
     help="A run's gan.pt, scored against its training images; several times: a table of runs.",
 )
+@click.option("--data", metavar="PATH", help="The run's images, if they have moved.")
 @click.option("--images", metavar="DIR", help="Folder of images to score without a run.")
 @click.option("--reference", metavar="DIR|NPZ", help="What to score --images against: a folder, or statistics.")
 @click.option("--metrics", metavar="A,B,...", help=f"Some of {', '.join(METRICS)}.  [default: those that apply, but kid for folders only, chamfer_sum on GPUs only]")  # fmt: skip
@@ -1450,6 +1462,8 @@ def compare(results: Sequence[dict]) -> str:
 def main(network: tuple[str, ...], json_file: str | None, **options) -> None:
     if bool(network) == bool(options["images"]) or bool(network and options["reference"]):
         raise click.UsageError("give either --network FILE, or --images DIR and --reference DIR|NPZ")
+    if options["data"] and not network:
+        raise click.UsageError("--data goes with --network")
     if len(network) > 1 and options["save_stats"]:
         raise click.UsageError("--save-stats takes one --network")
     if options["images"] and not options["reference"] and options["metrics"] != "is":

@@ -39,11 +39,11 @@ VERSION = 1  # of the checkpoint format
 OPTIONS = [
     click.option("--data",      metavar="NAME|PATH", default="critters", help="critters, afhq, celeba, fashion-mnist, or a path to a folder or zip."),
     click.option("--outdir",    metavar="DIR", help="Where results go.  [default: runs/<data name>]"),
-    click.option("--size",      metavar="PIXELS", type=click.IntRange(8, 1024), help="Image size, a power of two.  [default: by data]"),
+    click.option("--size",      metavar="PIXELS", type=click.IntRange(16, 1024), help="Image size, a power of two.  [default: by data]"),
     click.option("--batch",     metavar="N", type=click.IntRange(2), help="Images per step, over all processes.  [default: by data]"),
     click.option("--init",      metavar="FILE", help="Checkpoint to take the network's first weights from."),
     click.option("--seed",      metavar="N", type=click.IntRange(0, 2**32 - 1), default=0, help="Seed of everything random."),
-    click.option("--precision", type=click.Choice(["auto", "fp32", "bf16", "fp16"]), default="auto", help="auto: bf16 where a GPU has it or a CPU multiplies matrices in it (AMX); else fp16 on GPUs, fp32 on CPUs."),
+    click.option("--precision", type=click.Choice(["auto", "fp32", "bf16", "fp16"]), default="auto", help="auto: bf16 where a GPU has it or a CPU multiplies matrices in it (AMX); else fp16 on GPUs, fp32 on CPUs (the encoder's below 64 px always)."),
     click.option("--device",    metavar="DEVICE", default="auto", help="cpu, cuda, cuda:1; auto: cuda if there is one."),
     click.option("--workers",   metavar="N", type=click.IntRange(0), default=1, help="Threads that prepare batches; 0: none."),
     click.option("--resume/--no-resume", default=True, help="Go on from the checkpoint in the output folder, or start over."),

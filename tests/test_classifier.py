@@ -6,6 +6,7 @@ import math
 import shutil
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -125,6 +126,12 @@ def test_scores_agree_with_scikit_learn():
     classes = draw.integers(0, 3, 400)
     logits = np.eye(3)[classes] + draw.normal(size=(400, 3))
     one_hot = torch.from_numpy(np.eye(3)[classes])
+    with warnings.catch_warnings():  # of constant labels nothing can be said
+        warnings.simplefilter("error")
+        constant = classifier.evaluate(torch.zeros(4, 2), torch.zeros(4, 2), ["a", "b"], False, torch.zeros(2))[
+            "overall"
+        ]
+    assert math.isnan(constant["balanced"]) and math.isnan(constant["ap"])
     overall = classifier.evaluate(torch.from_numpy(logits), one_hot, ["a", "b", "c"], True, torch.zeros(3))["overall"]
     assert overall["accuracy"] == pytest.approx((logits.argmax(1) == classes).mean())
     assert overall["balanced"] == pytest.approx(balanced_accuracy_score(classes, logits.argmax(1)))

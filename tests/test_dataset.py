@@ -940,6 +940,11 @@ def afhq_zip() -> bytes:
     return memory.getvalue()
 
 
+def test_version_goes_with_download():
+    run = CliRunner().invoke(dataset.main, ["--data", "afhq", "--version", "v2"])
+    assert run.exit_code == 2 and "--version goes with --download" in run.output
+
+
 def test_download_resumes_and_packs(tmp_path, server, no_pauses, monkeypatch):
     server.handler.content, server.handler.cut, server.handler.cuts = afhq_zip(), 10_000, 2
     monkeypatch.setitem(dataset.AFHQ, "v1", (server.url, "afhq.zip", 24))

@@ -243,6 +243,10 @@ def test_works_alone_in_an_empty_folder(tmp_path):
 # Evaluation.
 
 
+def test_linear_probe_of_one_image():
+    assert encoder.linear_probe(torch.randn(1, 4), torch.ones(1, 1), torch.randn(3, 4), True).isfinite().all()
+
+
 def test_knn_and_linear_probe_agree_with_scikit_learn():
     from sklearn.linear_model import LogisticRegression
     from sklearn.neighbors import KNeighborsClassifier

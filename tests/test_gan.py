@@ -588,6 +588,38 @@ def test_explore_pictures(command, class_folder, run_folder):
     command("explore", "traverse", "--network", network, "--steps", 3, "--y", "high")
     assert (run_folder / "traverse.png").read_bytes() != strip
     assert "nothing.pt" in command("explore", "sample", "--network", "nothing.pt", code=1).output
+    for wrong in (["--tile", 2000], ["--truncation", "nan"], ["--truncation", "inf"]):
+        assert wrong[0] in command("explore", "sample", "--network", network, *wrong, code=2).output
+    many = ["--seeds", "0-999", "--tile", 1024]
+    assert "pixels: ask for less" in command("explore", "sample", "--network", network, *many, code=2).output
+
+
+def test_names_beyond_ascii_are_drawn():
+    import explore
+
+    pictures = [np.asarray(explore.gallery(torch.zeros(1, 3, 8, 8), 1, 64, [n], [""])) for n in ("größe", "gräße")]
+    assert not np.array_equal(*pictures)
+
+
+def test_a_run_whose_data_moved(command, class_folder, class_run, tmp_path):
+    outdir = copy_run(class_run, tmp_path / "run")
+    options = ["--outdir", outdir, "--smoke", "--kimg", 0.016]
+    shutil.copytree(class_folder, tmp_path / "old" / "bars")
+    command("gan", "--data", tmp_path / "old" / "bars", *options)
+    (tmp_path / "old").rename(tmp_path / "new")
+    score = ["metrics", "--network", outdir / "gan.pt", "--metrics", "fid", "--features", "encoder", "--smoke"]
+    assert "--data" in command(*score, code=1).output
+    found = command(*score, "--data", tmp_path / "new" / "bars").output
+    (reference,) = outdir.glob("reference-*.npz")
+    reference.write_bytes(b"damaged")  # our own file: made again
+    again = command(*score, "--data", tmp_path / "new" / "bars").output
+    fd = [line for line in found.splitlines() if " FD " in line]
+    assert fd and fd[0] in again and "made again" in again
+    # The same images under another path: the run goes on.
+    command("gan", "--data", f"{tmp_path}/new/../new/bars/", *options[:-1], 0.032)
+    # Weights to start from are for a new run.
+    line = command("gan", "--data", class_folder, *options, "--init", outdir / "gan.pt", code=1).output
+    assert "made with init None" in line and "--no-resume" in line
 
 
 def test_classes_with_commas():
