@@ -248,7 +248,7 @@ def assign(x: torch.Tensor, centres: torch.Tensor) -> tuple[torch.Tensor, torch.
 
 
 def contingency(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """Counts [values of a, values of b], float64, of two labelings: integers [N]."""
+    """Counts [values of a, values of b], float64, of two labelings [N]."""
     a, b = (torch.unique(v, return_inverse=True)[1] for v in (a, b))
     rows, columns = int(a.max()) + 1, int(b.max()) + 1
     return torch.bincount(a * columns + b, minlength=rows * columns).view(rows, columns).double()
@@ -366,12 +366,12 @@ def contact_sheet(images: np.ndarray, rows: np.ndarray, side: int = 8) -> Image.
     return Image.fromarray(tiles.reshape(side, side, s, s, 3).swapaxes(1, 2).reshape(side * s, side * s, 3))
 
 
-def cluster(h: dict, sets: dict, spec: str, seed: int, folder: Path, device) -> tuple[dict, dict]:
+def cluster(h: dict, sets: dict, spec: str, seed: int, folder: Path, device) -> dict:
     """Internal attributes: clusters of the L2-normalised embeddings of the training images.
 
     h: {'train': [N, F], 'val': [M, F]}.  sets: the Datasets.  spec: 'clusters:K' or 'clusters:auto'.
     Writes assignments.csv, a picture of each cluster and, for auto, the criterion's plot to `folder`. Returns the
-    assignments {split: int64 [N]} and the agreement with each label that is known, on the training images.
+    assignments {split: int64 [N]}.
     """
     folder.mkdir(parents=True, exist_ok=True)
     for old in folder.glob("cluster*.png"):
@@ -399,13 +399,17 @@ def cluster(h: dict, sets: dict, spec: str, seed: int, folder: Path, device) -> 
         rows = rows[distance[rows].argsort()]
         rows = rows[np.linspace(0, len(rows) - 1, min(64, len(rows))).astype(int)]
         contact_sheet(sets["train"].images, rows.numpy()).save(folder / f"cluster{c:02d}.png")
-    ds = sets["train"]
+    return found
+
+
+def agreements(clusters: torch.Tensor, ds) -> dict:
+    """`agreement` of the clusters of a Dataset's images with each of their labels that is known."""
     known = {name: torch.from_numpy(np.asarray(value)) for name, (value, _) in ds.hidden.items()}
     labels = torch.from_numpy(np.asarray(ds.labels))
     known |= (
         {"label": labels.argmax(1)} if ds.label_kind == "one-hot" else dict(zip(ds.label_names, labels.T, strict=True))
     )
-    return found, {name: agreement(clusters, v) for name, v in known.items()}
+    return {name: agreement(clusters, v) for name, v in known.items()}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -425,7 +429,7 @@ def run_stage(options: dict) -> None:
     """Run stage 2 with the command's options."""
     import encoder as encoder_stage
     import training
-    from dataset import open_dataset
+    from dataset import Dataset, open_dataset
 
     # Resolve the options.
     given = options["epochs"]
@@ -450,8 +454,8 @@ def run_stage(options: dict) -> None:
     run = training.start(options["device"], options["precision"], options["seed"])
     if run.rank > 0:
         return  # seconds of work: for one process
-    sets = {s: open_dataset(options["data"], options["size"], s, None if internal else spec) for s in ("train", "val")}
-    ds = sets["train"]
+    ds = open_dataset(options["data"], options["size"], "train", None if internal else spec)
+    sets = {"train": ds, "val": Dataset(ds.pack, ds.data, "val", ds.attributes)}
     if checkpoint["data"]["fingerprint"] != ds.fingerprint:
         raise click.ClickException(
             f"{outdir / 'encoder.pt'} was trained on other images ({checkpoint['data']['data']}) than {ds.data}: {remedy}"
@@ -488,9 +492,9 @@ def run_stage(options: dict) -> None:
     if internal:
         if state:
             found = {split: v.long() for split, v in state["assignments"].items()}
-            results = {"clusters": state["results"]["clusters"]} if "results" in state else {}
         else:
-            found, results["clusters"] = cluster(h, sets, spec, run.seed, outdir / "clusters", run.device)
+            found = cluster(h, sets, spec, run.seed, outdir / "clusters", run.device)
+        results["clusters"] = agreements(found["train"], ds)
         k = int(found["train"].max()) + 1
         labels = {split: F.one_hot(v, k).float().to(run.device) for split, v in found.items()}
         assignments = {"assignments": {split: v.to(torch.uint8) for split, v in found.items()}}
@@ -509,7 +513,7 @@ def run_stage(options: dict) -> None:
         training.save(path, content)
 
     # Train.
-    first, saved = None, None
+    first, saved = None, state  # state: of a run that was stopped after its last epoch
     if weights:
         first = Classifier(**config)
         training.init_weights(first, weights, options["init"])

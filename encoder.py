@@ -367,11 +367,12 @@ def evaluate(encoder: Encoder, train, val, run, limit: int) -> tuple[dict, torch
                 small.append(F.adaptive_avg_pool2d(x.permute(0, 3, 1, 2).float(), min(32, x.shape[1])).flatten(1))
                 yield x
 
-        h[split] = embed(encoder, batches(), run.device, run.autocast(), len(index))
-        pixels[split] = torch.cat(small)
-        labels[split] = {"": torch.from_numpy(np.asarray(ds.labels)[index])}
+        h[split] = embed(encoder, batches(), run.device, run.autocast(), len(index)).to(run.device)
+        pixels[split] = torch.cat(small).to(run.device)
+        labels[split] = {"": torch.from_numpy(np.asarray(ds.labels)[index]).to(run.device)}
         for name, (value, names) in ds.hidden.items():
-            labels[split][name] = F.one_hot(torch.from_numpy(value[index]).long(), len(names)).float()
+            hidden = torch.from_numpy(value[index]).long().to(run.device)
+            labels[split][name] = F.one_hot(hidden, len(names)).float()
     results = {"images": len(h["train"]), "val_images": len(h["val"]), "rank": effective_rank(h["val"])}
     for name, y in labels["train"].items():
         hot, ask, key = one_hot or name != "", labels["val"][name], name and name + "_"
@@ -380,7 +381,7 @@ def evaluate(encoder: Encoder, train, val, run, limit: int) -> tuple[dict, torch
         results[key + "linear"] = score(linear_probe(h["train"], y, h["val"], hot), ask, hot)
         centre = pixels["train"].mean(0)
         results[key + "pixel_knn"] = score(knn(pixels["train"] - centre, y, pixels["val"] - centre), ask, hot, rate)
-    return results, h["val"]
+    return results, h["val"].cpu()
 
 
 def scatter(path: Path, h: torch.Tensor, ds, seed: int) -> None:
@@ -558,7 +559,7 @@ OPTIONS = [
 def run_stage(options: dict) -> None:
     """Run stage 1 with the command's options."""
     import training
-    from dataset import open_dataset
+    from dataset import Dataset, open_dataset
 
     # Resolve the options.
     options = {
@@ -577,7 +578,8 @@ def run_stage(options: dict) -> None:
     run = training.start(options["device"], options["precision"], options["seed"])
     if options["batch"] % run.world:
         raise click.UsageError(f"--batch {options['batch']} cannot be shared by {run.world} processes: give a multiple")
-    ds, val = (open_dataset(options["data"], options["size"], split) for split in ("train", "val"))
+    ds = open_dataset(options["data"], options["size"])
+    val = Dataset(ds.pack, ds.data, "val")
     options["size"] = ds.size
     if len(ds) < options["batch"]:
         if given["batch"]:

@@ -755,6 +755,10 @@ def earlier_stages(outdir: Path, needed: bool) -> tuple[dict | None, dict | None
     if not needed:
         return encoder, None
     classifier = training.load(outdir / "classifier.pt", "classifier")
+    if "results" not in classifier:
+        raise click.ClickException(
+            f"{outdir}/classifier.pt is of an unfinished run: run classifier.py again, to its end"
+        )
     if classifier["encoder_hash"] != training.fingerprint(encoder["model"]):
         raise click.ClickException(
             f"{outdir}/classifier.pt belongs to another encoder than {outdir}/encoder.pt: run classifier.py again"
@@ -811,7 +815,7 @@ def train(options: dict) -> None:
             data.labels = np.eye(len(clusters), dtype=np.float32)[stage2["assignments"]["train"].numpy()]
             data.label_names, data.label_kind, data.attributes = clusters, "one-hot", attributes
         else:
-            data = dataset.open_dataset(options["data"], size, "train", attributes)
+            data = dataset.Dataset(data.pack, data.data, "train", attributes)
     kind = data.label_kind if conditional else "none"
     if kind == "multi-label" and options["per_class"]:
         raise click.UsageError(

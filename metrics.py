@@ -1052,9 +1052,11 @@ class Run:
         import training
 
         path = self.folder / "classifier.pt"
-        state = training.load(path, "classifier") if path.exists() else {"data": {"attributes": None}}
-        if state["data"]["attributes"] != self.net.data["attributes"]:
+        if not path.exists():
             return None
+        state, own = training.load(path, "classifier"), self.net.classifier.state_dict()
+        if training.fingerprint(state["model"]) != training.fingerprint(own):
+            return None  # of other clusters
         return torch.eye(len(self.names))[state["assignments"][split].long()]
 
     def generated(self, n: int, seed: int, y: Tensor | None = None) -> Generated:
@@ -1074,12 +1076,14 @@ class Run:
         return self.features.classifier(h.to(self.world.device)).cpu()
 
     def logged(self, stage: str, key: str) -> float | None:
-        """The last value of `key` that a stage wrote to stats.jsonl."""
-        value = None
+        """The last value of `key` that the stage's present run wrote to stats.jsonl: not one that was started over."""
+        value, images = None, 0
         with contextlib.suppress(OSError, ValueError):
             for line in (self.folder / "stats.jsonl").read_text().splitlines():
                 entry = json.loads(line)
-                value = entry.get(key, value) if entry.get("stage") == stage else value
+                if entry.get("stage") == stage:
+                    value = entry.get(key, value if entry["images"] > images else None)
+                    images = entry["images"]
         return value
 
 
@@ -1093,20 +1097,21 @@ def measure_chamfer(run: Run, seeds: list[int], points: int, published: bool) ->
     the number then depends neither on the batch nor on the processes.
     """
     how = {"init": "random", "rate": 200.0, "force": "scikit-learn"} if published else {}
-    values, floors = {}, {}
-    for i, seed in enumerate(seeds):
+    embedded, values, floors = {}, {}, {}
+    for seed in seeds:
         order = np.random.default_rng([seed, 4]).permutation(len(run.train))[: 2 * points]
         threads = torch.get_num_threads()
         try:
             torch.set_num_threads(1)
             real, other = (run.embed(Real(run.train, np.sort(part)), 64) for part in np.split(order, [points]))
-            fake = run.embed(run.generated(points, seed), 64)
+            embedded[seed] = real, other, run.embed(run.generated(points, seed), 64)
         finally:
             torch.set_num_threads(threads)
-        if i % run.world.size == run.world.rank:  # the t-SNEs of different seeds go to different processes
-            for h, into in ((fake, values), (other, floors)):
-                y = tsne(torch.cat([real, h]).to(run.world.device), seed=seed, **how)
-                into[seed] = chamfer(y[:points], y[points:])[int(published)]
+    for seed in seeds[run.world.rank :: run.world.size]:  # the t-SNEs of different seeds go to different processes
+        real, other, fake = embedded[seed]
+        for h, into in ((fake, values), (other, floors)):
+            y = tsne(torch.cat([real, h]).to(run.world.device), seed=seed, **how)
+            into[seed] = chamfer(y[:points], y[points:])[int(published)]
     for v, f in run.world.gather((values, floors)):
         values, floors = values | v, floors | f
     values, floors = ([found[seed] for seed in seeds] for found in (values, floors))
@@ -1117,22 +1122,28 @@ def measure_chamfer(run: Run, seeds: list[int], points: int, published: bool) ->
 def measure_control(run: Run, n: int, seed: int, steps: int) -> dict:
     """Attribute control accuracy of n generated images by the run's classifier and by an independent judge."""
     y, asked = questions(run.kind, run.real, max(2, n // len(run.names) // 2 * 2), seed)
-    source = run.generated(len(y), seed, y)
-    found = control(run.classify(run.embed(source)), y, asked, run.kind, run.names)
-    results = {f"accuracy_{key}".removesuffix("_accuracy"): value for key, value in found.items()}
-    results["accuracy_n"] = len(y)
-    labels = run.labels("train")
+    labels, results = run.labels("train"), {"accuracy_n": len(y)}
+    lookers = [lambda x: run.features.classifier(run.features.embed(x))]
     if labels is not None:
         judge, results["judge_real"] = load_judge(run, labels, seed, steps)
-        parts = {block[0]: out.cpu() for block, out in scan(source, judge.look, run.world, "independent judge")}
-        found = control(in_order(parts, run.world), y, asked, run.kind, run.names)
+        lookers.append(judge.look)
+    parts: list[dict] = [{} for _ in lookers]
+    for block, scores in scan(
+        run.generated(len(y), seed, y), lambda x: [look(x) for look in lookers], run.world, "control"
+    ):
+        for part, score in zip(parts, scores, strict=True):
+            part[block[0]] = score.cpu()
+    own, *judged = (control(in_order(part, run.world), y, asked, run.kind, run.names) for part in parts)
+    results |= {f"accuracy_{key}".removesuffix("_accuracy"): value for key, value in own.items()}
+    for found in judged:
         results |= {"accuracy_judge": found["accuracy"], "accuracy_judge_labels": found["labels"]}
     return results
 
 
 def load_judge(run: Run, labels: Tensor, seed: int, steps: int) -> tuple[Judge, float]:
     """The run's independent judge, from judge.pt beside it or trained now and kept there."""
-    key = f"{run.train.fingerprint} {run.train.size} {run.net.data['attributes']} {seed} {steps}"
+    which = hashlib.sha256(labels.numpy().tobytes()).hexdigest()
+    key = f"{run.train.fingerprint} {run.train.size} {which} {seed} {steps}"
     path, state = run.folder / "judge.pt", {}
 
     def prepare():
@@ -1482,7 +1493,11 @@ def main(network: tuple[str, ...], json_file: str | None, **options) -> None:
     world = start(options["device"], options["batch"])
     results = []
     for file in network or (None,):
-        results.append(evaluate(options | {"network": file}, world))
+        try:
+            results.append(evaluate(options | {"network": file}, world))
+        except click.ClickException as error:
+            error.message = f"{file}: {error.message}" if len(network) > 1 else error.message
+            raise
         if world.rank == 0:
             click.echo(report(results[-1]))
             if json_file:  # after each run: what is measured is not lost

@@ -287,6 +287,13 @@ def test_attributes_are_chosen_by_name(command, attribute_run, attribute_folder,
     assert "Bald" in line and "Left" in line
 
 
+def test_clusters_of_several_attributes(command, attribute_folder, attribute_run, tmp_path):
+    out = copy_run(attribute_run, tmp_path / "run")
+    options = ("--data", attribute_folder, "--outdir", out, "--smoke", "--no-resume", "--attributes", "clusters:3")
+    command("classifier", *options)
+    assert set(state_of(out)["results"]["clusters"]) == {"Left", "Right", "Top"}
+
+
 def test_clusters_become_the_labels(command, class_run, class_folder, tmp_path):
     out = copy_run(class_run, tmp_path / "run")
     common = ("--data", class_folder, "--outdir", out, "--smoke", "--no-resume")
@@ -303,6 +310,11 @@ def test_clusters_become_the_labels(command, class_run, class_folder, tmp_path):
     assert len(sheets) == 4 and Image.open(sheets[0]).size == (256, 256)
     agreement = state["results"]["clusters"]["label"]
     assert 0 <= agreement["nmi"] <= 1
+    del state["results"]  # as if killed before the end
+    training.save(out / "classifier.pt", state)
+    assert "unfinished" in command("gan", *common[:-1], code=1).output
+    assert "purity" in command("classifier", *common[:-1], "--attributes", "clusters:4").output
+    assert state_of(out)["results"]["clusters"]["label"] == agreement
 
     command("classifier", *common, "--attributes", "clusters:auto")
     state = state_of(out)

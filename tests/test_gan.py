@@ -601,6 +601,29 @@ def test_names_beyond_ascii_are_drawn():
     assert not np.array_equal(*pictures)
 
 
+def test_metrics_of_clusters_made_again(command, class_folder, class_run, tmp_path):
+    """Other clusters under the same name: not taken for the run's, and judged by another judge."""
+    outdir, found = copy_run(class_run, tmp_path / "run"), []
+    options = ["--data", class_folder, "--outdir", outdir, "--smoke", "--no-resume"]
+    score = ["metrics", "--network", outdir / "gan.pt", "--metrics", "accuracy,information", "--smoke"]
+    score += ["--features", "encoder", "--json", outdir / "m.json"]
+    command("classifier", *options, "--attributes", "clusters:4")
+    command("gan", *options, "--kimg", 0.016, "--loss", "ns")
+    command(*score)
+    found.append(json.loads((outdir / "m.json").read_text()))
+    command("classifier", *options, "--attributes", "clusters:4", "--seed", 5)
+    command(*score)
+    found.append(json.loads((outdir / "m.json").read_text()))
+    assert "mi_real_bits" in found[0] and "accuracy_judge" in found[0] and "jsd_bits" in found[0]
+    assert "mi_real_bits" not in found[1] and "accuracy_judge" not in found[1]
+    key = torch.load(outdir / "judge.pt")["key"]
+    command("gan", *options, "--kimg", 0.016, "--loss", "hinge")
+    command(*score)
+    found.append(json.loads((outdir / "m.json").read_text()))
+    assert "mi_real_bits" in found[2] and torch.load(outdir / "judge.pt")["key"] != key
+    assert "jsd_bits" not in found[2]  # that was the run before, started over
+
+
 def test_a_run_whose_data_moved(command, class_folder, class_run, tmp_path):
     outdir = copy_run(class_run, tmp_path / "run")
     options = ["--outdir", outdir, "--smoke", "--kimg", 0.016]
