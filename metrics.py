@@ -1351,7 +1351,7 @@ def evaluate(options: dict, world: World) -> dict:
         notes.append(f"no judge, no diversity, no I(Y;E): they need the clusters' {run.folder / 'classifier.pt'}")
     if not wanted:
         need -= {"kid"} if run or is_stats(options["reference"] or "") else set()
-        need -= {"chamfer_sum"} if slow else set()  # minutes
+        need -= {"chamfer_sum"} if slow else set()  # an hour
     amounts = AMOUNTS["smoke" if options["smoke"] else "cpu" if slow else "gpu"]
     results: dict = {key: options[key] for key in ("network", "images", "reference") if options[key]}
     results |= {"seed": seed, "processes": world.size, "device": world.device.type}
