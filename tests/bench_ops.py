@@ -141,4 +141,5 @@ if __name__ == "__main__":
     for row in op_rows("--quick" in sys.argv, "cuda" if torch.cuda.is_available() else "cpu"):
         numbers = [f"{row[k]:.3f}" for k in ("ms", "ms_q1", "ms_q3")]
         ratios = ["" if row[k] is None else f"{row[k]:.2f}" for k in ("ratio", "vs_compile")]
-        print(line.format(row["op"], "x".join(map(str, row["shape"])), row["pass"], row["impl"], *numbers, *ratios))
+        shape = "x".join(map(str, row["shape"]))
+        print(line.format(row["op"], shape, row["dtype"], row["pass"], row["impl"], *numbers, *ratios))
