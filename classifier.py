@@ -429,7 +429,7 @@ def run_stage(options: dict) -> None:
     """Run stage 2 with the command's options."""
     import encoder as encoder_stage
     import training
-    from dataset import Dataset, open_dataset
+    from dataset import open_dataset
 
     # Resolve the options.
     given = options["epochs"]
@@ -444,10 +444,8 @@ def run_stage(options: dict) -> None:
 
     # Open the encoder and the data.
     outdir = training.out_folder(options)
-    checkpoint = training.load(outdir / "encoder.pt", "encoder")
+    checkpoint = training.load(outdir / "encoder.pt", "encoder", finished=True)
     remedy = "run encoder.py with the same --data and --size first, or give another --outdir"
-    if "results" not in checkpoint:
-        raise click.ClickException(f"{outdir / 'encoder.pt'} is of an unfinished run: run encoder.py again, to its end")
     if options["size"]:
         training.check_same(checkpoint["data"], options, ["size"], outdir / "encoder.pt", remedy)
     options["size"] = checkpoint["data"]["size"]
@@ -455,7 +453,7 @@ def run_stage(options: dict) -> None:
     if run.rank > 0:
         return  # seconds of work: for one process
     ds = open_dataset(options["data"], options["size"], "train", None if internal else spec)
-    sets = {"train": ds, "val": Dataset(ds.pack, ds.data, "val", ds.attributes)}
+    sets = {"train": ds, "val": ds.part("val")}
     if checkpoint["data"]["fingerprint"] != ds.fingerprint:
         raise click.ClickException(
             f"{outdir / 'encoder.pt'} was trained on other images ({checkpoint['data']['data']}) than {ds.data}: {remedy}"

@@ -770,6 +770,10 @@ class Dataset:
     def __len__(self) -> int:
         return len(self.images)
 
+    def part(self, split: str, attributes: str | None = None) -> "Dataset":
+        """Another split, or this one with other labels, of the same pack: without listing the source again."""
+        return Dataset(self.pack, self.data, split, attributes or self.attributes)
+
     def info(self) -> dict:
         """What checkpoints keep of the data, as plain values."""
         keys = ["data", "name", "size", "fingerprint", "attributes", "label_names", "label_kind", "splits"]
@@ -995,7 +999,7 @@ def main(data, size, attributes, wanted, version, skip_broken, picture) -> None:
     if wanted:
         download(data, version or "v1")
     first = open_dataset(data, size, "train", attributes, skip_broken)
-    parts = {s: Dataset(first.pack, data, s, attributes) for s in first.splits}
+    parts = {s: first.part(s) for s in first.splits}
     table = [("images", map(len, parts.values()))]
     table += [(n, [int(p.labels[:, i].sum()) for p in parts.values()]) for i, n in enumerate(first.label_names)]
     notes = {"labels": f"{len(first.label_names)}, {first.label_kind}", "size": f"{first.size} px"}

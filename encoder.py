@@ -559,7 +559,7 @@ OPTIONS = [
 def run_stage(options: dict) -> None:
     """Run stage 1 with the command's options."""
     import training
-    from dataset import Dataset, open_dataset
+    from dataset import open_dataset
 
     # Resolve the options.
     options = {
@@ -579,7 +579,7 @@ def run_stage(options: dict) -> None:
     if options["batch"] % run.world:
         raise click.UsageError(f"--batch {options['batch']} cannot be shared by {run.world} processes: give a multiple")
     ds = open_dataset(options["data"], options["size"])
-    val = Dataset(ds.pack, ds.data, "val")
+    val = ds.part("val")
     options["size"] = ds.size
     if len(ds) < options["batch"]:
         if given["batch"]:

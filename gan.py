@@ -152,7 +152,7 @@ class EigenBlock(nn.Module):
         return self.feature_conv2(h)
 
 
-def autocast_dtype(*tensors: Tensor) -> list[Tensor]:
+def to_autocast(*tensors: Tensor) -> list[Tensor]:
     """The tensors as autocast has convolutions compute: for convolutions that it does not know."""
     device = tensors[0].device.type
     if not torch.is_autocast_enabled(device):
@@ -209,7 +209,7 @@ class Generator(nn.Module):
         for i, block in enumerate(self.blocks):
             h = block(h, z[:, i], convolved[i] if convolved else None)
         h = bias_lrelu(h, self.last_bias, inplace=True)
-        h, weight, bias = autocast_dtype(h, self.last.weight, self.last.bias)
+        h, weight, bias = to_autocast(h, self.last.weight, self.last.bias)
         return torch.tanh(full(ToImage.apply(h, weight.flip(2, 3).transpose(0, 1), bias)))
 
 
@@ -279,7 +279,7 @@ class Conv(torch.autograd.Function):
 
 def conv(x: Tensor, layer: nn.Conv2d) -> Tensor:
     """The convolution of a layer, without its bias, by `Conv`."""
-    return Conv.apply(*autocast_dtype(x, layer.weight), layer.stride[0], layer.padding[0])
+    return Conv.apply(*to_autocast(x, layer.weight), layer.stride[0], layer.padding[0])
 
 
 class ConvLrelu(nn.Conv2d):
@@ -754,11 +754,7 @@ def earlier_stages(outdir: Path, needed: bool) -> tuple[dict | None, dict | None
     encoder = training.load(outdir / "encoder.pt", "encoder")
     if not needed:
         return encoder, None
-    classifier = training.load(outdir / "classifier.pt", "classifier")
-    if "results" not in classifier:
-        raise click.ClickException(
-            f"{outdir}/classifier.pt is of an unfinished run: run classifier.py again, to its end"
-        )
+    classifier = training.load(outdir / "classifier.pt", "classifier", finished=True)
     if classifier["encoder_hash"] != training.fingerprint(encoder["model"]):
         raise click.ClickException(
             f"{outdir}/classifier.pt belongs to another encoder than {outdir}/encoder.pt: run classifier.py again"
@@ -815,7 +811,7 @@ def train(options: dict) -> None:
             data.labels = np.eye(len(clusters), dtype=np.float32)[stage2["assignments"]["train"].numpy()]
             data.label_names, data.label_kind, data.attributes = clusters, "one-hot", attributes
         else:
-            data = dataset.Dataset(data.pack, data.data, "train", attributes)
+            data = data.part("train", attributes)
     kind = data.label_kind if conditional else "none"
     if kind == "multi-label" and options["per_class"]:
         raise click.UsageError(

@@ -1009,25 +1009,31 @@ def measure(source, features, world: World, what: str, score: bool = False, keep
 # A trained run, and what is measured on it.
 
 
+@contextlib.contextmanager
+def beside(option: str) -> Iterator[None]:
+    """Imports that an option needs, and that a copy of this file alone has not got."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        raise click.ClickException(f"{option} needs {error.name}.py beside metrics.py") from None
+
+
 class Run:
     """What `--network` names: the generator, its encoder and classifier, and the images it was trained on."""
 
     def __init__(self, path: str, world: World, moved: str | None = None):
-        try:
+        with beside("--network"):
             import dataset
             import gan
             import training
-        except ModuleNotFoundError as error:
-            raise click.ClickException(f"--network needs {error.name}.py beside metrics.py") from None
 
         self.net, self.folder, self.world = gan.load(path, world.device), Path(path).parent, world
         self.kind, self.names, self.real = self.net.label_kind, self.net.label_names, self.net.real_labels
         data = self.net.data
         self.clusters = bool(self.names) and str(data["attributes"]).startswith("clusters")
         attributes = None if self.clusters or not self.names else data["attributes"]
-        source = moved or data["data"]
-        self.images = {s: dataset.open_dataset(source, data["size"], s, attributes) for s in ("train", "val")}
-        self.train = self.images["train"]
+        self.train = dataset.open_dataset(moved or data["data"], data["size"], "train", attributes)
+        self.images = {"train": self.train, "val": self.train.part("val")}
         remedy = "give the run's folder the data it was trained on, or train again"
         training.check_same(data, self.train.info(), ("fingerprint", "size"), path, remedy)
 
@@ -1216,12 +1222,10 @@ def choose_features(option: str, inception: str | None, how: str, run: Run | Non
             raise click.ClickException(f"there is no encoder in the run nor {run.folder / 'encoder.pt'}")
         return own
     if option not in ("auto", "inception"):
-        try:
+        with beside(f"--features {option}"):
             import encoder
             import gan
             import training
-        except ModuleNotFoundError as error:
-            raise click.ClickException(f"--features {option} needs {error.name}.py beside metrics.py") from None
 
         try:
             state = training.load(option, "encoder")
@@ -1290,12 +1294,12 @@ def measure_fidelity(options: dict, amounts: dict, need: set, run: Run | None, w
         if is_stats(reference):
             try:
                 theirs, named = load_stats(reference, features)
+                if not named:
+                    notes.append(f"{reference} does not name its network and resize: taken to be these")
             except click.ClickException as error:
                 if not run:
                     raise
                 notes.append(f"{error.message}: made again")
-            if theirs and not named:
-                notes.append(f"{reference} does not name its network and resize: taken to be these")
         if theirs is None:
             theirs, _, kept_real = measure(real, features, world, "reference", keep="kid" in need)
             if target:

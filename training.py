@@ -171,7 +171,10 @@ class Run:
 
 
 def choose_device(device: str | torch.device = "auto") -> torch.device:
-    """'cpu', 'cuda' (this process's), 'cuda:1', or 'auto'; CUDA devices with their number. Raises click.ClickException for one that this machine does not have."""
+    """'cpu', 'cuda' (this process's), 'cuda:1', or 'auto' -> the device, a CUDA one with its number.
+
+    Raises click.ClickException for one that this machine does not have.
+    """
     try:
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -244,10 +247,11 @@ def save(path: Path, state: dict) -> None:
             temporary.unlink()
 
 
-def load(path: Path | str, stage: str) -> dict:
+def load(path: Path | str, stage: str, finished: bool = False) -> dict:
     """Read a checkpoint of the named stage ('encoder', 'classifier' or 'gan') to the CPU.
 
-    Raises click.ClickException if the file is missing, not a checkpoint, of another stage or of a newer format.
+    Raises click.ClickException if the file is missing, not a checkpoint, of another stage or of a newer format, or, where
+    it must be finished, of an encoder or classifier that was stopped.
     """
     path = Path(path)
     if not path.is_file():
@@ -264,6 +268,8 @@ def load(path: Path | str, stage: str) -> dict:
         raise click.ClickException(f"{path} was written by {state['stage']}.py, but one of {stage}.py is needed here")
     if state.get("version") != VERSION:
         raise click.ClickException(f"{path} has format {state.get('version')}, this code reads format {VERSION}")
+    if finished and "results" not in state:
+        raise click.ClickException(f"{path} is of an unfinished run: run {stage}.py again, to its end")
     return state
 
 
