@@ -12,6 +12,7 @@ vector per generator layer, phi = U (L * z_i) + mu the subspace of layer i, x im
 """
 
 import copy
+import functools
 import itertools
 import json
 import math
@@ -26,7 +27,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from ops import bias_lrelu, subspace_lrelu
+from ops import bias_lrelu, conv2d, conv_transpose2d, no_weight_gradients, subspace_lrelu
 
 NOISE = 512  # width of the mapper's noise and of eps
 BASIS = 6  # basis vectors of a subspace
@@ -124,22 +125,22 @@ class EigenBlock(nn.Module):
 
     def __init__(self, in_channels: int, out_channels: int, resolution: int, orthonormal: bool = False):
         super().__init__()
-        up = dict(kernel_size=3, stride=2, padding=1, output_padding=1)
+        self.up = up = dict(stride=2, padding=1, output_padding=1)
         self.subspace = Subspace(in_channels, resolution, orthonormal=orthonormal)
         self.subspace_conv1 = nn.Conv2d(in_channels, in_channels, 1)
-        self.feature_conv1 = nn.ConvTranspose2d(in_channels, out_channels, **up)
-        self.subspace_conv2 = nn.ConvTranspose2d(in_channels, out_channels, **up)
+        self.feature_conv1 = nn.ConvTranspose2d(in_channels, out_channels, 3, **up)
+        self.subspace_conv2 = nn.ConvTranspose2d(in_channels, out_channels, 3, **up)
         self.feature_conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
 
     def convolve(self, maps: Tensor) -> tuple[Tensor, Tensor]:
         """Both subspace convolutions without bias: [K, C, r, r] -> [K, C, r, r], [K, C', 2r, 2r]."""
-        conv2 = self.subspace_conv2
-        first = F.conv2d(maps, self.subspace_conv1.weight)
-        second = F.conv_transpose2d(maps, conv2.weight, None, conv2.stride, conv2.padding, conv2.output_padding)
-        return first, second
+        return F.conv2d(maps, self.subspace_conv1.weight), conv_transpose2d(maps, self.subspace_conv2.weight, **self.up)
 
-    def forward(self, h: Tensor, z: Tensor, convolved: tuple[Tensor, Tensor] | None = None) -> Tensor:
-        """h [B, C, r, r] (written over), z [B, 6] -> [B, C', 2r, 2r]; convolved: the maps of `convolve`, if kept."""
+    def forward(self, h: Tensor, bias, z: Tensor, convolved: tuple[Tensor, Tensor] | None = None) -> Tensor:
+        """h [B, C, r, r] (written over) yet without its bias [C] or 0, z [B, 6] -> [B, C', 2r, 2r] without its bias.
+
+        convolved: the maps of `convolve`, if kept. Biases go into the fused op: one pass less each way.
+        """
         coef = F.pad(z, (0, 1), value=1.0)
         if convolved is None:
             maps = self.subspace.maps()
@@ -147,42 +148,10 @@ class EigenBlock(nn.Module):
                 maps = torch.einsum("bk,kchw->bchw", coef, maps).contiguous(memory_format=torch.channels_last)
                 coef = torch.eye(len(z), dtype=z.dtype, device=z.device)
             convolved = self.convolve(maps)
-        h = subspace_lrelu(h, coef, convolved[0], self.subspace_conv1.bias, inplace=True)
-        h = subspace_lrelu(self.feature_conv1(h), coef, convolved[1], self.subspace_conv2.bias, inplace=True)
-        return self.feature_conv2(h)
-
-
-def to_autocast(*tensors: Tensor) -> list[Tensor]:
-    """The tensors as autocast has convolutions compute: for convolutions that it does not know."""
-    device = tensors[0].device.type
-    if not torch.is_autocast_enabled(device):
-        return list(tensors)
-    return [t.to(torch.get_autocast_dtype(device)) for t in tensors]
-
-
-class ToImage(torch.autograd.Function):
-    """F.conv_transpose2d(h, weight, bias, padding=3) for weight [C, 3, 7, 7] and even sides, 2x2 pixels at once.
-
-    Three output channels would leave most of a vector empty. The kernel, shifted to each of four pixels and padded to
-    8x8, gives them as 12 channels at stride 2: the same sums. Their gradients are those of a convolution of images.
-    """
-
-    @staticmethod
-    def forward(ctx, h, weight, bias):
-        ctx.save_for_backward(h, weight)
-        kernel = weight.flip(2, 3).transpose(0, 1)
-        shifted = [F.pad(kernel, (j, 1 - j, i, 1 - i)) for i in (0, 1) for j in (0, 1)]
-        blocks = torch.stack(shifted, dim=1).flatten(0, 1).contiguous(memory_format=torch.channels_last)
-        bias = None if bias is None else bias.repeat_interleave(4)
-        return F.pixel_shuffle(F.conv2d(h, blocks, bias, stride=2, padding=3), 2)
-
-    @staticmethod
-    def backward(ctx, g):
-        (h, weight), (by_h, by_weight, by_bias) = ctx.saved_tensors, ctx.needs_input_grad
-        g = g.contiguous(memory_format=torch.channels_last)
-        dh = F.conv2d(g, weight, None, padding=3) if by_h else None
-        dweight = torch.nn.grad.conv2d_weight(g, weight.shape, h, padding=3) if by_weight else None
-        return dh, dweight, g.sum((0, 2, 3)) if by_bias else None
+        h = subspace_lrelu(h, coef, convolved[0], self.subspace_conv1.bias + bias, inplace=True)
+        h = conv_transpose2d(h, self.feature_conv1.weight, **self.up)
+        h = subspace_lrelu(h, coef, convolved[1], self.subspace_conv2.bias + self.feature_conv1.bias, inplace=True)
+        return conv2d(h, self.feature_conv2.weight, padding=1)
 
 
 class Generator(nn.Module):
@@ -206,11 +175,14 @@ class Generator(nn.Module):
 
     def forward(self, eps: Tensor, z: Tensor, convolved: list[tuple[Tensor, Tensor]] | None = None) -> Tensor:
         h = self.first(eps).view(len(eps), 4, 4, -1).permute(0, 3, 1, 2).clone()  # no view: the blocks write over it
+        bias = 0.0
         for i, block in enumerate(self.blocks):
-            h = block(h, z[:, i], convolved[i] if convolved else None)
+            h = block(h, bias, z[:, i], convolved[i] if convolved else None)
+            bias = block.feature_conv2.bias
         h = bias_lrelu(h, self.last_bias, inplace=True)
-        h, weight, bias = to_autocast(h, self.last.weight, self.last.bias)
-        return torch.tanh(full(ToImage.apply(h, weight.flip(2, 3).transpose(0, 1), bias)))
+        # As the transpose of a convolution of images: conv_transpose2d knows how to fill vectors with three channels.
+        x = conv_transpose2d(h, self.last.weight.flip(2, 3).transpose(0, 1), self.last.bias, padding=3)
+        return torch.tanh(full(x))
 
 
 class Decoder(nn.Module):
@@ -246,47 +218,21 @@ class Decoder(nn.Module):
 # Discriminators. Each has `batch_statistics`: whether an image's score depends on the others of its batch.
 
 
-class Conv(torch.autograd.Function):
-    """F.conv2d(x, weight, None, stride, padding), square and padded alike, that R1 can differentiate twice at speed.
-
-    The gradient by x is a convolution whose own gradients are usual ones; the double backward that torch has for
-    convolutions takes the batch for channels and whole maps for kernels. Gradients of images go by `ToImage`.
-    """
-
-    by_weight = True  # False: leave the gradients of weights out, which autograd.grad by x alone would throw away
-
-    @staticmethod
-    def forward(ctx, x, weight, stride, padding):
-        ctx.save_for_backward(x, weight)
-        ctx.stride, ctx.padding = stride, padding
-        return F.conv2d(x, weight, None, stride, padding)
-
-    @staticmethod
-    def backward(ctx, g):
-        x, weight = ctx.saved_tensors
-        stride, padding, dx, dw = ctx.stride, ctx.padding, None, None
-        if ctx.needs_input_grad[0]:
-            image = weight.shape[1:] == (3, 7, 7) and (stride, padding) == (1, 3)
-            if image and g.shape[2] % 2 == g.shape[3] % 2 == 0:
-                dx = ToImage.apply(g, weight, None)
-            else:
-                rest = (x.shape[2] + 2 * padding - weight.shape[2]) % stride
-                dx = F.conv_transpose2d(g, weight, None, stride, padding, rest)
-        if ctx.needs_input_grad[1] and Conv.by_weight:
-            dw = torch.nn.grad.conv2d_weight(x, weight.shape, g, stride, padding)
-        return dx, dw, None, None
-
-
-def conv(x: Tensor, layer: nn.Conv2d) -> Tensor:
-    """The convolution of a layer, without its bias, by `Conv`."""
-    return Conv.apply(*to_autocast(x, layer.weight), layer.stride[0], layer.padding[0])
+def by_ops(network: nn.Module) -> nn.Module:
+    """The network, its usual convolutions computed by `conv2d`."""
+    for layer in network.modules():
+        if type(layer) is nn.Conv2d:
+            options = dict(weight=layer.weight, bias=layer.bias, stride=layer.stride[0], padding=layer.padding[0])
+            layer.forward = functools.partial(conv2d, **options)
+    return network
 
 
 class ConvLrelu(nn.Conv2d):
     """Convolution whose bias goes into the fused bias + leaky ReLU (slope 0.2)."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return bias_lrelu(conv(x, self), self.bias, inplace=True)
+        x = conv2d(x, self.weight, None, self.stride[0], self.padding[0])
+        return bias_lrelu(x, self.bias, inplace=True)
 
 
 class ConvNormLrelu(nn.Module):
@@ -299,9 +245,8 @@ class ConvNormLrelu(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         n = self.norm
-        x = F.batch_norm(
-            conv(x, self.conv), n.running_mean, n.running_var, n.weight, None, n.training, n.momentum, n.eps
-        )
+        x = conv2d(x, self.conv.weight, None, self.conv.stride[0], padding=1)
+        x = F.batch_norm(x, n.running_mean, n.running_var, n.weight, None, n.training, n.momentum, n.eps)
         return bias_lrelu(x, n.bias, inplace=True)
 
 
@@ -451,11 +396,8 @@ def entropy_bits(labels: Tensor) -> float:
 def r1_penalty(D: nn.Module, x: Tensor, y: Tensor | None) -> Tensor:
     """E ||grad_x sum D(x)||^2 on the (augmented) real images x (Mescheder et al. 2018, without their 1/2)."""
     x = x.detach().requires_grad_()
-    Conv.by_weight = False
-    try:
+    with no_weight_gradients():
         (gradient,) = torch.autograd.grad(D(x, y).sum(), x, create_graph=True)
-    finally:
-        Conv.by_weight = True
     return gradient.square().sum(dim=(1, 2, 3)).mean()
 
 
@@ -484,7 +426,7 @@ class Trainer:
 
     def __init__(self, options: dict, run, labels: Tensor | None, kind: str, encoder=None, classifier=None):
         self.options, self.run, self.kind = options, run, kind
-        self.encoder, self.classifier = encoder, classifier
+        self.encoder, self.classifier = encoder and by_ops(encoder), classifier
         self.labels = None if labels is None else labels.to(run.device)
         self.labels_mean = None if labels is None else self.labels.mean(dim=0)
         self.entropy = 0.0  # H(Y) of the y that are drawn, in bits

@@ -14,14 +14,20 @@ import time
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from ops import bias_lrelu, subspace_lrelu
+from ops import bias_lrelu, conv2d, conv_transpose2d, subspace_lrelu
 
 BASIS = 7  # k + 1 convolved maps
 SUBSPACE_SHAPES = [(32, 256, 4, 4), (32, 128, 8, 8), (32, 64, 16, 16), (32, 32, 32, 32), (32, 16, 64, 64)]  # generator
 BIAS_SHAPES = [*SUBSPACE_SHAPES, (32, 256)]  # global discriminator
+# Input, output channels, kernel, stride, transposed: a generator's convolutions, and those of both discriminators.
+CONVOLUTIONS = [(shape, shape[1], 3, 1, False) for shape in SUBSPACE_SHAPES]
+CONVOLUTIONS += [((B, C, H, H), C // 2, 3, 2, True) for B, C, H, _ in SUBSPACE_SHAPES[:-1]]
+CONVOLUTIONS += [((32, 64, 16, 16), 128, 3, 2, False), ((32, 128, 16, 16), 256, 4, 2, False)]
+CONVOLUTIONS += [((32, 256, 8, 8), 512, 4, 1, False)]
 SECONDS = 1.0  # measured per shape and pass, all contestants together
 
 
@@ -132,11 +138,54 @@ def op_rows(quick: bool, device: str = "cpu") -> list[dict]:
                             "vs_compile": compiled_by,
                         }
                     )
+    return rows + convolution_rows(quick, device, synchronize)
+
+
+def convolution_rows(quick: bool, device: str, synchronize) -> list[dict]:
+    """Forward + backward of the convolutions in fp32, channels_last, against PyTorch's own; rows as op_rows'."""
+    rows = []
+    for shape, outputs, k, stride, transposed in CONVOLUTIONS[1::5] if quick else CONVOLUTIONS:
+        make = torch.Generator().manual_seed(0)
+
+        def randn(*size):
+            t = torch.randn(*size, generator=make).to(device)  # noqa: B023
+            return t.contiguous(memory_format=torch.channels_last).requires_grad_()
+
+        options = (stride, 1, 1) if transposed else (stride, 1)
+        inputs = randn(*shape), randn(*((shape[1], outputs) if transposed else (outputs, shape[1])), k, k)
+        ours, eager = (conv_transpose2d, F.conv_transpose2d) if transposed else (conv2d, F.conv2d)
+        g = randn(*eager(*inputs, None, *options).shape)
+        entries = {
+            name: lambda f=f: torch.autograd.grad(f(*inputs, None, *options), inputs, g)  # noqa: B023
+            for name, f in (("eager", eager), ("auto", ours))
+        }
+        times = race(entries, SECONDS / 4 if quick else SECONDS, synchronize)
+        medians = {name: statistics.median(t) for name, t in times.items()}
+        for name, t in times.items():
+            q1, _, q3 = statistics.quantiles(t, n=4)
+            what = f"{ours.__name__} {'x'.join(map(str, shape))}, {outputs} by {k}x{k}/{stride}"
+            rows.append(
+                {
+                    "what": f"{what}, forward+backward: {name}",
+                    "ratio": medians["eager"] / medians[name],
+                    "spread": [medians["eager"] / q3, medians["eager"] / q1],
+                    "op": ours.__name__,
+                    "shape": list(shape),
+                    "dtype": f"{k}x{k}/{stride}",
+                    "pass": "forward+backward",
+                    "impl": name,
+                    "ms": medians[name] * 1e3,
+                    "ms_q1": q1 * 1e3,
+                    "ms_q3": q3 * 1e3,
+                    "n": len(t),
+                    "vs_compile": None,
+                }
+            )
     return rows
 
 
 if __name__ == "__main__":
-    line = "{:15s} {:15s} {:9s} {:17s} {:8s} {:>8} {:>8} {:>8} {:>8} {:>9}"
+    line = "{:16s} {:15s} {:9s} {:17s} {:8s} {:>8} {:>8} {:>8} {:>8} {:>9}"
     print(line.format("op", "shape", "dtype", "pass", "impl", "ms", "q1", "q3", "x eager", "x compile"))
     for row in op_rows("--quick" in sys.argv, "cuda" if torch.cuda.is_available() else "cpu"):
         numbers = [f"{row[k]:.3f}" for k in ("ms", "ms_q1", "ms_q3")]

@@ -190,32 +190,6 @@ def test_r1_of_a_linear_discriminator_and_its_gradient():
     torch.testing.assert_close(w.grad, 2 * w.detach())
 
 
-# inputs, outputs, kernel, stride, padding
-@pytest.mark.parametrize("shape", [(3, 5, 7, 1, 3), (4, 6, 3, 2, 1), (2, 3, 4, 2, 1), (3, 2, 4, 1, 1)])
-def test_convolutions_equal_torchs_to_second_order(shape):
-    inputs, layer = shape[0], torch.nn.Conv2d(*shape, bias=False).double()
-    for size in (8, 10):
-        x = torch.randn(2, inputs, size, size).double().requires_grad_()
-        results = []
-        for f in (lambda x: gan.conv(x, layer), layer):
-            y = f(x)
-            g = torch.autograd.grad(y.square().sum(), (x, layer.weight), create_graph=True)
-            results.append((y, *g, *torch.autograd.grad(g[0].square().sum() + g[1].sum(), (x, layer.weight))))
-        for ours, theirs in zip(*results, strict=True):
-            torch.testing.assert_close(ours, theirs)
-
-
-def test_to_image_equals_the_transposed_convolution_to_second_order():
-    h, weight = torch.randn(2, 5, 8, 12).double().requires_grad_(), torch.randn(5, 3, 7, 7).double().requires_grad_()
-    inputs, results = (h, weight, torch.randn(3).double().requires_grad_()), []
-    for f in (gan.ToImage.apply, lambda *args: torch.nn.functional.conv_transpose2d(*args, padding=3)):
-        y = f(*inputs)
-        g = torch.autograd.grad(y.square().sum(), inputs, create_graph=True)
-        results.append((y, *g, *torch.autograd.grad(sum((x**3).sum() for x in g), inputs)))
-    for ours, theirs in zip(*results, strict=True):
-        torch.testing.assert_close(ours, theirs)
-
-
 @pytest.mark.parametrize("disc", ["global", "patch"])
 def test_r1_gradient_of_the_real_discriminators(disc):
     """Against finite differences, in float64, through the fused ops' double backward."""
