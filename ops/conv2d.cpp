@@ -27,7 +27,7 @@ constexpr int64_t kBytes = 32, kRows = 6;
 constexpr int64_t kBytes = 16, kRows = 6;
 #endif
 constexpr int64_t kChunk = 16;      // tiles transformed together, channels of kernels likewise
-constexpr int64_t kDeep = 64;       // channels of a piece of a kernel's gradient
+constexpr int64_t kDeep = 64;       // input channels whose large kernels are in work together
 constexpr int64_t kMost = 2048;     // channels
 constexpr int64_t kCache = 3 << 19; // bytes that stay in a second-level cache
 
@@ -135,7 +135,7 @@ template <class T, int W> void gemm(const T* v, int64_t v_rows, const T* u, T* c
 // u (+)= v' h: the sum over n rows, `channels` of v's by W vectors of h's
 template <class T, int W>
 void outer(const T* v, int64_t v_rows, const T* h, int64_t h_rows, int64_t n, T* u, int64_t channels, bool more) {
-  constexpr int wide = W == 1 && L<T> > 8 ? 16 : L<T> > 4 ? 8 : 4;
+  constexpr int wide = kBytes < 64 ? 4 : W == 1 && L<T> > 8 ? 16 : 8;
   for (int64_t k = 0; k < channels; k += wide) {
     V<T> sum[wide][W] = {};
     if (more)

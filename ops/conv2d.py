@@ -196,10 +196,11 @@ def _geometry(x, weight, out, stride, padding, transposed, impl):
     """What conv2d.cpp's Shape holds, or None for PyTorch's own; RuntimeError if impl is 'cpp' and it cannot."""
     if impl == "ref":
         return None
-    key = tuple(x.shape), tuple(weight.shape), weight.stride(), tuple(out), stride, padding, transposed
     fits = x.dtype in _DTYPES and weight.dtype == x.dtype and x.device.type == "cpu"
     fits = fits and _channels_last(x) and x.numel() > 0
-    geometry, gain = _shape(*key, x.dtype) if fits else (None, False)
+    geometry, gain = None, False
+    if fits:
+        geometry, gain = _shape(x.shape, weight.shape, weight.stride(), tuple(out), stride, padding, transposed)
     if impl == "cpp" and geometry is None:
         choose("cpp", x.device.type)
         raise RuntimeError(
@@ -210,8 +211,8 @@ def _geometry(x, weight, out, stride, padding, transposed, impl):
 
 
 @functools.lru_cache(maxsize=1024)
-def _shape(x, weight, strides, out, stride, padding, transposed, dtype):
-    """The numbers of Shape, and whether C++ is the faster one."""
+def _shape(x, weight, strides, out, stride, padding, transposed):
+    """The numbers of Shape from the shapes of x and weight, and whether C++ is the faster one."""
     (B, C, H, W), k, (OH, OW) = x, weight[2], out
     N = weight[1] if transposed else weight[0]
     fits = k in {1: (1, 3, 4), 2: (1, 3, 4, 7, 8)}.get(stride, ()) and weight[3] == k and min(out) > 0
@@ -235,6 +236,6 @@ def _shape(x, weight, strides, out, stride, padding, transposed, dtype):
     numbers = [R, B, H, W, C, OH, OW, N, inner, outer, rows, columns, by_k, by_n, strides[2], strides[3]]
     numbers += [*offsets, *taps[0], *taps[1]]
     tiles = B * -(-rows // M) * -(-columns // M)
-    places = sum(M + R - 1 - (t[R - 1] < 0) for t in taps[:stride]) ** 2
+    places = sum(M + R - 1 - (t[R - 1] < 0) for t in taps[:stride]) ** 2  # multiplications a tile and pair of channels
     saves = tiles <= 4096 if R == 1 else 1.25 * places * tiles < B * rows * columns * k * k
     return (ctypes.c_int64 * len(numbers))(*numbers), saves and tiles >= 16
