@@ -136,7 +136,9 @@ class EigenBlock(nn.Module):
         """Both subspace convolutions without bias: [K, C, r, r] -> [K, C, r, r], [K, C', 2r, 2r]."""
         return F.conv2d(maps, self.subspace_conv1.weight), conv_transpose2d(maps, self.subspace_conv2.weight, **self.up)
 
-    def forward(self, h: Tensor, bias, z: Tensor, convolved: tuple[Tensor, Tensor] | None = None) -> Tensor:
+    def forward(
+        self, h: Tensor, bias: Tensor | float, z: Tensor, convolved: tuple[Tensor, Tensor] | None = None
+    ) -> Tensor:
         """h [B, C, r, r] (written over) yet without its bias [C] or 0, z [B, 6] -> [B, C', 2r, 2r] without its bias.
 
         convolved: the maps of `convolve`, if kept. Biases go into the fused op: one pass less each way.

@@ -19,33 +19,16 @@
 
 namespace {
 
-#if defined(__AVX512F__)
-constexpr int64_t kBytes = 64, kRows = 8;  // of a vector; rows of a matrix product in registers, two vectors each
-#elif defined(__AVX__)
-constexpr int64_t kBytes = 32, kRows = 6;
-#else
-constexpr int64_t kBytes = 16, kRows = 6;
-#endif
+constexpr int64_t kRows = kVector == 64 ? 8 : 6;  // of a matrix product in registers, two vectors each
 constexpr int64_t kChunk = 16;      // tiles transformed together, channels of kernels likewise
 constexpr int64_t kDeep = 64;       // input channels whose large kernels are in work together
 constexpr int64_t kMost = 2048;     // channels
 constexpr int64_t kCache = 3 << 19; // bytes that stay in a second-level cache
 
-template <class T> struct vec { typedef T type __attribute__((vector_size(kBytes), aligned(sizeof(T)), may_alias)); };
+template <class T> struct vec { typedef T type __attribute__((vector_size(kVector), aligned(sizeof(T)), may_alias)); };
 template <class T> using V = typename vec<T>::type;
-template <class T> constexpr int64_t L = kBytes / sizeof(T);
+template <class T> constexpr int64_t L = kVector / sizeof(T);
 template <class T> const T zeros[kMost] = {};
-
-// v at `to`, which is aligned, past the cache (stream.h)
-template <class T> inline void stream_vector(T* to, V<T> v) {
-#if defined(__AVX512F__)
-  _mm512_stream_si512((__m512i*)to, (__m512i)v);
-#elif defined(__AVX__)
-  _mm256_stream_si256((__m256i*)to, (__m256i)v);
-#else
-  *(V<T>*)to = v;
-#endif
-}
 
 template <class T> struct Buffer {
   T* data;
@@ -135,7 +118,7 @@ template <class T, int W> void gemm(const T* v, int64_t v_rows, const T* u, T* c
 // u (+)= v' h: the sum over n rows, `channels` of v's by W vectors of h's
 template <class T, int W>
 void outer(const T* v, int64_t v_rows, const T* h, int64_t h_rows, int64_t n, T* u, int64_t channels, bool more) {
-  constexpr int wide = kBytes < 64 ? 4 : W == 1 && L<T> > 8 ? 16 : 8;
+  constexpr int wide = kVector < 64 ? 4 : W == 1 && L<T> > 8 ? 16 : 8;
   for (int64_t k = 0; k < channels; k += wide) {
     V<T> sum[wide][W] = {};
     if (more)
@@ -163,15 +146,21 @@ struct Shape {
 
 template <class T, int M, int R> struct Convolution : Shape {
   static constexpr int A = M + R - 1, P = A * A;
-  int64_t across, down, tiles, K, phases, parities, width, panels, threads;
+  int64_t across, down, tiles, K, phases, parities, width, panels, deep, threads;
   bool shared;  // all parities of the output see the same input
 
   explicit Convolution(const Shape& s) : Shape(s) {
     across = (QW + M - 1) / M, down = (QH + M - 1) / M, tiles = B * across * down;
     phases = in * in, parities = out * out, K = C * phases;
     width = N % (2 * L<T>) ? L<T> : 2 * L<T>, panels = N / width;
+    deep = C % kDeep ? kChunk : kDeep;
     shared = offset[0] == offset[1];
     threads = omp_get_max_threads();
+  }
+
+  // Tiles of which the transformed inputs and outputs fill half of the cache.
+  int64_t fitting(int64_t least) const {
+    return std::clamp<int64_t>(kCache / 2 / (P * (K + N) * int64_t(sizeof(T))) / (2 * kRows) * 2 * kRows, least, 8 * kRows);
   }
 
   // Where the kernel has the tap i, j of phase p for parity o, -1 if it has none.
@@ -227,8 +216,9 @@ template <class T, int M, int R> struct Convolution : Shape {
     transform<A, M>([](int i, int j) { return toom<M, R>.A[i][j]; }, pixel, t0, t1, N, h + row * L<T>, rows, apart);
   }
 
-  // y = A' m A + bias of tiles t0 .. t1, n channels from n0 on
-  template <bool PAST> void outputs(const T* m, int64_t rows, int64_t apart, int64_t t0, int64_t t1, int64_t o, int64_t n0, int64_t n, const T* bias, T* y) const {
+  // y = A' m A + bias, PAST the cache or not, of tiles t0 .. t1, n channels from n0 on
+  template <bool PAST>
+  void outputs(const T* m, int64_t rows, int64_t apart, int64_t t0, int64_t t1, int64_t o, int64_t n0, int64_t n, const T* bias, T* y) const {
     for (int64_t t = t0; t < t1; t++) {
       const Tile q = tile(t);
       for (int64_t c = 0; c < n; c += L<T>) {
@@ -240,8 +230,9 @@ template <class T, int M, int R> struct Convolution : Shape {
                               const int64_t r = out * (q.y + i) + o / 2, l = out * (q.x + j) + o % 2;
                               if (r >= OH || l >= OW) return;
                               T* to = y + ((q.b * OH + r) * OW + l) * N + n0 + c;
-                              if (PAST) stream_vector<T>(to, v + base);
-                              else *(V<T>*)to = v + base;
+                              const V<T> sum = v + base;
+                              if (PAST) stream_vector(to, &sum);
+                              else *(V<T>*)to = sum;
                             });
       }
     }
@@ -264,10 +255,10 @@ template <class T, int M, int R> struct Convolution : Shape {
                             [&](int i, int j, V<T> v) INLINE { *(V<T>*)(u + (i * A + j) * apart + (k - k0) * width + q) = v; });
     }
   }
-  // w = G' u G of the `deep` channels from k0 on; u is the sum of `parts`
-  void kernels_back(const T* u, int64_t apart, int64_t parts, int64_t part, int64_t o, int64_t k0, int64_t deep, int64_t n0, T* w) const {
+  // w = G' u G of the `channels` channels from k0 on; u is the sum of `parts`
+  void kernels_back(const T* u, int64_t apart, int64_t parts, int64_t part, int64_t o, int64_t k0, int64_t channels, int64_t n0, T* w) const {
     T piece[R * R][kChunk * 2 * L<T>];
-    for (int64_t k = 0; k < deep; k += kChunk) {
+    for (int64_t k = 0; k < channels; k += kChunk) {
       for (int64_t q = 0; q < kChunk * width; q += L<T>)
         both_sides<R, A, T>([](int i, int j) { return toom<M, R>.G[j][i]; },
                             [&](int i, int j) INLINE {
@@ -292,14 +283,13 @@ template <class T, int M, int R> struct Convolution : Shape {
   }
 
   void conv(const T* x, const T* w, const T* bias, T* y) const {
-    const bool past = B * OH * OW * N * int64_t(sizeof(T)) >= kStream && reinterpret_cast<uintptr_t>(y) % kBytes == 0;
+    const bool past = B * OH * OW * N * int64_t(sizeof(T)) >= kStream && reinterpret_cast<uintptr_t>(y) % kVector == 0;
     const auto multiply = width == L<T> ? gemm<T, 1> : gemm<T, 2>;
     const auto write = past ? &Convolution::outputs<true> : &Convolution::outputs<false>;
     const int64_t u_apart = K * width + L<T>, u_panel = P * u_apart, u_all = parities * panels * u_panel;
     if (u_all * int64_t(sizeof(T)) <= std::max<int64_t>(kCache, P * tiles * K * sizeof(T))) {
       // The kernels are the lesser part: transformed once; each thread takes tiles of its own to the end.
-      int64_t block = kCache / 2 / (P * (K + N) * int64_t(sizeof(T))) / (2 * kRows) * 2 * kRows;
-      block = std::min(std::max<int64_t>(block, 2 * kRows), std::min(8 * kRows, padded((tiles + threads - 1) / threads)));
+      const int64_t block = std::min(fitting(2 * kRows), padded((tiles + threads - 1) / threads));
       const int64_t blocks = (tiles + block - 1) / block, v_apart = block * K + L<T>, m_apart = block * N + L<T>;
       Buffer<T> u(u_all), scratch(threads * P * (v_apart + m_apart));
 #pragma omp parallel num_threads(threads)
@@ -333,8 +323,7 @@ template <class T, int M, int R> struct Convolution : Shape {
     }
     // The inputs are the lesser part: transformed once; each thread takes output channels of its own to the end, and a few input channels at a time,
     // so that what it transforms of the kernels does not leave its cache.
-    const int64_t rows = padded(tiles), deep = C % kDeep ? kChunk : kDeep;
-    const int64_t v_apart = rows * K + L<T>, d_apart = deep * width + L<T>, m_apart = rows * width + L<T>;
+    const int64_t rows = padded(tiles), v_apart = rows * K + L<T>, d_apart = deep * width + L<T>, m_apart = rows * width + L<T>;
     Buffer<T> v(P * v_apart), scratch(threads * P * (d_apart + m_apart));
 #pragma omp parallel num_threads(threads)
     {
@@ -365,9 +354,7 @@ template <class T, int M, int R> struct Convolution : Shape {
     const int64_t u_apart = K * width + L<T>, u_panel = P * u_apart, u_all = panels * u_panel;
     if (u_all * int64_t(sizeof(T)) <= std::max<int64_t>(kCache, P * tiles * (K + N) * sizeof(T) / 2)) {
       // As above: each thread goes through its own tiles and has its own sum.
-      int64_t block = kCache / 2 / (P * (K + N) * int64_t(sizeof(T))) / (2 * kRows) * 2 * kRows;
-      block = std::min(std::max<int64_t>(block, 4 * kRows), 8 * kRows);
-      const int64_t blocks = (tiles + block - 1) / block, v_apart = block * K + L<T>, h_apart = block * N + L<T>, parts = std::min(threads, blocks);
+      const int64_t block = fitting(4 * kRows), blocks = (tiles + block - 1) / block, v_apart = block * K + L<T>, h_apart = block * N + L<T>, parts = std::min(threads, blocks);
       Buffer<T> u(parts * u_all), scratch(parts * P * (v_apart + h_apart));
 #pragma omp parallel for schedule(static) num_threads(parts)
       for (int64_t part = 0; part < parts; part++) {
@@ -392,7 +379,7 @@ template <class T, int M, int R> struct Convolution : Shape {
       }
       return;
     }
-    const int64_t deep = C % kDeep ? kChunk : kDeep, v_apart = tiles * K + L<T>, h_apart = tiles * N + L<T>, apart = deep * width + L<T>;
+    const int64_t v_apart = tiles * K + L<T>, h_apart = tiles * N + L<T>, apart = deep * width + L<T>;
     Buffer<T> v(P * v_apart), h(P * h_apart), scratch(threads * P * apart);
 #pragma omp parallel num_threads(threads)
     {
@@ -424,12 +411,12 @@ template <class T, class F> void with_kernel(const int64_t* shape, F run) {
 
 }  // namespace
 
-#define CONV2D(NAME, T)                                                                                                                    \
-  extern "C" void conv2d_##NAME(const void* x, const void* w, const void* bias, void* y, const int64_t* shape) {                           \
-    with_kernel<T>(shape, [&](const auto& convolution) { convolution.conv((const T*)x, (const T*)w, (const T*)bias, (T*)y); });                  \
-  }                                                                                                                                         \
-  extern "C" void conv2d_weight_gradient_##NAME(const void* x, const void* g, void* dw, const int64_t* shape) {                            \
-    with_kernel<T>(shape, [&](const auto& convolution) { convolution.weight_gradient((const T*)x, (const T*)g, (T*)dw); });                      \
+#define CONV2D(NAME, T)                                                                                                                            \
+  extern "C" void conv2d_##NAME(const void* x, const void* w, const void* bias, void* y, const int64_t* shape) {                                   \
+    with_kernel<T>(shape, [&](const auto& convolution) { convolution.conv((const T*)x, (const T*)w, (const T*)bias, (T*)y); });                    \
+  }                                                                                                                                                \
+  extern "C" void conv2d_weight_gradient_##NAME(const void* x, const void* g, void* dw, const int64_t* shape) {                                    \
+    with_kernel<T>(shape, [&](const auto& convolution) { convolution.weight_gradient((const T*)x, (const T*)g, (T*)dw); });                        \
   }
 
 CONV2D(float32, float)

@@ -89,11 +89,6 @@ def _autocast(*tensors):
     return [t if t is None else t.to(torch.get_autocast_dtype(device)) for t in tensors]
 
 
-def _like(g, x):
-    """g, channels_last if x is."""
-    return g.contiguous(memory_format=torch.channels_last) if _channels_last(x) else g
-
-
 def _channels_last(x):
     return x.is_contiguous(memory_format=torch.channels_last)
 
@@ -107,14 +102,7 @@ class _Conv(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, g):
-        (x, weight), (stride, padding, impl) = ctx.saved_tensors, ctx.options
-        g = _like(g, x)
-        dx = dweight = None
-        if ctx.needs_input_grad[0]:
-            dx = _ConvTranspose.apply(g, weight, None, stride, padding, x.shape[2:], impl)
-        if ctx.needs_input_grad[1] and _by_weight:
-            dweight = _weight_gradient(x, g, weight, stride, padding, impl)
-        return dx, dweight, g.sum((0, 2, 3)) if ctx.needs_input_grad[2] else None, None, None, None
+        return *_backward(ctx, g, False), None, None, None
 
 
 class _ConvTranspose(torch.autograd.Function):
@@ -126,14 +114,23 @@ class _ConvTranspose(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, g):
-        (x, weight), (stride, padding, impl) = ctx.saved_tensors, ctx.options
-        g = _like(g, x)
-        dx = dweight = None
-        if ctx.needs_input_grad[0]:
-            dx = _Conv.apply(g, weight, None, stride, padding, impl)
-        if ctx.needs_input_grad[1] and _by_weight:
-            dweight = _weight_gradient(g, x, weight, stride, padding, impl)
-        return dx, dweight, g.sum((0, 2, 3)) if ctx.needs_input_grad[2] else None, None, None, None, None
+        return *_backward(ctx, g, True), None, None, None, None
+
+
+def _backward(ctx, g, transposed):
+    """Gradients of x, weight and bias; that of x is again one of the two functions, the other one."""
+    (x, weight), (stride, padding, impl) = ctx.saved_tensors, ctx.options
+    want_x, want_weight, want_bias = ctx.needs_input_grad[:3]
+    g = g.contiguous(memory_format=torch.channels_last) if _channels_last(x) else g
+    dx = dweight = None
+    if want_x and transposed:
+        dx = _Conv.apply(g, weight, None, stride, padding, impl)
+    elif want_x:
+        dx = _ConvTranspose.apply(g, weight, None, stride, padding, x.shape[2:], impl)
+    if want_weight and _by_weight:
+        larger, smaller = (g, x) if transposed else (x, g)
+        dweight = _weight_gradient(larger, smaller, weight, stride, padding, impl)
+    return dx, dweight, g.sum((0, 2, 3)) if want_bias else None
 
 
 # What runs.

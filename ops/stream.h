@@ -13,22 +13,32 @@
 
 constexpr int64_t kStream = 1 << 21;  // bytes of a result from which on it is streamed
 
+#if defined(__AVX512F__)
+constexpr int64_t kVector = 64;
+#elif defined(__AVX__)
+constexpr int64_t kVector = 32;
+#else
+constexpr int64_t kVector = 16;
+#endif
+
+// One vector of kVector bytes, to an address that is a multiple of them.
+inline void stream_vector(void* to, const void* from) {
+#if defined(__AVX512F__)
+  _mm512_stream_si512((__m512i*)to, _mm512_loadu_si512(from));
+#elif defined(__AVX__)
+  _mm256_stream_si256((__m256i*)to, _mm256_loadu_si256((const __m256i*)from));
+#else
+  std::memcpy(to, from, kVector);
+#endif
+}
+
 // memcpy with such stores; `stream_end` makes them visible to other threads
 inline void stream(void* to, const void* from, int64_t bytes) {
   char* d = static_cast<char*>(to);
   const char* s = static_cast<const char*>(from);
-#if defined(__AVX__)
-#if defined(__AVX512F__)
-  using V = __m512i;
-  const auto copy = [](char* d, const char* s) { _mm512_stream_si512((V*)d, _mm512_loadu_si512(s)); };
-#else
-  using V = __m256i;
-  const auto copy = [](char* d, const char* s) { _mm256_stream_si256((V*)d, _mm256_loadu_si256((const V*)s)); };
-#endif
-  const int64_t head = std::min<int64_t>(bytes, -reinterpret_cast<uintptr_t>(d) & (sizeof(V) - 1));
+  const int64_t head = std::min<int64_t>(bytes, -reinterpret_cast<uintptr_t>(d) & (kVector - 1));
   std::memcpy(d, s, head);
-  for (d += head, s += head, bytes -= head; bytes >= int64_t(sizeof(V)); d += sizeof(V), s += sizeof(V), bytes -= sizeof(V)) copy(d, s);
-#endif
+  for (d += head, s += head, bytes -= head; bytes >= kVector; d += kVector, s += kVector, bytes -= kVector) stream_vector(d, s);
   std::memcpy(d, s, bytes);
 }
 

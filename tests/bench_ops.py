@@ -61,6 +61,33 @@ def race(contestants: dict, seconds: float, synchronize) -> dict[str, list[float
     return times
 
 
+def rows_of(times: dict[str, list[float]], what: str, op: str, shape: list[int], dtype: str, kind: str) -> list[dict]:
+    """A row for each contestant of a race, compared with the one named eager, and with compile if it ran."""
+    medians, rows = {name: statistics.median(t) for name, t in times.items()}, []
+    for name, t in times.items():
+        q1, _, q3 = statistics.quantiles(t, n=4)
+        compiled_by = medians["compile"] / medians[name] if "compile" in medians else None
+        rows.append(
+            {
+                "what": f"{what}: {name}",
+                "ratio": medians["eager"] / medians[name],
+                "spread": [medians["eager"] / q3, medians["eager"] / q1],
+                "note": f"{compiled_by:.2f} of compiled" if compiled_by else "",
+                "op": op,
+                "shape": shape,
+                "dtype": dtype,
+                "pass": kind,
+                "impl": name,
+                "ms": medians[name] * 1e3,
+                "ms_q1": q1 * 1e3,
+                "ms_q3": q3 * 1e3,
+                "n": len(t),
+                "vs_compile": compiled_by,
+            }
+        )
+    return rows
+
+
 def op_rows(quick: bool, device: str = "cpu") -> list[dict]:
     """One row an op, shape, dtype, pass and implementation, with ms (median), ms_q1, ms_q3 (quartiles), n (calls),
     ratio (to eager) and vs_compile (times faster, in medians; None where torch.compile cannot: double backward).
@@ -116,28 +143,8 @@ def op_rows(quick: bool, device: str = "cpu") -> list[dict]:
                     n: contestant(f) for n, f in functions.items() if n != "compile" or kind != "double backward"
                 }
                 times = race(entries, SECONDS / 4 if quick else SECONDS, synchronize)
-                medians = {name: statistics.median(t) for name, t in times.items()}
-                for name, t in times.items():
-                    q1, _, q3 = statistics.quantiles(t, n=4)
-                    compiled_by = medians["compile"] / medians[name] if "compile" in medians else None
-                    rows.append(
-                        {
-                            "what": f"{op.__name__} {'x'.join(map(str, shape))} {str(dtype)[6:]}, {kind}: {name}",
-                            "ratio": medians["eager"] / medians[name],
-                            "spread": [medians["eager"] / q3, medians["eager"] / q1],
-                            "note": f"{compiled_by:.2f} of compiled" if compiled_by else "",
-                            "op": op.__name__,
-                            "shape": list(shape),
-                            "dtype": str(dtype)[6:],
-                            "pass": kind,
-                            "impl": name,
-                            "ms": medians[name] * 1e3,
-                            "ms_q1": q1 * 1e3,
-                            "ms_q3": q3 * 1e3,
-                            "n": len(t),
-                            "vs_compile": compiled_by,
-                        }
-                    )
+                what = f"{op.__name__} {'x'.join(map(str, shape))} {str(dtype)[6:]}, {kind}"
+                rows += rows_of(times, what, op=op.__name__, shape=list(shape), dtype=str(dtype)[6:], kind=kind)
     return rows + convolution_rows(quick, device, synchronize)
 
 
@@ -160,32 +167,14 @@ def convolution_rows(quick: bool, device: str, synchronize) -> list[dict]:
             for name, f in (("eager", eager), ("auto", ours))
         }
         times = race(entries, SECONDS / 4 if quick else SECONDS, synchronize)
-        medians = {name: statistics.median(t) for name, t in times.items()}
-        for name, t in times.items():
-            q1, _, q3 = statistics.quantiles(t, n=4)
-            what = f"{ours.__name__} {'x'.join(map(str, shape))}, {outputs} by {k}x{k}/{stride}"
-            rows.append(
-                {
-                    "what": f"{what}, forward+backward: {name}",
-                    "ratio": medians["eager"] / medians[name],
-                    "spread": [medians["eager"] / q3, medians["eager"] / q1],
-                    "op": ours.__name__,
-                    "shape": list(shape),
-                    "dtype": f"{k}x{k}/{stride}",
-                    "pass": "forward+backward",
-                    "impl": name,
-                    "ms": medians[name] * 1e3,
-                    "ms_q1": q1 * 1e3,
-                    "ms_q3": q3 * 1e3,
-                    "n": len(t),
-                    "vs_compile": None,
-                }
-            )
+        op, kind = f"{ours.__name__} {k}x{k}/{stride}", "forward+backward"
+        what = f"{op} {'x'.join(map(str, shape))} to {outputs} channels, {kind}"
+        rows += rows_of(times, what, op=op, shape=list(shape), dtype="float32", kind=kind)
     return rows
 
 
 if __name__ == "__main__":
-    line = "{:16s} {:15s} {:9s} {:17s} {:8s} {:>8} {:>8} {:>8} {:>8} {:>9}"
+    line = "{:22s} {:15s} {:9s} {:17s} {:8s} {:>8} {:>8} {:>8} {:>8} {:>9}"
     print(line.format("op", "shape", "dtype", "pass", "impl", "ms", "q1", "q3", "x eager", "x compile"))
     for row in op_rows("--quick" in sys.argv, "cuda" if torch.cuda.is_available() else "cpu"):
         numbers = [f"{row[k]:.3f}" for k in ("ms", "ms_q1", "ms_q3")]
