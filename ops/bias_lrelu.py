@@ -1,15 +1,15 @@
 """Fused bias + leaky ReLU: bias_lrelu(x, bias, slope) in one pass over x, and its gradients in one pass each.
 
 Implementations: the PyTorch reference, Triton for NVIDIA GPUs (below), C++ for the CPU (bias_lrelu.cpp). The gradients
-take the sign of the output for the sign of what went into the leaky ReLU, so x is not kept. Two kernels serve all
-orders: the derivative of the backward pass is the backward pass with a bias on its input, and the derivative of that
-is the backward pass again.
+take the sign of the output for the sign of what went into the leaky ReLU, so x is not kept: Triton keeps the output,
+C++ a bit an element. Two kernels serve all orders: the derivative of the backward pass is the backward pass with a bias
+on its input, and the derivative of that is the backward pass again.
 """
 
 import torch
 import torch.nn.functional as F
 
-from .build import DTYPES, acc_dtype, c_function, choose, dense, like, tl, triton
+from .build import DTYPES, acc_dtype, c_function, choose, dense, empty_signs, format_of, tl, triton
 
 
 def bias_lrelu(
@@ -42,9 +42,9 @@ def bias_lrelu(
     if impl == "ref":
         v = (x if x.dtype == acc else x.to(acc)) + (bias if x.ndim == 2 else bias.view(-1, 1, 1))
         return F.leaky_relu(v, slope).to(x.dtype)
-    return _BiasLrelu.apply(
-        dense(x), bias.contiguous(), float(slope), impl, inplace and not torch.compiler.is_compiling()
-    )
+    inplace = inplace and not torch.compiler.is_compiling()
+    keep = torch.is_grad_enabled() and (x.requires_grad or bias.requires_grad)
+    return _BiasLrelu.apply(dense(x), bias.contiguous(), float(slope), impl, inplace, keep)
 
 
 def _view(x: torch.Tensor) -> tuple[int, int, int]:
@@ -55,121 +55,136 @@ def _view(x: torch.Tensor) -> tuple[int, int, int]:
 
 
 # Gradients. m = (y > 0 ? 1 : slope) is constant almost everywhere: through the backward pass only g has a derivative.
+# `positive` is what m is known by: y for Triton, a bit an element for C++.
 
 
 class _BiasLrelu(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, bias, slope, impl, inplace):
+    def forward(ctx, x, bias, slope, impl, inplace, keep):
         if inplace:
             ctx.mark_dirty(x)
-            y = _run_forward(x, bias, slope, impl, x)
+            y, signs = _run_forward(x, bias, slope, impl, keep, x)
         else:
-            y = _forward(x, bias, slope, impl)
-        ctx.save_for_backward(y)
-        ctx.slope, ctx.impl = slope, impl
+            y, signs = _forward(x, bias, slope, impl, keep)
+        ctx.save_for_backward(signs if impl == "cpp" else y, bias)
+        ctx.slope, ctx.impl, ctx.format = slope, impl, format_of(x)
         return y
 
     @staticmethod
     def backward(ctx, g):
-        (y,) = ctx.saved_tensors
+        positive, bias = ctx.saved_tensors
+        g = g.contiguous(memory_format=ctx.format)
         if torch.is_grad_enabled():  # create_graph=True
-            dx, db = _Backward.apply(like(g, y), y, ctx.slope, ctx.impl)
+            dx, db = _Backward.apply(g, positive.detach(), bias, ctx.slope, ctx.impl)
         else:
-            dx, db = _masked(like(g, y), y, None, True, ctx.slope, ctx.impl)
-        return dx, db, None, None, None
+            dx, db = _masked(g, positive, None, True, ctx.slope, ctx.impl)
+        return dx, db, None, None, None, None
 
 
 class _Backward(torch.autograd.Function):
-    """dx = g * m, db = sum of dx over all but the channel."""
+    """dx = g * m, db = sum of dx over all but the channel. By x and bias the derivative is zero: a penalty like R1 goes
+    no further down from here, and the bias, if given, gets its zeros, which Adam counts."""
 
     @staticmethod
-    def forward(ctx, g, y, slope, impl):
-        ctx.save_for_backward(y)
-        ctx.slope, ctx.impl = slope, impl
+    def forward(ctx, g, positive, bias, slope, impl):
+        ctx.save_for_backward(positive, bias)
+        ctx.slope, ctx.impl, ctx.format = slope, impl, format_of(g)
+        ctx.shape, ctx.dtype = g.shape, g.dtype
         ctx.set_materialize_grads(False)
-        return _masked(g, y, None, True, slope, impl)
+        return _masked(g, positive, None, True, slope, impl)
 
     @staticmethod
     def backward(ctx, gdx, gdb):
-        (y,) = ctx.saved_tensors
+        positive, bias = ctx.saved_tensors
         if gdx is None and gdb is None:
-            return None, None, None, None
-        gdx = torch.zeros_like(y) if gdx is None else like(gdx, y)
+            return None, None, None, None, None
+        if gdx is None:
+            gdx = torch.zeros(ctx.shape, dtype=ctx.dtype, device=gdb.device)
+        gdx = gdx.contiguous(memory_format=ctx.format)
         gdb = None if gdb is None else gdb.contiguous()
-        return _DoubleBackward.apply(gdx, gdb, y, ctx.slope, ctx.impl), None, None, None
+        dbias = torch.zeros_like(bias) if ctx.needs_input_grad[2] else None
+        return _DoubleBackward.apply(gdx, gdb, positive, ctx.slope, ctx.impl), None, dbias, None, None
 
 
 class _DoubleBackward(torch.autograd.Function):
     """dg = (gdx + gdb) * m."""
 
     @staticmethod
-    def forward(ctx, gdx, gdb, y, slope, impl):
-        ctx.save_for_backward(y)
-        ctx.slope, ctx.impl, ctx.bias = slope, impl, gdb is not None
-        return _masked(gdx, y, gdb, False, slope, impl)[0]
+    def forward(ctx, gdx, gdb, positive, slope, impl):
+        ctx.save_for_backward(positive)
+        ctx.slope, ctx.impl, ctx.format, ctx.bias = slope, impl, format_of(gdx), gdb is not None
+        return _masked(gdx, positive, gdb, False, slope, impl)[0]
 
     @staticmethod
     def backward(ctx, g):
-        (y,) = ctx.saved_tensors
-        dx, db = _Backward.apply(like(g, y), y, ctx.slope, ctx.impl)
+        (positive,) = ctx.saved_tensors
+        dx, db = _Backward.apply(g.contiguous(memory_format=ctx.format), positive, None, ctx.slope, ctx.impl)
         return dx, db if ctx.bias else None, None, None, None
 
 
 # What runs: eager calls go straight to it, torch.compile sees one operator of known shape.
 
 
-def _forward(x, bias, slope, impl):
-    return (_forward_op if torch.compiler.is_compiling() else _run_forward)(x, bias, slope, impl)
+def _forward(*arguments):
+    return (_forward_op if torch.compiler.is_compiling() else _run_forward)(*arguments)
 
 
-def _masked(g, y, bias, reduce, slope, impl):
-    return (_masked_op if torch.compiler.is_compiling() else _run_masked)(g, y, bias, reduce, slope, impl)
+def _masked(*arguments):
+    return (_masked_op if torch.compiler.is_compiling() else _run_masked)(*arguments)
 
 
-def _run_forward(x, bias, slope, impl, y=None):
+def _run_forward(x, bias, slope, impl, keep, y=None):
+    """y, and its signs if they are to be kept (C++), else a tensor without elements."""
     y = torch.empty_like(x) if y is None else y
+    signs = _empty_signs(x, impl, keep)
     if x.numel() == 0:
-        return y
+        return y, signs
     if impl == "triton":
         with torch.cuda.device_of(x):
             _triton_forward(x, bias, y, slope)
     else:
-        run = c_function("bias_lrelu", x.dtype, "pppiiid")
-        run(x.data_ptr(), bias.data_ptr(), y.data_ptr(), *_view(x), slope)
-    return y
+        run = c_function("bias_lrelu", x.dtype, "ppppiiid")
+        run(x.data_ptr(), bias.data_ptr(), y.data_ptr(), signs.data_ptr() if keep else None, *_view(x), slope)
+    return y, signs
+
+
+def _empty_signs(x, impl, keep):
+    outer, C, inner = _view(x)
+    rows, columns = (1, outer * C) if inner == 1 else (outer * C, inner)
+    return empty_signs(rows, columns if keep and impl == "cpp" else 0, x.device)
 
 
 def _run_masked(
-    g: torch.Tensor, y: torch.Tensor, bias: torch.Tensor | None, reduce: bool, slope: float, impl: str
+    g: torch.Tensor, positive: torch.Tensor, bias: torch.Tensor | None, reduce: bool, slope: float, impl: str
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """dx = (g + bias) * m, and its sum over all but the channel (if reduce, else an empty tensor)."""
-    dx = torch.empty_like(y)
-    db = torch.empty(y.shape[1] if reduce else 0, dtype=acc_dtype(y.dtype), device=y.device)
-    if y.numel() == 0:
+    dx, db = _empty_gradients(g, positive, bias, reduce, slope, impl)
+    if g.numel() == 0:
         return dx, db.zero_()
     if impl == "triton":
-        with torch.cuda.device_of(y):
-            _triton_masked(g, y, bias, dx, db, slope)
+        with torch.cuda.device_of(g):
+            _triton_masked(g, positive, bias, dx, db, slope)
     else:
-        run = c_function("bias_lrelu_masked", y.dtype, "pppppiiid")
+        run = c_function("bias_lrelu_masked", g.dtype, "pppppiiid")
         b = None if bias is None else bias.data_ptr()
-        run(g.data_ptr(), y.data_ptr(), b, dx.data_ptr(), db.data_ptr() if reduce else None, *_view(y), slope)
+        run(g.data_ptr(), positive.data_ptr(), b, dx.data_ptr(), db.data_ptr() if reduce else None, *_view(g), slope)
     return dx, db
 
 
+def _empty_gradients(g, positive, bias, reduce, slope, impl):
+    return torch.empty_like(g), g.new_empty(g.shape[1] if reduce else 0, dtype=acc_dtype(g.dtype))
+
+
 @torch.library.custom_op("infoscc::bias_lrelu", mutates_args=())
-def _forward_op(x: torch.Tensor, bias: torch.Tensor, slope: float, impl: str) -> torch.Tensor:
-    return _run_forward(x, bias, slope, impl)
+def _forward_op(
+    x: torch.Tensor, bias: torch.Tensor, slope: float, impl: str, keep: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return _run_forward(x, bias, slope, impl, keep)
 
 
-_forward_op.register_fake(lambda x, bias, slope, impl: torch.empty_like(x))
+_forward_op.register_fake(lambda x, bias, slope, impl, keep: (torch.empty_like(x), _empty_signs(x, impl, keep)))
 _masked_op = torch.library.custom_op("infoscc::bias_lrelu_masked", _run_masked, mutates_args=())
-_masked_op.register_fake(
-    lambda g, y, bias, reduce, slope, impl: (
-        torch.empty_like(y),
-        y.new_empty(y.shape[1] if reduce else 0, dtype=acc_dtype(y.dtype)),
-    )
-)
+_masked_op.register_fake(_empty_gradients)
 
 
 # Triton. Memory is a matrix [rows, cols], channels_last [B*H*W, C] or NCHW [B*C, H*W]; a tile of it has 1024 elements.

@@ -57,9 +57,14 @@ def dense(x: torch.Tensor) -> torch.Tensor:
     )
 
 
-def like(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-    """x in the dense memory format of y."""
-    return x.contiguous(memory_format=torch.contiguous_format if y.is_contiguous() else torch.channels_last)
+def format_of(x: torch.Tensor) -> torch.memory_format:
+    """The memory format of a dense tensor."""
+    return torch.contiguous_format if x.is_contiguous() else torch.channels_last
+
+
+def empty_signs(rows: int, columns: int, device: torch.device) -> torch.Tensor:
+    """Room for a bit an element, 32 a word, every row in words of its own: what the C++ ops keep for the gradient."""
+    return torch.empty(rows * -(-columns // 32), dtype=torch.int32, device=device)
 
 
 @torch.compiler.assume_constant_result

@@ -30,13 +30,6 @@ template <class T> using V = typename vec<T>::type;
 template <class T> constexpr int64_t L = kVector / sizeof(T);
 template <class T> const T zeros[kMost] = {};
 
-template <class T> struct Buffer {
-  T* data;
-  explicit Buffer(int64_t n) : data(static_cast<T*>(std::aligned_alloc(64, (n * sizeof(T) + 63) / 64 * 64))) {}
-  ~Buffer() { std::free(data); }
-  Buffer(const Buffer&) = delete;
-};
-
 // Toom and Cook's matrices: A and G evaluate polynomials of M and R coefficients at N - 1 points and infinity, B interpolates; the denominators are
 // in G.
 template <int M, int R> struct Toom {

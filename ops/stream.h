@@ -1,11 +1,16 @@
-// Stores that pass the cache by. A usual store first reads the line that it is about to overwrite; for results that no
-// cache can hold until they are read, that is a third of the traffic of an elementwise pass.
+// Memory: buffers whose rows of vectors start where cache lines do, and stores that pass the cache by. A usual store first
+// reads the line that it is about to overwrite; for results that no cache holds until they are read, that is a third of
+// the traffic of an elementwise pass.
 
 #pragma once
 
 #include <algorithm>
 #include <cstdint>
+#include <cstdlib>
 #include <cstring>
+#include <type_traits>
+
+#include "half.h"
 
 #if defined(__AVX__)
 #include <immintrin.h>
@@ -20,6 +25,14 @@ constexpr int64_t kVector = 32;
 #else
 constexpr int64_t kVector = 16;
 #endif
+
+// n elements, uninitialised. Vectors of a std::vector would lie across two lines each, at up to twice the time.
+template <class T> struct Buffer {
+  T* data;
+  explicit Buffer(int64_t n) : data(static_cast<T*>(std::aligned_alloc(64, (n * sizeof(T) + 63) / 64 * 64))) {}
+  ~Buffer() { std::free(data); }
+  Buffer(const Buffer&) = delete;
+};
 
 // One vector of kVector bytes, to an address that is a multiple of them.
 inline void stream_vector(void* to, const void* from) {
@@ -46,4 +59,18 @@ inline void stream_end() {
 #if defined(__AVX__)
   _mm_sfence();
 #endif
+}
+
+// out = v, rounded to T; past the cache if so asked. `rounded` is scratch of as many elements.
+template <class T>
+inline void store(T* out, const acc_t<T>* v, T* rounded, int64_t n, bool past) {
+  if constexpr (std::is_same_v<T, acc_t<T>>) {
+    if (past) stream(out, v, n * sizeof(T));
+    else std::memcpy(out, v, n * sizeof(T));
+  } else {
+    T* to = past ? rounded : out;
+#pragma omp simd
+    for (int64_t i = 0; i < n; i++) put(to[i], v[i]);
+    if (past) stream(out, rounded, n * sizeof(T));
+  }
 }

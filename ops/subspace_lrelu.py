@@ -3,13 +3,14 @@
 A generator block adds conv(phi_b) to its activations, phi_b = U (L * z_b) + mu. The convolution is linear, so
 conv(phi_b) = sum_k coef[b, k] maps[k], with maps the convolved columns of U L and mu, without bias, and coef = [z, 1]:
 K convolutions in place of B. This op does the sum, the bias and the activation. Implementations: the PyTorch
-reference, Triton for NVIDIA GPUs (below), C++ for the CPU (subspace_lrelu.cpp).
+reference, Triton for NVIDIA GPUs (below), C++ for the CPU (subspace_lrelu.cpp). For the gradients Triton keeps the
+output, C++ only its signs, a bit an element.
 """
 
 import torch
 import torch.nn.functional as F
 
-from .build import DTYPES, acc_dtype, c_function, choose, dense, like, tl, triton
+from .build import DTYPES, acc_dtype, c_function, choose, dense, empty_signs, format_of, tl, triton
 
 
 def subspace_lrelu(
@@ -47,10 +48,15 @@ def subspace_lrelu(
     impl = choose(impl, h.device.type)
     acc = acc_dtype(h.dtype)
     h = dense(h)
-    coef, maps, bias = coef.to(acc).contiguous(), like(maps.to(h.dtype), h), bias.to(acc).contiguous()
+    coef, bias = coef.to(acc).contiguous(), bias.to(acc).contiguous()
+    maps = maps.to(h.dtype).contiguous(memory_format=format_of(h))
     if impl == "ref":
         return F.leaky_relu(h.to(acc) + _mix(coef, maps) + bias.view(-1, 1, 1), slope).to(h.dtype)
-    return _SubspaceLrelu.apply(h, coef, maps, bias, float(slope), impl, inplace and not torch.compiler.is_compiling())
+    inplace = inplace and not torch.compiler.is_compiling()
+    keep = torch.is_grad_enabled() and (
+        h.requires_grad or coef.requires_grad or maps.requires_grad or bias.requires_grad
+    )
+    return _SubspaceLrelu.apply(h, coef, maps, bias, float(slope), impl, inplace, keep)
 
 
 def _mix(coef, maps):
@@ -62,44 +68,55 @@ def _mix(coef, maps):
     return out.permute(0, 3, 1, 2) if last else out
 
 
+# `positive` is what m = (y > 0 ? 1 : slope) is known by: y for Triton, a bit an element for C++.
+
+
 class _SubspaceLrelu(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, h, coef, maps, bias, slope, impl, inplace):
+    def forward(ctx, h, coef, maps, bias, slope, impl, inplace, keep):
         if inplace:
             ctx.mark_dirty(h)
-            y = _run_forward(h, coef, maps, bias, slope, impl, h)
+            y, signs = _run_forward(h, coef, maps, bias, slope, impl, keep, h)
         else:
-            y = _forward(h, coef, maps, bias, slope, impl)
-        ctx.save_for_backward(y, coef, maps)
+            y, signs = _forward(h, coef, maps, bias, slope, impl, keep)
+        ctx.save_for_backward(signs if impl == "cpp" else y, coef, maps)
         ctx.slope, ctx.impl = slope, impl
         return y
 
     @staticmethod
     def backward(ctx, g):
-        y, coef, maps = ctx.saved_tensors
-        _, want_coef, want_maps, want_bias, _, _, _ = ctx.needs_input_grad
-        arguments = like(g, y), y, coef, maps, want_coef, want_maps, want_bias, ctx.slope, ctx.impl
-        # Gradients are enabled here under create_graph=True.
-        dh, dcoef, dmaps, dbias = (_Backward.apply if torch.is_grad_enabled() else _backward)(*arguments)
-        wanted = zip((dcoef, dmaps, dbias), (want_coef, want_maps, want_bias), strict=True)
-        return dh, *(t if want else None for t, want in wanted), None, None, None
+        positive, coef, maps = ctx.saved_tensors
+        _, want_coef, want_maps, want_bias, *_ = ctx.needs_input_grad
+        g = g.contiguous(memory_format=format_of(maps))
+        wanted = want_coef, want_maps, want_bias
+        if torch.is_grad_enabled():  # create_graph=True
+            gradients = _Backward.apply(g, positive.detach(), coef, maps, *wanted, ctx.slope, ctx.impl)
+        else:
+            gradients = _backward(g, positive, coef, maps, *wanted, ctx.slope, ctx.impl)
+        dh, dcoef, dmaps, dbias = gradients
+        dcoef, dmaps, dbias = dcoef if want_coef else None, dmaps if want_maps else None, dbias if want_bias else None
+        return dh, dcoef, dmaps, dbias, None, None, None, None
 
 
 class _Backward(torch.autograd.Function):
-    """With m = (y > 0 ? 1 : slope), constant almost everywhere: dh = g * m, dcoef[b, k] = <dh[b], maps[k]>,
+    """With m constant almost everywhere: dh = g * m, dcoef[b, k] = <dh[b], maps[k]>,
     dmaps[k] = sum_b coef[b, k] dh[b], dbias[c] = sum of dh over all but the channel."""
 
     @staticmethod
-    def forward(ctx, g, y, coef, maps, want_coef, want_maps, want_bias, slope, impl):
-        ctx.save_for_backward(g, y, coef, maps)
-        ctx.slope = slope
-        return _backward(g, y, coef, maps, want_coef, want_maps, want_bias, slope, impl)
+    def forward(ctx, g, positive, coef, maps, want_coef, want_maps, want_bias, slope, impl):
+        ctx.save_for_backward(g, positive, coef, maps)
+        ctx.slope, ctx.impl = slope, impl
+        return _backward(g, positive, coef, maps, want_coef, want_maps, want_bias, slope, impl)
 
     @staticmethod
     def backward(ctx, gdh, gdcoef, gdmaps, gdbias):
         """With q the gradient that reaches dh by all four outputs, dg = q * m; dcoef needs maps too, and dmaps coef."""
-        g, y, coef, maps = ctx.saved_tensors
-        m = torch.where(y > 0, coef.new_ones(()), ctx.slope)
+        g, positive, coef, maps = ctx.saved_tensors
+        if ctx.impl == "cpp":
+            ones = torch.ones_like(g, dtype=coef.dtype)
+            m = _run_backward(ones, positive, coef, maps, False, False, False, ctx.slope, ctx.impl)[0]
+        else:
+            m = torch.where(positive > 0, coef.new_ones(()), ctx.slope)
         dh = g.to(coef.dtype) * m
         q, to_coef, to_maps = gdh.to(coef.dtype), None, None
         if gdcoef.numel():
@@ -124,22 +141,29 @@ def _backward(*arguments):
     return (_backward_op if torch.compiler.is_compiling() else _run_backward)(*arguments)
 
 
-def _run_forward(h, coef, maps, bias, slope, impl, y=None):
+def _run_forward(h, coef, maps, bias, slope, impl, keep, y=None):
+    """y, and its signs if they are to be kept (C++), else a tensor without elements."""
     y = torch.empty_like(h) if y is None else y
+    signs = _empty_signs(h, impl, keep)
     if h.numel() == 0:
-        return y
+        return y, signs
     if impl == "triton":
         with torch.cuda.device_of(h):
             _triton_forward(h, coef, maps, bias, y, slope)
     else:
-        run = c_function("subspace_lrelu", h.dtype, "pppppiiiiid")
-        run(*[t.data_ptr() for t in (h, coef, maps, bias, y)], *_sizes(h, coef), slope)
-    return y
+        run = c_function("subspace_lrelu", h.dtype, "ppppppiiiiid")
+        pointers = [t.data_ptr() if t.numel() else None for t in (h, coef, maps, bias, y, signs)]
+        run(*pointers, *_sizes(h, coef), slope)
+    return y, signs
+
+
+def _empty_signs(h, impl, keep):
+    return empty_signs(len(h), h[0].numel() if keep and impl == "cpp" and len(h) else 0, h.device)
 
 
 def _run_backward(
     g: torch.Tensor,
-    y: torch.Tensor,
+    positive: torch.Tensor,
     coef: torch.Tensor,
     maps: torch.Tensor,
     want_coef: bool,
@@ -149,28 +173,28 @@ def _run_backward(
     impl: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of h, coef, maps and bias; what is not wanted comes back with no elements."""
-    outputs = _empty_gradients(g, y, coef, maps, want_coef, want_maps, want_bias, slope, impl)
-    if y.numel() == 0:
+    outputs = _empty_gradients(g, positive, coef, maps, want_coef, want_maps, want_bias, slope, impl)
+    if g.numel() == 0:
         return tuple(t.zero_() for t in outputs)
     if impl == "triton":
-        with torch.cuda.device_of(y):
-            _triton_backward(g, y, coef, maps, *outputs, slope)
+        with torch.cuda.device_of(g):
+            _triton_backward(g, positive, coef, maps, *outputs, slope)
     else:
-        run = c_function("subspace_lrelu_backward", y.dtype, "ppppppppiiiiid")
-        pointers = [t.data_ptr() if t.numel() else None for t in (g, y, coef, maps, *outputs)]
-        run(*pointers, *_sizes(y, coef), slope)
+        run = c_function("subspace_lrelu_backward", g.dtype, "ppppppppiiiiid")
+        pointers = [t.data_ptr() if t.numel() else None for t in (g, positive, coef, maps, *outputs)]
+        run(*pointers, *_sizes(g, coef), slope)
     return outputs
 
 
-def _empty_gradients(g, y, coef, maps, want_coef, want_maps, want_bias, slope, impl):
+def _empty_gradients(g, positive, coef, maps, want_coef, want_maps, want_bias, slope, impl):
     def nothing(t):
         return t.new_empty(0)
 
     return (
-        torch.empty_like(y),
+        torch.empty_like(g),
         torch.empty_like(coef) if want_coef else nothing(coef),
         torch.empty_like(maps) if want_maps else nothing(maps),
-        coef.new_empty(y.shape[1]) if want_bias else nothing(coef),
+        coef.new_empty(g.shape[1]) if want_bias else nothing(coef),
     )
 
 
@@ -182,12 +206,14 @@ def _sizes(h, coef):
 
 @torch.library.custom_op("infoscc::subspace_lrelu", mutates_args=())
 def _forward_op(
-    h: torch.Tensor, coef: torch.Tensor, maps: torch.Tensor, bias: torch.Tensor, slope: float, impl: str
-) -> torch.Tensor:
-    return _run_forward(h, coef, maps, bias, slope, impl)
+    h: torch.Tensor, coef: torch.Tensor, maps: torch.Tensor, bias: torch.Tensor, slope: float, impl: str, keep: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return _run_forward(h, coef, maps, bias, slope, impl, keep)
 
 
-_forward_op.register_fake(lambda h, coef, maps, bias, slope, impl: torch.empty_like(h))
+_forward_op.register_fake(
+    lambda h, coef, maps, bias, slope, impl, keep: (torch.empty_like(h), _empty_signs(h, impl, keep))
+)
 _backward_op = torch.library.custom_op("infoscc::subspace_lrelu_backward", _run_backward, mutates_args=())
 _backward_op.register_fake(_empty_gradients)
 

@@ -173,6 +173,22 @@ def test_third_order_gradients_of_bias_lrelu(impl):
 
 
 @impls
+def test_a_penalty_ends_at_the_activation(impl):
+    """With R1 of a score linear in y no gradient reaches what the activation takes, and its bias gets zeros."""
+    x, w, bias = (
+        torch.randn(*s, dtype=torch.float64, device=DEVICE, requires_grad=True) for s in ((8, 3), (3, 5), (5,))
+    )
+    h = x @ w
+    reached = []
+    h.register_hook(reached.append)
+    r1 = grad(bias_lrelu(h, bias, impl=impl).sum(), x, create_graph=True)[0].square().sum()
+    reached.clear()
+    r1.backward()
+    assert w.grad.abs().min() > 0 and torch.equal(bias.grad, torch.zeros_like(bias))
+    assert impl == "ref" or not reached
+
+
+@impls
 @formats
 def test_gradient_penalty_in_a_network(impl, memory_format):
     """R1 through two layers: the penalty and its gradient in the weights are those of plain PyTorch."""
@@ -374,7 +390,7 @@ def process(folder, path=None, **env):
 
 def copy_one_op(folder):
     (folder / "ops").mkdir()
-    for name in ("build.py", "half.h", "stream.h", "bias_lrelu.py", "bias_lrelu.cpp"):
+    for name in ("build.py", "half.h", "signs.h", "stream.h", "bias_lrelu.py", "bias_lrelu.cpp"):
         shutil.copy(ROOT / "ops" / name, folder / "ops")
 
 
