@@ -470,9 +470,13 @@ class Trainer:
         with self.run.autocast():
             return self.decoder(y, latents), y
 
+    def drop_gradients(self) -> None:
+        """Each update begins with it: the last one's gradients would lie beside its activations, where memory peaks."""
+        self.opt_g.zero_grad(set_to_none=True)
+        self.opt_d.zero_grad(set_to_none=True)
+
     def step(self, loss: Tensor, network: nn.Module, optimiser, scaler, limit: Tensor | None = None) -> None:
         """Backward and one step of the optimiser; a gradient of a norm above `limit` is scaled to it."""
-        optimiser.zero_grad(set_to_none=True)
         scaler.scale(loss).backward()
         self.run.average_gradients(network.parameters())
         scaler.unscale_(optimiser)
@@ -494,6 +498,7 @@ class Trainer:
         two weigh the same. The encoder's gradient can be a hundred times the discriminator's, and in the second moments
         of their common Adam it would all but stop the adversarial game.
         """
+        self.drop_gradients()
         x, y = self.fake()
         loss = self.classify_loss(x, y)
         self.step(loss, self.decoder, self.opt_g, self.scaler_g, limit)
@@ -501,6 +506,7 @@ class Trainer:
 
     def discriminate(self, real: Tensor, y_real: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """One update of D; returns its loss and its scores of real and fake."""
+        self.drop_gradients()
         with torch.no_grad():
             fake, y_fake = self.fake()
         real, fake = augment(real, self.options["augment"]), augment(fake, self.options["augment"])
@@ -512,6 +518,7 @@ class Trainer:
 
     def penalise(self, real: Tensor, y_real: Tensor | None) -> Tensor:
         """Lazy R1: its own forward, in fp32, and its own step of D's optimiser; returns E ||grad D||^2."""
+        self.drop_gradients()
         penalty = r1_penalty(self.D, augment(real, self.options["augment"]), y_real)
         self.step(self.options["r1"] * penalty, self.D, self.opt_d, self.scaler_d)
         return penalty
@@ -521,6 +528,7 @@ class Trainer:
 
         Returns the adversarial loss, the penalty on U and the classification loss.
         """
+        self.drop_gradients()
         self.D.requires_grad_(False)
         x, y = self.fake()
         augmented = augment(x, self.options["augment"])
