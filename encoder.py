@@ -82,17 +82,17 @@ class Encoder(nn.Module):
 class StemConv(nn.Module):
     """A frozen 7x7 stem at stride 2 as a 4x4 convolution of 2x2 blocks of pixels, the same result.
 
-    Its gradient then has 12 channels to fill a vector with instead of 3.
+    Pixels get a fourth channel of zeros, so that blocks have 16: vectors are full, and Winograd's method is open to it.
     """
 
     def __init__(self, conv: nn.Conv2d):
         super().__init__()
-        weight = F.pixel_unshuffle(F.pad(conv.weight, (1, 0, 1, 0)), 2)
-        self.conv = nn.Conv2d(12, conv.out_channels, 4).requires_grad_(False)
+        weight = F.pixel_unshuffle(F.pad(conv.weight, (1, 0, 1, 0, 0, 1)), 2)
+        self.conv = nn.Conv2d(16, conv.out_channels, 4).requires_grad_(False)
         self.conv.load_state_dict({"weight": weight, "bias": conv.bias})
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.conv(F.pixel_unshuffle(F.pad(x, (4, 2, 4, 2)), 2))
+        return self.conv(F.pixel_unshuffle(F.pad(x, (4, 2, 4, 2, 0, 1)), 2))
 
 
 class MapLinear(nn.Module):

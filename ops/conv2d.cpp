@@ -14,21 +14,32 @@
 #include <cstdlib>
 
 #include <omp.h>
+#if defined(__linux__)
+#include <unistd.h>
+#endif
 
 #include "stream.h"
 
 namespace {
 
-constexpr int64_t kRows = kVector == 64 ? 8 : 6;  // of a matrix product in registers, two vectors each
+constexpr int64_t kRows = kVector == 64 ? 8 : 4;  // of a matrix product in registers, two vectors each
 constexpr int64_t kChunk = 16;      // tiles transformed together, channels of kernels likewise
 constexpr int64_t kDeep = 64;       // input channels whose large kernels are in work together
 constexpr int64_t kMost = 2048;     // channels
-constexpr int64_t kCache = 3 << 19; // bytes that stay in a second-level cache
 
 template <class T> struct vec { typedef T type __attribute__((vector_size(kVector), aligned(sizeof(T)), may_alias)); };
 template <class T> using V = typename vec<T>::type;
 template <class T> constexpr int64_t L = kVector / sizeof(T);
 template <class T> const T zeros[kMost] = {};
+
+// Bytes that stay in a second-level cache, three quarters of it.
+const int64_t kCache = [] {
+  int64_t size = 0;
+#if defined(_SC_LEVEL2_CACHE_SIZE)
+  size = sysconf(_SC_LEVEL2_CACHE_SIZE);
+#endif
+  return std::clamp<int64_t>(size ? size : 1 << 20, 1 << 18, 1 << 21) / 4 * 3;
+}();
 
 // Toom and Cook's matrices: A and G evaluate polynomials of M and R coefficients at N - 1 points and infinity, B interpolates; the denominators are
 // in G.
@@ -60,6 +71,16 @@ template <int M, int R> constexpr Toom<M, R> toom{};
 
 #define INLINE __attribute__((always_inline))
 #define UNROLL _Pragma("GCC unroll 16")
+
+// n vectors, `apart` elements from one to the next, in registers: compilers would read them again for every product.
+template <int n, class T> inline INLINE void load(V<T>* to, const T* from, int64_t apart) {
+  UNROLL for (int i = 0; i < n; i++) {
+    to[i] = *(const V<T>*)(from + i * apart);
+#if defined(__x86_64__)
+    asm("" : "+v"(to[i]));
+#endif
+  }
+}
 
 // out[i * step] = sum_j m(i, j) in[j], for a matrix that the compiler knows
 template <int I, int J, class T, class F> inline INLINE void product(F m, const V<T>* in, V<T>* out, int64_t step) {
@@ -96,9 +117,9 @@ template <class T, int W> void gemm(const T* v, int64_t v_rows, const T* u, T* c
     const T* uk = u;
     for (int64_t k = 0; k < K; k += L<T>) {
       const T* vr = v + (k / L<T> * v_rows + r) * L<T>;
-      for (int64_t l = 0; l < L<T>; l++, vr++, uk += W * L<T>) {
+      _Pragma("GCC unroll 2") for (int64_t l = 0; l < L<T>; l++, vr++, uk += W * L<T>) {
         V<T> b[W];
-        UNROLL for (int w = 0; w < W; w++) b[w] = *(const V<T>*)(uk + w * L<T>);
+        load<W>(b, uk, L<T>);
         UNROLL for (int i = 0; i < rows; i++)
           UNROLL for (int w = 0; w < W; w++) sum[i][w] += vr[i * L<T>] * b[w];
       }
@@ -120,7 +141,7 @@ void outer(const T* v, int64_t v_rows, const T* h, int64_t h_rows, int64_t n, T*
     const T* vk = v + k / L<T> * v_rows * L<T> + k % L<T>;
     for (int64_t t = 0; t < n; t++) {
       V<T> b[W];
-      UNROLL for (int w = 0; w < W; w++) b[w] = *(const V<T>*)(h + (w * h_rows + t) * L<T>);
+      load<W>(b, h + t * L<T>, h_rows * L<T>);
       UNROLL for (int i = 0; i < wide; i++)
         UNROLL for (int w = 0; w < W; w++) sum[i][w] += vk[t * L<T> + i] * b[w];
     }
@@ -209,24 +230,31 @@ template <class T, int M, int R> struct Convolution : Shape {
     transform<A, M>([](int i, int j) { return toom<M, R>.A[i][j]; }, pixel, t0, t1, N, h + row * L<T>, rows, apart);
   }
 
-  // y = A' m A + bias, PAST the cache or not, of tiles t0 .. t1, n channels from n0 on
+  // y = A' m A + bias, PAST the cache or not, of tiles t0 .. t1, n channels from n0 on. Past the cache, whole lines of it: one that is left half
+  // written while others follow goes to memory twice.
   template <bool PAST>
   void outputs(const T* m, int64_t rows, int64_t apart, int64_t t0, int64_t t1, int64_t o, int64_t n0, int64_t n, const T* bias, T* y) const {
     for (int64_t t = t0; t < t1; t++) {
       const Tile q = tile(t);
-      for (int64_t c = 0; c < n; c += L<T>) {
-        const T* from = m + c * rows + (t - t0) * L<T>;
-        const V<T> base = bias ? *(const V<T>*)(bias + n0 + c) : V<T>{};
-        both_sides<M, A, T>([](int i, int j) { return toom<M, R>.A[j][i]; },
-                            [&](int i, int j) INLINE { return *(const V<T>*)(from + (i * A + j) * apart); },
-                            [&](int i, int j, V<T> v) INLINE {
-                              const int64_t r = out * (q.y + i) + o / 2, l = out * (q.x + j) + o % 2;
-                              if (r >= OH || l >= OW) return;
-                              T* to = y + ((q.b * OH + r) * OW + l) * N + n0 + c;
-                              const V<T> sum = v + base;
-                              if (PAST) stream_vector(to, &sum);
-                              else *(V<T>*)to = sum;
-                            });
+      constexpr int S = PAST ? 64 / kVector : 1;
+      for (int64_t c = 0; c < n; c += S * L<T>) {
+        V<T> pixels[M][M][S];
+        UNROLL for (int s = 0; s < S; s++) {
+          const T* from = m + (c + s * L<T>) * rows + (t - t0) * L<T>;
+          const V<T> base = bias ? *(const V<T>*)(bias + n0 + c + s * L<T>) : V<T>{};
+          both_sides<M, A, T>([](int i, int j) { return toom<M, R>.A[j][i]; },
+                              [&](int i, int j) INLINE { return *(const V<T>*)(from + (i * A + j) * apart); },
+                              [&](int i, int j, V<T> v) INLINE { pixels[i][j][s] = v + base; });
+        }
+        for (int i = 0; i < M; i++)
+          for (int j = 0; j < M; j++) {
+            const int64_t r = out * (q.y + i) + o / 2, l = out * (q.x + j) + o % 2;
+            if (r >= OH || l >= OW) continue;
+            T* to = y + ((q.b * OH + r) * OW + l) * N + n0 + c;
+            for (int s = 0; s < S; s++)
+              if (PAST) stream_vector(to + s * L<T>, &pixels[i][j][s]);
+              else *(V<T>*)(to + s * L<T>) = pixels[i][j][s];
+          }
       }
     }
   }
@@ -276,7 +304,7 @@ template <class T, int M, int R> struct Convolution : Shape {
   }
 
   void conv(const T* x, const T* w, const T* bias, T* y) const {
-    const bool past = B * OH * OW * N * int64_t(sizeof(T)) >= kStream && reinterpret_cast<uintptr_t>(y) % kVector == 0;
+    const bool past = B * OH * OW * N * int64_t(sizeof(T)) >= kStream && reinterpret_cast<uintptr_t>(y) % 64 == 0;
     const auto multiply = width == L<T> ? gemm<T, 1> : gemm<T, 2>;
     const auto write = past ? &Convolution::outputs<true> : &Convolution::outputs<false>;
     const int64_t u_apart = K * width + L<T>, u_panel = P * u_apart, u_all = parities * panels * u_panel;
