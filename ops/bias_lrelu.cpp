@@ -7,50 +7,32 @@
 #include <numeric>
 #include <vector>
 
-#include "half.h"
-#include "signs.h"
-#include "stream.h"
+#include "lrelu.h"
 
 namespace {
 
-constexpr int64_t kTile = 1024;   // elements in the inner loop: whole rows of channels, so that short rows fill vectors too
+constexpr int64_t kTile = 1024;   // elements in work together
 constexpr int64_t kTask = 16384;  // elements that make it worth waking a thread
 
-// Elements of a tile of whole rows of C channels that are whole words of signs.
-inline int64_t tile_size(int64_t C) {
-  const int64_t rows = 32 / std::gcd(C, int64_t(32));
-  return std::max<int64_t>(1, kTile / (rows * C)) * rows * C;
+// Elements of a tile, whole words of signs: of a map where inner > 1, else of whole rows of C channels, so that short rows fill vectors too.
+inline int64_t tile_size(int64_t C, int64_t inner) {
+  const int64_t rows = inner > 1 ? kTile : kWord / std::gcd(C, kWord) * C;
+  return std::max<int64_t>(1, kTile / rows) * rows;
 }
 
 // The bias (null: zeros) of a tile's rows, one after another.
 template <class A>
-void repeat(const A* bias, int64_t C, A* tile, int64_t L) {
-  for (int64_t i = 0; i < L; i += C) {
+void repeat(const A* bias, int64_t C, A* tile, int64_t n) {
+  for (int64_t i = 0; i < n; i += C) {
     if (bias) std::copy(bias, bias + C, tile + i);
     else std::fill(tile + i, tile + i + C, A(0));
   }
 }
 
-// s[c] += sum over r of x[r, c]. Short rows are first added up as if they were long ones, to fill vectors.
-template <class A>
-void sum_rows(const A* x, A* s, int64_t rows, int64_t C, A* scratch) {
-  const int64_t fold = std::clamp<int64_t>(64 / C, 1, rows), L = fold * C;
-  A* out = fold > 1 ? scratch : s;
-  if (fold > 1) std::fill(out, out + L, A(0));
-  int64_t r = 0;
-  for (; r + 4 * fold <= rows; r += 4 * fold) {
-    const A* xr = x + r * C;
-#pragma omp simd
-    for (int64_t i = 0; i < L; i++) out[i] += (xr[i] + xr[L + i]) + (xr[2 * L + i] + xr[3 * L + i]);
-  }
-  for (; r + fold <= rows; r += fold)
-#pragma omp simd
-    for (int64_t i = 0; i < L; i++) out[i] += x[r * C + i];
-  if (fold > 1)
-    for (int64_t f = 0; f < fold; f++)
-      for (int64_t c = 0; c < C; c++) s[c] += out[f * C + c];
-  for (; r < rows; r++)
-    for (int64_t c = 0; c < C; c++) s[c] += x[r * C + c];
+// Whether a result is streamed: one that no cache would hold, since the lines of its long runs are fetched ahead, and whose tiles start with lines.
+template <class T>
+bool is_streamed(const T* y, int64_t total, int64_t inner) {
+  return total * int64_t(sizeof(T)) >= 4 * kStream && on_line(y) && (inner == 1 || inner * sizeof(T) % kLine == 0);
 }
 
 // y = lrelu(x + bias): reads x once, writes y once. x and y may be the same. positive takes the signs of y, 32 a word, for channels_last in the
@@ -58,34 +40,34 @@ void sum_rows(const A* x, A* s, int64_t rows, int64_t C, A* scratch) {
 template <class T>
 void forward(const T* x, const acc_t<T>* bias, T* y, uint32_t* positive, int64_t outer, int64_t C, int64_t inner, acc_t<T> slope) {
   using A = acc_t<T>;
-  const int64_t total = outer * C * inner, words = (inner + 31) / 32, L = inner == 1 ? tile_size(C) : kTile;
-  const bool past = x != y && total * int64_t(sizeof(T)) >= kStream;
-  const Buffer<A> tile(inner == 1 ? L : 0);
-  if (inner == 1) repeat(bias, C, tile.data, L);
+  const int64_t total = outer * C * inner, words = (inner + kWord - 1) / kWord, size = tile_size(C, inner);
+  const bool past = x != y && is_streamed(y, total, inner);
+  const Buffer<A> tile(inner == 1 ? size : 0);
+  if (inner == 1) repeat(bias, C, tile.data, size);
 #pragma omp parallel if (total >= 2 * kTask)
   {
-    const Buffer<A> out(L);
-    const Buffer<T> rounded(L);
-    const auto activate = [&](int64_t t, int64_t n, int64_t word, auto bias_of) {
-      A* v = out.data;
-#pragma omp simd
-      for (int64_t i = 0; i < n; i++) {
-        const A u = get(x[t + i]) + bias_of(i), w = u * slope;
-        v[i] = u > 0 ? u : w;
-      }
-      if (positive) pack_signs(v, positive + word, n);
-      store(y + t, v, rounded.data, n, past);
+    const Buffer<A> in(size), out(size);
+    const Buffer<T> rounded(size);
+    const auto run = [&](int64_t t, int64_t n, int64_t word, auto bias_of) {
+      const A* from = widened(x + t, in.data, n);
+      const auto of = [=](int64_t i) INLINE { return *(const V<A>*)(from + i) + bias_of(i); };
+      uint32_t* to_words = positive ? positive + word : nullptr;
+      if (!in_place<T>(n)) {
+        activate<false>(out.data, to_words, whole(n), slope, of);
+        store(y + t, out.data, rounded.data, n, past);
+      } else if (past) activate<true>((A*)(y + t), to_words, n, slope, of);
+      else activate<false>((A*)(y + t), to_words, n, slope, of);
     };
     if (inner == 1) {
       const A* b = tile.data;
 #pragma omp for schedule(static)
-      for (int64_t t = 0; t < total; t += L) activate(t, std::min(L, total - t), t / 32, [=](int64_t i) { return b[i]; });
+      for (int64_t t = 0; t < total; t += size) run(t, std::min(size, total - t), t / kWord, [=](int64_t i) INLINE { return *(const V<A>*)(b + i); });
     } else {
 #pragma omp for schedule(static)
       for (int64_t r = 0; r < outer * C; r++) {
-        const A b = bias[r % C];
-        for (int64_t t = 0; t < inner; t += L)
-          activate(r * inner + t, std::min(L, inner - t), r * words + t / 32, [=](int64_t) { return b; });
+        const V<A> b = V<A>{} + bias[r % C];
+        for (int64_t t = 0; t < inner; t += size)
+          run(r * inner + t, std::min(size, inner - t), r * words + t / kWord, [=](int64_t) INLINE { return b; });
       }
     }
     stream_end();
@@ -98,46 +80,51 @@ template <class T>
 void masked(const T* g, const uint32_t* positive, const acc_t<T>* bias, T* dx, acc_t<T>* db, int64_t outer, int64_t C, int64_t inner,
             acc_t<T> slope) {
   using A = acc_t<T>;
-  const int64_t total = outer * C * inner, words = (inner + 31) / 32, L = inner == 1 ? tile_size(C) : kTile;
-  const bool past = total * int64_t(sizeof(T)) >= kStream;
-  const Buffer<A> tile(inner == 1 ? L : 0);
-  if (inner == 1) repeat(bias, C, tile.data, L);
+  const int64_t total = outer * C * inner, words = (inner + kWord - 1) / kWord, size = tile_size(C, inner);
+  const bool past = is_streamed(dx, total, inner);
+  const Buffer<A> tile(inner == 1 ? size : 0);
+  if (inner == 1) repeat(bias, C, tile.data, size);
   const int64_t pieces = inner == 1 ? std::clamp<int64_t>(total / kTask, 1, 128) : outer;
   std::vector<A> part(pieces * C, A(0));
 #pragma omp parallel if (total >= 2 * kTask)
   {
-    const Buffer<A> out(L), scratch(64);
-    const Buffer<T> rounded(L);
-    A* d = out.data;
-    const auto mask = [&](int64_t t, int64_t n, int64_t word, auto bias_of) {
-      with_signs(positive + word, n, [=](int64_t i, bool up) {
-        const A v = get(g[t + i]) + bias_of(i), w = v * slope;
-        d[i] = up ? v : w;
-      });
-      store(dx + t, d, rounded.data, n, past);
+    // Tiles are added up place by place; what a place's sums belong to is told apart at the end.
+    const Buffer<A> in(size), out(size), sums(size);
+    const Buffer<T> rounded(size);
+    A* sum = sums.data;
+    const auto run = [&](int64_t t, int64_t n, int64_t word, auto bias_of) {
+      const A* from = widened(g + t, in.data, n);
+      const auto of = [=](int64_t i) INLINE { return *(const V<A>*)(from + i) + bias_of(i); };
+      const auto add = [=](int64_t i, V<A> v) INLINE { *(V<A>*)(sum + i) += v; };
+      if (!in_place<T>(n)) {
+        mask<false>(out.data, positive + word, whole(n), slope, of, [](int64_t, V<A>) INLINE {});
+        for (int64_t i = 0; i < n; i++) sum[i] += out.data[i];
+        store(dx + t, out.data, rounded.data, n, past);
+      } else if (past) mask<true>((A*)(dx + t), positive + word, n, slope, of, add);
+      else mask<false>((A*)(dx + t), positive + word, n, slope, of, add);
     };
     if (inner == 1) {
       const A* b = tile.data;
-      const int64_t tiles = (total + L - 1) / L;
+      const int64_t tiles = (total + size - 1) / size;
 #pragma omp for schedule(static)
-      for (int64_t p = 0; p < pieces; p++)
-        for (int64_t t = tiles * p / pieces * L; t < std::min(total, tiles * (p + 1) / pieces * L); t += L) {
-          const int64_t n = std::min(L, total - t);
-          mask(t, n, t / 32, [=](int64_t i) { return b[i]; });
-          // Summed apart, from the cache: stores to the sums between those to dx cost twice the time.
-          if (db) sum_rows(d, part.data() + p * C, n / C, C, scratch.data);
-        }
+      for (int64_t p = 0; p < pieces; p++) {
+        std::fill(sum, sum + size, A(0));
+        for (int64_t t = tiles * p / pieces * size; t < std::min(total, tiles * (p + 1) / pieces * size); t += size)
+          run(t, std::min(size, total - t), t / kWord, [=](int64_t i) INLINE { return *(const V<A>*)(b + i); });
+        for (int64_t i = 0; i < size; i += C)
+          for (int64_t c = 0; c < C; c++) part[p * C + c] += sum[i + c];
+      }
     } else {
 #pragma omp for schedule(static)
       for (int64_t r = 0; r < outer * C; r++) {
-        const A b = bias ? bias[r % C] : A(0);
+        const V<A> b = V<A>{} + (bias ? bias[r % C] : A(0));
+        const int64_t width = std::min(size, inner);
+        std::fill(sum, sum + width, A(0));
+        for (int64_t t = 0; t < inner; t += size)
+          run(r * inner + t, std::min(size, inner - t), r * words + t / kWord, [=](int64_t) INLINE { return b; });
         A s = 0;
-        for (int64_t t = 0; t < inner; t += L) {
-          const int64_t n = std::min(L, inner - t);
-          mask(r * inner + t, n, r * words + t / 32, [=](int64_t) { return b; });
 #pragma omp simd reduction(+ : s)
-          for (int64_t i = 0; i < n; i++) s += d[i];
-        }
+        for (int64_t i = 0; i < width; i++) s += sum[i];
         part[r] = s;
       }
     }

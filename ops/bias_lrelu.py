@@ -151,7 +151,7 @@ def _run_forward(x, bias, slope, impl, keep, y=None):
 def _empty_signs(x, impl, keep):
     outer, C, inner = _view(x)
     rows, columns = (1, outer * C) if inner == 1 else (outer * C, inner)
-    return empty_signs(rows, columns if keep and impl == "cpp" else 0, x.device)
+    return empty_signs(x, rows, columns if keep and impl == "cpp" else 0)
 
 
 def _run_masked(

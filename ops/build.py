@@ -48,6 +48,11 @@ def acc_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def as_dtype(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """x.to(dtype), without the microsecond that torch takes to find that there is nothing to do."""
+    return x if x.dtype == dtype else x.to(dtype)
+
+
 def dense(x: torch.Tensor) -> torch.Tensor:
     """x itself if its memory is dense in NCHW or channels_last order, else a copy that is."""
     if x.is_contiguous() or (x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last)):
@@ -62,9 +67,9 @@ def format_of(x: torch.Tensor) -> torch.memory_format:
     return torch.contiguous_format if x.is_contiguous() else torch.channels_last
 
 
-def empty_signs(rows: int, columns: int, device: torch.device) -> torch.Tensor:
+def empty_signs(x: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
     """Room for a bit an element, 32 a word, every row in words of its own: what the C++ ops keep for the gradient."""
-    return torch.empty(rows * -(-columns // 32), dtype=torch.int32, device=device)
+    return x.new_empty(rows * ((columns + 31) // 32), dtype=torch.int32)
 
 
 @torch.compiler.assume_constant_result

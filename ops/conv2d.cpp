@@ -18,7 +18,7 @@
 #include <unistd.h>
 #endif
 
-#include "stream.h"
+#include "vector.h"
 
 namespace {
 
@@ -27,9 +27,6 @@ constexpr int64_t kChunk = 16;      // tiles transformed together, channels of k
 constexpr int64_t kDeep = 64;       // input channels whose large kernels are in work together
 constexpr int64_t kMost = 2048;     // channels
 
-template <class T> struct vec { typedef T type __attribute__((vector_size(kVector), aligned(sizeof(T)), may_alias)); };
-template <class T> using V = typename vec<T>::type;
-template <class T> constexpr int64_t L = kVector / sizeof(T);
 template <class T> const T zeros[kMost] = {};
 
 // Bytes that stay in a second-level cache, three quarters of it.
@@ -68,9 +65,6 @@ template <int M, int R> struct Toom {
   }
 };
 template <int M, int R> constexpr Toom<M, R> toom{};
-
-#define INLINE __attribute__((always_inline))
-#define UNROLL _Pragma("GCC unroll 16")
 
 // n vectors, `apart` elements from one to the next, in registers: compilers would read them again for every product.
 template <int n, class T> inline INLINE void load(V<T>* to, const T* from, int64_t apart) {
@@ -230,13 +224,12 @@ template <class T, int M, int R> struct Convolution : Shape {
     transform<A, M>([](int i, int j) { return toom<M, R>.A[i][j]; }, pixel, t0, t1, N, h + row * L<T>, rows, apart);
   }
 
-  // y = A' m A + bias, PAST the cache or not, of tiles t0 .. t1, n channels from n0 on. Past the cache, whole lines of it: one that is left half
-  // written while others follow goes to memory twice.
+  // y = A' m A + bias, PAST the cache or not, of tiles t0 .. t1, n channels from n0 on
   template <bool PAST>
   void outputs(const T* m, int64_t rows, int64_t apart, int64_t t0, int64_t t1, int64_t o, int64_t n0, int64_t n, const T* bias, T* y) const {
     for (int64_t t = t0; t < t1; t++) {
       const Tile q = tile(t);
-      constexpr int S = PAST ? 64 / kVector : 1;
+      constexpr int S = PAST ? kLine / kVector : 1;
       for (int64_t c = 0; c < n; c += S * L<T>) {
         V<T> pixels[M][M][S];
         UNROLL for (int s = 0; s < S; s++) {
@@ -304,7 +297,7 @@ template <class T, int M, int R> struct Convolution : Shape {
   }
 
   void conv(const T* x, const T* w, const T* bias, T* y) const {
-    const bool past = B * OH * OW * N * int64_t(sizeof(T)) >= kStream && reinterpret_cast<uintptr_t>(y) % 64 == 0;
+    const bool past = B * OH * OW * N * int64_t(sizeof(T)) >= kStream && on_line(y);
     const auto multiply = width == L<T> ? gemm<T, 1> : gemm<T, 2>;
     const auto write = past ? &Convolution::outputs<true> : &Convolution::outputs<false>;
     const int64_t u_apart = K * width + L<T>, u_panel = P * u_apart, u_all = parities * panels * u_panel;

@@ -10,7 +10,7 @@ output, C++ only its signs, a bit an element.
 import torch
 import torch.nn.functional as F
 
-from .build import DTYPES, acc_dtype, c_function, choose, dense, empty_signs, format_of, tl, triton
+from .build import DTYPES, acc_dtype, as_dtype, c_function, choose, dense, empty_signs, format_of, tl, triton
 
 
 def subspace_lrelu(
@@ -48,8 +48,8 @@ def subspace_lrelu(
     impl = choose(impl, h.device.type)
     acc = acc_dtype(h.dtype)
     h = dense(h)
-    coef, bias = coef.to(acc).contiguous(), bias.to(acc).contiguous()
-    maps = maps.to(h.dtype).contiguous(memory_format=format_of(h))
+    coef, bias = as_dtype(coef, acc).contiguous(), as_dtype(bias, acc).contiguous()
+    maps = as_dtype(maps, h.dtype).contiguous(memory_format=format_of(h))
     if impl == "ref":
         return F.leaky_relu(h.to(acc) + _mix(coef, maps) + bias.view(-1, 1, 1), slope).to(h.dtype)
     inplace = inplace and not torch.compiler.is_compiling()
@@ -158,7 +158,8 @@ def _run_forward(h, coef, maps, bias, slope, impl, keep, y=None):
 
 
 def _empty_signs(h, impl, keep):
-    return empty_signs(len(h), h[0].numel() if keep and impl == "cpp" and len(h) else 0, h.device)
+    B = h.shape[0]
+    return empty_signs(h, B, h.numel() // B if keep and impl == "cpp" and B else 0)
 
 
 def _run_backward(

@@ -390,7 +390,7 @@ def process(folder, path=None, **env):
 
 def copy_one_op(folder):
     (folder / "ops").mkdir()
-    for name in ("build.py", "half.h", "signs.h", "stream.h", "bias_lrelu.py", "bias_lrelu.cpp"):
+    for name in ("build.py", "half.h", "vector.h", "lrelu.h", "bias_lrelu.py", "bias_lrelu.cpp"):
         shutil.copy(ROOT / "ops" / name, folder / "ops")
 
 
