@@ -9,7 +9,7 @@ on its input, and the derivative of that is the backward pass again.
 import torch
 import torch.nn.functional as F
 
-from .build import DTYPES, acc_dtype, c_function, choose, dense, empty_signs, format_of, tl, triton
+from .build import DTYPES, acc_dtype, as_dtype, c_function, choose, dense, empty_signs, format_of, tl, triton
 
 
 def bias_lrelu(
@@ -37,10 +37,10 @@ def bias_lrelu(
     if slope < 0:
         raise ValueError(f"bias_lrelu needs slope >= 0, got {slope}")
     impl = choose(impl, x.device.type)
-    if bias.dtype != (acc := acc_dtype(x.dtype)):
-        bias = bias.to(acc)
+    acc = acc_dtype(x.dtype)
+    bias = as_dtype(bias, acc)
     if impl == "ref":
-        v = (x if x.dtype == acc else x.to(acc)) + (bias if x.ndim == 2 else bias.view(-1, 1, 1))
+        v = as_dtype(x, acc) + (bias if x.ndim == 2 else bias.view(-1, 1, 1))
         return F.leaky_relu(v, slope).to(x.dtype)
     inplace = inplace and not torch.compiler.is_compiling()
     keep = torch.is_grad_enabled() and (x.requires_grad or bias.requires_grad)
