@@ -17,10 +17,11 @@ demo: .venv/done
 	$(BIN)/python encoder.py --epochs 4
 	$(BIN)/python classifier.py
 	$(GAN)
+	$(BIN)/python explore.py embedding --network $(RUN)/encoder.pt
 	$(BIN)/python explore.py sample --network $(RUN)/gan.pt
 	$(BIN)/python explore.py traverse --network $(RUN)/gan.pt
 	$(BIN)/python metrics.py --network $(RUN)/gan.pt --json $(RUN)/metrics.json
-	@echo "pictures: $(RUN)/sample.png, $(RUN)/traverse.png, $(RUN)/encoder_tsne.png"
+	@echo "pictures: $(RUN)/sample.png, $(RUN)/traverse.png, $(RUN)/embedding.png"
 
 VARIANTS := --orth=penalty --orth=exact --orth=none --reg-mode=joint --per-class --unconditional
 
@@ -39,6 +40,6 @@ lint: .venv/done
 	$(BIN)/ruff check .
 
 bench: .venv/done
-	$(BIN)/python tests/bench.py
+	$(BIN)/python -m bench
 
 .PHONY: demo ablations test lint bench

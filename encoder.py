@@ -1,22 +1,23 @@
-"""Stage 1: trains the contrastive encoder E that the classifier and the generator's regularisation look through.
+"""Stage 1: trains the contrastive encoder E. The classifier and the generator's regularisation look through it.
 
     python encoder.py --data critters
     python encoder.py --data afhq --backbone resnet50 --epochs 100
     torchrun --nproc-per-node 8 encoder.py --data celeba
 
 Two random views of every image go through a ResNet and a small projection; the loss pulls the two views of an image
-together. SimCLR pushes all others away, which maximises the InfoNCE lower bound on I(X;E), equation (1) of the paper;
-BYOL predicts a slowly moving copy of itself; Barlow Twins decorrelates the features. The projection is for training
-alone: the features are h, before it. The results are `encoder.pt`, `encoder.json` and `encoder_tsne.png`.
+together. SimCLR pushes all other images away, which maximises the InfoNCE lower bound on I(X;E), equation (1) of the
+paper; BYOL predicts a slowly moving copy of itself; Barlow Twins decorrelates the features. The projection serves
+training alone: the features h are the layer before it. The results are `encoder.pt` and `encoder.json`.
+
+From top to bottom: network, augmentation, losses, evaluation, the training loop, the command. `training.py` beside this
+file is all that the network, the losses and the loop need.
 """
 
-import contextlib
 import copy
 import functools
 import json
 import math
-import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import click
@@ -26,14 +27,16 @@ import torch.distributed as dist
 import torch.nn.functional as F
 import torchvision
 from torch import nn
-from torch.nn.utils.fusion import fuse_conv_bn_eval
 from tqdm import tqdm
 
+import training
+
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # for pixels in [0, 1]
+EVALUATED = 20_000  # most images of a split that the evaluation looks at: its logistic regression takes seconds then
 
 # Settings by data; those of afhq and celeba are published, '' serves any other. area: smallest crop; strength: of the
 # colour jitter; grey: probability of a grey view; tau: BYOL's momentum at the start; cpu_images: most images that a run
-# without --epochs sees on a CPU.
+# without --epochs sees on a CPU (a few minutes).
 PUBLISHED = dict(lr=3e-4, temperature=0.5, area=0.08, strength=1.0, cpu_images=None)
 PRESETS = {
     # Gentle views: small crops and strong colours hide glasses and hats, which an untrained network then tells better.
@@ -47,15 +50,15 @@ PRESETS = {
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Networks.
+# Network.
 
 
 class Encoder(nn.Module):
     """ResNet without its last layer, h = E(x), and the projection that training puts on h.
 
-    backbone: 'resnet18', 'resnet34' or 'resnet50'.  stem: 'imagenet' (conv 7x7 stride 2, max-pool: a quarter of the
-    size) or 'small' (conv 3x3 stride 1: full size, about 15 times the work).  mean, std: of the three channels, for
-    inputs in [-1, 1], taken off before the first layer.
+    backbone: 'resnet18', 'resnet34' or 'resnet50'.  stem: 'imagenet' (conv 7x7 stride 2, max-pool: works at a quarter of
+    the size) or 'small' (conv 3x3 stride 1: full size, about 15 times the work).  mean, std: of the three channels, for
+    inputs in [-1, 1]; the first layer sees (x - mean) / std.
     """
 
     def __init__(self, backbone: str = "resnet18", stem: str = "small", mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0)):
@@ -79,102 +82,25 @@ class Encoder(nn.Module):
         return self.backbone((x - self.mean) / self.std)
 
 
-class StemConv(nn.Module):
-    """A frozen 7x7 stem at stride 2 as a 4x4 convolution of 2x2 blocks of pixels, the same result.
-
-    Pixels get a fourth channel of zeros, so that blocks have 16: vectors are full, and Winograd's method is open to it.
-    """
-
-    def __init__(self, conv: nn.Conv2d):
-        super().__init__()
-        weight = F.pixel_unshuffle(F.pad(conv.weight, (1, 0, 1, 0, 0, 1)), 2)
-        self.conv = nn.Conv2d(16, conv.out_channels, 4).requires_grad_(False)
-        self.conv.load_state_dict({"weight": weight, "bias": conv.bias})
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.conv(F.pixel_unshuffle(F.pad(x, (4, 2, 4, 2, 0, 1)), 2))
-
-
-class MapLinear(nn.Module):
-    """A frozen convolution of maps of one size as a matrix: for tiny maps the same result with less work.
-
-    On 2x2 maps most taps of a 3x3 kernel meet nothing but padding.  shape: C, H, W of its inputs.
-    """
-
-    def __init__(self, conv: nn.Conv2d, shape: torch.Size):
-        super().__init__()
-        C, H, W = shape
-        places = torch.eye(H * W * C).view(-1, H, W, C).permute(0, 3, 1, 2)
-        out = F.conv2d(places, conv.weight, None, conv.stride, conv.padding).permute(0, 2, 3, 1)
-        self.shape = out.shape[1:]
-        self.register_buffer("weight", out.flatten(1).T.contiguous())
-        self.register_buffer("bias", conv.bias.repeat(self.shape[0] * self.shape[1]))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y = F.linear(x.permute(0, 2, 3, 1).flatten(1), self.weight, self.bias)
-        return y.view(-1, *self.shape).permute(0, 3, 1, 2)
-
-
 def build(checkpoint: dict) -> Encoder:
-    """The frozen encoder in eval mode from the content of `encoder.pt`, for images of the size it was trained at.
-
-    Batch norms are folded into the convolutions, the stem and the convolutions of tiny maps rewritten for speed.
-    """
+    """The frozen encoder in eval mode, from the content of `encoder.pt`."""
     encoder = Encoder(**checkpoint["config"])
     encoder.load_state_dict(checkpoint["model"])
-    encoder.eval().requires_grad_(False)
-    convolutions = []  # owner, name
-    for block in list(encoder.backbone.modules()):
-        if isinstance(block, nn.Sequential) and isinstance(block[-1], nn.BatchNorm2d):  # a shortcut's
-            block[0], block[1] = fuse_conv_bn_eval(block[0], block[1]), nn.Identity()
-            convolutions.append((block, "0"))
-        for i in (1, 2, 3):
-            if hasattr(block, f"bn{i}"):
-                fused = fuse_conv_bn_eval(getattr(block, f"conv{i}"), getattr(block, f"bn{i}"))
-                setattr(block, f"conv{i}", fused), setattr(block, f"bn{i}", nn.Identity())
-                convolutions.append((block, f"conv{i}"))
-    shapes = {}
-    size = checkpoint["data"]["size"]
-    hooks = [
-        getattr(owner, name).register_forward_pre_hook(lambda m, x: shapes.update({m: x[0].shape[1:]}))
-        for owner, name in convolutions
-    ]
-    with torch.no_grad():
-        encoder(torch.zeros(1, 3, size, size))
-    for hook, (owner, name) in zip(hooks, convolutions, strict=True):
-        hook.remove()
-        conv = getattr(owner, name)
-        if shapes[conv][1:].numel() <= min(4, conv.weight[0, 0].numel()):
-            setattr(owner, name, MapLinear(conv, shapes[conv]))
-        elif conv.kernel_size == (7, 7) and size % 2 == 0:
-            setattr(owner, name, StemConv(conv))
-    return encoder
+    return encoder.eval().requires_grad_(False)
 
 
 @torch.no_grad()
-def embed(
-    encoder: Encoder,
-    source: Iterable,
-    device: torch.device | str = "cpu",
-    autocast: contextlib.AbstractContextManager | None = None,
-    total: int | None = None,
-    workers: int = 1,
-) -> torch.Tensor:
-    """h of every image, in order: float32 [N, features] on the CPU.
+def embed(encoder: nn.Module, batches: Iterable[torch.Tensor], total: int, run: training.Run) -> torch.Tensor:
+    """h of every image, in order: float32 [total, features] on the CPU.
 
-    source: a Dataset, or an iterable of uint8 [B, S, S, 3] tensors (or of tuples that start with one). Shows progress.
-    workers: threads that prepare a Dataset's batches.
+    batches: uint8 [B, S, S, 3] tensors, `total` images in all. Shows progress.
     """
-    if hasattr(source, "sequential"):
-        source, total = source.sequential(256, device, workers), len(source)
     encoder, parts = encoder.eval(), []
     with tqdm(total=total, desc="embed", unit="img", dynamic_ncols=True, leave=False) as bar:
-        for batch in source:
-            x = batch[0] if isinstance(batch, tuple | list) else batch
-            x = x.to(device).permute(0, 3, 1, 2).float() / 127.5 - 1
-            with autocast or contextlib.nullcontext():
-                parts.append(encoder(x).float())
-            bar.update(len(x))
+        for images in batches:
+            with run.autocast():
+                parts.append(encoder(training.to_float(images.to(run.device))).float())
+            bar.update(len(images))
     return torch.cat(parts).cpu()
 
 
@@ -300,46 +226,50 @@ def gather(z: torch.Tensor) -> torch.Tensor:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Evaluation. labels: one-hot or multi-hot float32 [N, Y].
+# Evaluation: what the embedding says about the labels, which it has not seen.
 
 
-def knn(bank: torch.Tensor, labels: torch.Tensor, queries: torch.Tensor, k: int = 20) -> torch.Tensor:
-    """Share of each label among the k nearest of `bank` by cosine (plain votes): [Q, Y] in [0, 1]."""
-    bank, k = F.normalize(bank, dim=1), min(k, len(bank))
-    near = [(q @ bank.T).topk(k, dim=1).indices for q in F.normalize(queries, dim=1).split(512)]
-    return labels[torch.cat(near)].mean(1)
+def knn(bank: np.ndarray, labels: np.ndarray, queries: np.ndarray, k: int = 20) -> np.ndarray:
+    """Share of each label among the k nearest of `bank` [N, F] by cosine: [Q, Y] in [0, 1]. labels: 0 or 1 [N, Y]."""
+    from sklearn.neighbors import NearestNeighbors  # slow to import, and not needed for --help
+
+    neighbours = NearestNeighbors(n_neighbors=min(k, len(bank)), metric="cosine").fit(bank)
+    return labels[neighbours.kneighbors(queries, return_distance=False)].mean(1)
 
 
-def linear_probe(h: torch.Tensor, labels: torch.Tensor, queries: torch.Tensor, one_hot: bool) -> torch.Tensor:
-    """Scores [Q, Y] of logistic regression on standardised features, fitted with L-BFGS. Multi-label: balanced."""
-    mean, std = h.mean(0), h.std(0, correction=0) + 1e-6
-    h, queries = (h - mean) / std, (queries - mean) / std
-    linear = nn.utils.skip_init(nn.Linear, h.shape[1], labels.shape[1], device=h.device)
-    nn.init.zeros_(linear.weight), nn.init.zeros_(linear.bias)
-    weight = (len(labels) - labels.sum(0)) / labels.sum(0).clamp(min=1)
-    optimizer = torch.optim.LBFGS(linear.parameters(), max_iter=100, line_search_fn="strong_wolfe")
+def linear_probe(h: np.ndarray, labels: np.ndarray, queries: np.ndarray, one_hot: bool) -> np.ndarray:
+    """Scores [Q, Y] of logistic regression on standardised features h [N, F]; attributes each on their own, balanced."""
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
 
-    def closure():
-        optimizer.zero_grad()
-        logits = linear(h)
-        loss = F.cross_entropy(logits, labels) if one_hot else F.binary_cross_entropy_with_logits(
-            logits, labels, pos_weight=weight)  # fmt: skip
-        loss = loss + 1e-3 * linear.weight.square().sum()
-        loss.backward()
-        return loss
+    def fit(y: np.ndarray, **options) -> np.ndarray:
+        # C makes it the same penalty per image, 1e-3 |w|^2, whatever their number.
+        probe = make_pipeline(StandardScaler(), LogisticRegression(C=500 / len(h), max_iter=200, **options))
+        return probe.fit(h, y).decision_function(queries)
 
-    optimizer.step(closure)
-    return linear(queries).detach()
-
-
-def score(scores: torch.Tensor, labels: torch.Tensor, one_hot: bool, threshold: torch.Tensor | float = 0.0) -> float:
-    """Accuracy of the highest score; multi-label: balanced accuracy at `threshold`, averaged over the labels that both occur and not."""
+    scores = np.zeros((len(queries), labels.shape[1]))
     if one_hot:
-        return (scores.argmax(1) == labels.argmax(1)).float().mean().item()
-    guess, on = (scores > threshold).float(), labels.sum(0)
-    off = len(labels) - on
-    rates = (guess * labels).sum(0) / on + ((1 - guess) * (1 - labels)).sum(0) / off
-    return (rates[(on > 0) & (off > 0)] / 2).mean().item()
+        present = np.flatnonzero(labels.any(0))  # it cannot learn a class without images, nor from one class alone
+        if len(present) > 1:
+            found = fit(labels.argmax(1))
+            scores -= 1e9
+            scores[:, present] = found if found.ndim == 2 else np.stack([-found, found], 1)
+    else:
+        for i in np.flatnonzero(labels.any(0) & ~labels.all(0)):
+            scores[:, i] = fit(labels[:, i], class_weight="balanced")
+    return scores
+
+
+def score(scores: np.ndarray, labels: np.ndarray, one_hot: bool, threshold: np.ndarray | float = 0.0) -> float:
+    """Accuracy of the highest score; for attributes the balanced accuracy at `threshold`, averaged over those that occur
+    both on and off in `labels` [Q, Y]."""
+    if one_hot:
+        return float((scores.argmax(1) == labels.argmax(1)).mean())
+    on, off = labels == 1, labels == 0
+    both = on.any(0) & off.any(0)
+    guess, on, off = (scores > threshold)[:, both], on[:, both], off[:, both]
+    return float(((guess & on).sum(0) / on.sum(0) + (~guess & off).sum(0) / off.sum(0)).mean() / 2)
 
 
 def effective_rank(h: torch.Tensor) -> float:
@@ -349,75 +279,33 @@ def effective_rank(h: torch.Tensor) -> float:
     return torch.special.entr(p).sum().exp().item()
 
 
-def evaluate(encoder: Encoder, train, val, run, limit: int) -> tuple[dict, torch.Tensor]:
-    """What the embedding is worth, on at most `limit` images of each split, and the validation embedding itself.
+def evaluate(encoder: Encoder, train, val, run: training.Run, limit: int = EVALUATED) -> dict:
+    """What the embedding is worth, on at most `limit` images of each split; train, val: Datasets.
 
-    train, val: Datasets. Returns a dict of numbers: kNN and linear-probe accuracy in [0, 1], kNN on raw pixels (of at
-    most 32 px) beside them, effective rank; and h [N, features] on the CPU.
+    Returns accuracies in [0, 1] by 20 nearest neighbours and by a linear probe, on h and beside it on raw pixels (reduced
+    to 32 px), for the labels and for the hidden ones if there are any; and the effective rank of h.
     """
-    labels, pixels, h = {}, {}, {}
-    one_hot = train.label_kind == "one-hot"
+    h, pixels, labels = {}, {}, {}
     for split, ds in (("train", train), ("val", val)):
         index = np.linspace(0, len(ds) - 1, min(limit, len(ds))).astype(int)
-        small = []
-
-        def batches(ds=ds, index=index, small=small):
-            for part in np.array_split(index, max(1, len(index) // 256)):
-                x = torch.from_numpy(ds.images[part])
-                small.append(F.adaptive_avg_pool2d(x.permute(0, 3, 1, 2).float(), min(32, x.shape[1])).flatten(1))
-                yield x
-
-        h[split] = embed(encoder, batches(), run.device, run.autocast(), len(index)).to(run.device)
-        pixels[split] = torch.cat(small).to(run.device)
-        labels[split] = {"": torch.from_numpy(np.asarray(ds.labels)[index]).to(run.device)}
-        for name, (value, names) in ds.hidden.items():
-            hidden = torch.from_numpy(value[index]).long().to(run.device)
-            labels[split][name] = F.one_hot(hidden, len(names)).float()
-    results = {"images": len(h["train"]), "val_images": len(h["val"]), "rank": effective_rank(h["val"])}
+        parts = np.array_split(index, max(1, len(index) // 256))
+        images = (torch.from_numpy(ds.images[part]) for part in parts)
+        h[split] = embed(encoder, images, len(index), run).numpy()
+        images = (torch.from_numpy(ds.images[part]).permute(0, 3, 1, 2).float() for part in parts)
+        pixels[split] = torch.cat([F.adaptive_avg_pool2d(x, min(32, ds.size)).flatten(1) for x in images]).numpy()
+        labels[split] = {"": np.asarray(ds.labels)[index]}
+        labels[split] |= {name: np.eye(len(names))[value[index]] for name, (value, names) in ds.hidden.items()}
+    results = {"images": len(h["train"]), "val_images": len(h["val"])}
+    results["rank"] = effective_rank(torch.from_numpy(h["val"]))
+    centre = pixels["train"].mean(0)
     for name, y in labels["train"].items():
-        hot, ask, key = one_hot or name != "", labels["val"][name], name and name + "_"
-        rate = 0.0 if hot else y.mean(0)
-        results[key + "knn"] = score(knn(h["train"], y, h["val"]), ask, hot, rate)
-        results[key + "linear"] = score(linear_probe(h["train"], y, h["val"], hot), ask, hot)
-        centre = pixels["train"].mean(0)
-        results[key + "pixel_knn"] = score(knn(pixels["train"] - centre, y, pixels["val"] - centre), ask, hot, rate)
-    return results, h["val"].cpu()
-
-
-def scatter(path: Path, h: torch.Tensor, ds, seed: int) -> None:
-    """Picture of the validation embedding h in the plane: t-SNE if metrics.py lies beside this file, else PCA."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    index = np.linspace(0, len(ds) - 1, len(h)).astype(int)[:: -(-len(h) // 2000)]
-    h = h[:: -(-len(h) // 2000)]
-    if Path(__file__).with_name("metrics.py").exists() and len(h) > 9:
-        import metrics
-
-        name, points = "t-SNE", metrics.tsne(h, dims=2, perplexity=min(30, (len(h) - 1) / 3), seed=seed)
-    else:
-        name, points = "PCA", (h - h.mean(0)) @ torch.linalg.svd(h - h.mean(0), full_matrices=False).Vh[:2].T
-        points = F.pad(points, (0, 2 - points.shape[1]))  # a single image has one dimension
-    points, labels = points.cpu().numpy(), np.asarray(ds.labels)[index]
-    panels = [(n, labels[:, i].astype(int), ["off", "on"]) for i, n in enumerate(ds.label_names)]
-    if ds.label_kind == "one-hot":
-        panels = [("label", labels.argmax(1), ds.label_names)]
-    panels = (panels + [(n, v[index], names) for n, (v, names) in ds.hidden.items()])[:6]
-    matplotlib.rcParams["text.parse_math"] = False  # names are no formulas, whatever their dollar signs
-    warnings.filterwarnings("ignore", "Glyph .* missing from font")
-    figure, axes = plt.subplots(1, len(panels), figsize=(6 * len(panels), 6), squeeze=False)
-    for axis, (title, value, names) in zip(axes[0], panels, strict=True):
-        for i, label in enumerate(names):
-            axis.scatter(*points[value == i].T, s=6, color=plt.get_cmap("tab20")(i % 20), label=label)
-        axis.set_title(f"{name} of validation embeddings, by {title}")
-        axis.set_xticks([]), axis.set_yticks([])
-        if len(names) <= 20:
-            axis.legend(markerscale=2, fontsize=8)
-    figure.tight_layout()
-    figure.savefig(path, dpi=100)
-    plt.close(figure)
+        one_hot, asked, key = train.label_kind == "one-hot" or name != "", labels["val"][name], name and name + "_"
+        rate = y.mean(0)  # a rare attribute is guessed 'on' where it is more frequent among the neighbours than overall
+        results[key + "knn"] = score(knn(h["train"], y, h["val"]), asked, one_hot, rate)
+        results[key + "linear"] = score(linear_probe(h["train"], y, h["val"], one_hot), asked, one_hot)
+        nearest = knn(pixels["train"] - centre, y, pixels["val"] - centre)
+        results[key + "pixel_knn"] = score(nearest, asked, one_hot, rate)
+    return results
 
 
 def report(results: dict, label_kind: str) -> None:
@@ -435,44 +323,20 @@ def report(results: dict, label_kind: str) -> None:
 # Training.
 
 
-def first_weights(file: str, options: dict) -> tuple[dict, dict]:
-    """Constructor arguments and weights from --init FILE: an `encoder.pt`, or torchvision's ImageNet weights of a ResNet.
-
-    Raises click.ClickException if the file is neither.
-    """
-    import training
-
-    if not Path(file).is_file():
-        raise click.ClickException(f"--init {file}: no such file")
-    try:
-        weights = torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:  # whatever a damaged or foreign file may provoke
-        raise click.ClickException(f"--init {file} cannot be read as weights ({type(error).__name__})") from None
-    if isinstance(weights, dict) and "stage" in weights:
-        state = training.load(file, "encoder")
-        stem = state["config"]["stem"] if options["stem"] == "auto" else options["stem"]
-        return state["config"] | dict(backbone=options["backbone"], stem=stem), state["model"]
-    if not isinstance(weights, dict) or "conv1.weight" not in weights:
-        raise click.ClickException(f"--init {file} holds neither an encoder.pt nor torchvision's weights of a ResNet")
-    stem = "imagenet" if options["stem"] == "auto" else options["stem"]
-    config = dict(backbone=options["backbone"], stem=stem)
-    config.update(mean=tuple(2 * m - 1 for m in IMAGENET_MEAN), std=tuple(2 * s for s in IMAGENET_STD))
-    own = Encoder(**config).state_dict()  # the projection, and batch counters that old files do not have, stay our own
-    own = {k: v for k, v in own.items() if k.startswith("projection.") or k.endswith("num_batches_tracked")}
-    return config, own | {f"backbone.{k}": v for k, v in weights.items() if not k.startswith("fc.")}
-
-
 def rate(images: int, total: int) -> float:
     """Learning rate as a part of the full one: linear warm-up over the first twentieth, then half a cosine to 0."""
     return min(1.0, 20 * images / total) * 0.5 * (1 + math.cos(math.pi * min(1.0, images / total)))
 
 
-def train(encoder: Encoder, ds, run, options: dict, state: dict, total: int, log, save) -> dict:
+def train(
+    encoder: Encoder, ds, run: training.Run, options: dict, state: dict, total: int, log: training.Log, save: Callable
+) -> dict:
     """Train `encoder` in place until `total` images are seen, from images_seen = state['images_seen'].
 
-    `save(images_seen, extra)` is called about 50 times a run, at least 5,000 images apart, and at the end; the random
+    `save(images_seen, extra)` is called about 50 times a run, at least 5,000 images apart, and at the end. The random
     numbers restart there, so that a run resumed from any of them does what an unbroken one would.
     """
+    # Build what training needs beside the encoder, and take its state from the checkpoint.
     method, batch = options["method"], options["batch"]
     seen, half = state.get("images_seen", 0), batch // run.world
     modules = {"encoder": encoder}
@@ -481,7 +345,7 @@ def train(encoder: Encoder, ds, run, options: dict, state: dict, total: int, log
             nn.BatchNorm1d(128), nn.Linear(128, 512), nn.BatchNorm1d(512), nn.ReLU(), nn.Linear(512, 128)
         ).to(run.device)
         modules["target"] = copy.deepcopy(encoder).requires_grad_(False)
-    # BYOL learns from a predictor that keeps up with the encoder: it goes faster.
+    # BYOL learns from a predictor that keeps up with the encoder: it takes 5 times the learning rate (found by trying).
     groups = [
         dict(params=[*m.parameters()], speed=5 if n == "predictor" else 1) for n, m in modules.items() if n != "target"
     ]
@@ -497,10 +361,10 @@ def train(encoder: Encoder, ds, run, options: dict, state: dict, total: int, log
     tick = max(1, total // batch // 200)
     run.reseed(seen)
     for images, _ in ds.batches(half, run.device, run.seed, seen, run.rank, run.world, options["workers"]):
-        # Two views, their projections.
+        # Set the learning rate, draw two views of each image, and project them.
         for group in optimizer.param_groups:
             group["lr"] = group["speed"] * options["lr"] * rate(seen + batch / 2, total)
-        x = images.permute(0, 3, 1, 2).float() / 127.5 - 1
+        x = training.to_float(images)
         views = torch.cat([augment(x, options["area"], options["strength"], options["grey"]) for _ in range(2)])
         with run.autocast():
             z = encoder.projection(encoder(views))
@@ -508,7 +372,7 @@ def train(encoder: Encoder, ds, run, options: dict, state: dict, total: int, log
             with torch.no_grad():
                 t = modules["target"].projection(modules["target"](views)) if method == "byol" else None
 
-        # The loss of the whole batch, over all processes, in fp32.
+        # Compute the loss of the whole batch, over all processes, in fp32.
         z1, z2 = (gather(v) for v in z.float().split(half))
         with torch.set_grad_enabled(method == "simclr"):
             contrast = nt_xent(z1, z2, options["temperature"])
@@ -521,7 +385,7 @@ def train(encoder: Encoder, ds, run, options: dict, state: dict, total: int, log
             t1, t2 = whiten(torch.cat([gather(v) for v in t.float().split(half)])).split(batch)
             loss = byol(*(gather(v) for v in p.float().split(half)), t1, t2)
 
-        # Update.
+        # Update the weights. The sum of the processes' gradients is wanted, and average_gradients takes their mean.
         optimizer.zero_grad(set_to_none=True)
         scaler.scale(loss * run.world).backward()
         run.average_gradients(parameters)
@@ -544,6 +408,35 @@ def train(encoder: Encoder, ds, run, options: dict, state: dict, total: int, log
             return {name: value.state_dict() for name, value in stateful.items()}
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# The command.
+
+
+def first_weights(file: str, options: dict) -> tuple[dict, dict]:
+    """Constructor arguments and weights from --init FILE: an `encoder.pt`, or torchvision's ImageNet weights of a ResNet.
+
+    Raises click.ClickException if the file is neither.
+    """
+    if not Path(file).is_file():
+        raise click.ClickException(f"--init {file}: no such file")
+    try:
+        weights = torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:  # whatever a damaged or foreign file may provoke
+        raise click.ClickException(f"--init {file} cannot be read as weights ({type(error).__name__})") from None
+    if isinstance(weights, dict) and "stage" in weights:
+        state = training.load(file, "encoder")
+        stem = state["config"]["stem"] if options["stem"] == "auto" else options["stem"]
+        return state["config"] | dict(backbone=options["backbone"], stem=stem), state["model"]
+    if not isinstance(weights, dict) or "conv1.weight" not in weights:
+        raise click.ClickException(f"--init {file} holds neither an encoder.pt nor torchvision's weights of a ResNet")
+    stem = "imagenet" if options["stem"] == "auto" else options["stem"]
+    config = dict(backbone=options["backbone"], stem=stem)
+    config.update(mean=tuple(2 * m - 1 for m in IMAGENET_MEAN), std=tuple(2 * s for s in IMAGENET_STD))
+    # The projection, and the batch counters that old files lack, stay our own.
+    own = {k: v for k, v in Encoder(**config).state_dict().items() if "projection." in k or "num_batches" in k}
+    return config, own | {f"backbone.{k}": v for k, v in weights.items() if not k.startswith("fc.")}
+
+
 # fmt: off
 OPTIONS = [
     click.option("--method",   type=click.Choice(["simclr", "byol", "barlow"]), default="simclr", help="Loss: SimCLR's NT-Xent, BYOL, Barlow Twins."),
@@ -556,18 +449,20 @@ OPTIONS = [
 # fmt: on
 
 
-def run_stage(options: dict) -> None:
-    """Run stage 1 with the command's options."""
-    import training
-    from dataset import open_dataset
+@click.command(context_settings=dict(max_content_width=120, show_default=True))
+@training.with_options(OPTIONS)
+def main(**options):
+    """Train the encoder (stage 1).
+
+    Writes encoder.pt, encoder.json, stats.jsonl and tensorboard/ to the output folder. The same command again goes on
+    where it stopped.
+    """
+    import dataset
 
     # Resolve the options.
-    options = {
-        o: options.get(o)
-        for o in ("temperature", "area", "strength", "grey", "tau", "lr", "weight_decay", "cpu_images")
-    } | options
     given = {"epochs": options["epochs"], "batch": options["batch"]}
-    options = training.by_data(PRESETS, options["data"], options)
+    settings = ("temperature", "area", "strength", "grey", "tau", "lr", "weight_decay", "cpu_images")
+    options = training.by_data(PRESETS, options["data"], dict.fromkeys(settings) | options)
     if options["smoke"]:
         options["batch"] = given["batch"] or 16
     if options["dry_run"]:
@@ -578,7 +473,7 @@ def run_stage(options: dict) -> None:
     run = training.start(options["device"], options["precision"], options["seed"])
     if options["batch"] % run.world:
         raise click.UsageError(f"--batch {options['batch']} cannot be shared by {run.world} processes: give a multiple")
-    ds = open_dataset(options["data"], options["size"])
+    ds = dataset.open_dataset(options["data"], options["size"])
     val = ds.part("val")
     options["size"] = ds.size
     if len(ds) < options["batch"]:
@@ -610,15 +505,9 @@ def run_stage(options: dict) -> None:
             raise click.UsageError(
                 f"--stem imagenet on {ds.size} px needs --precision fp32 on a CPU, or take --stem small"
             )
-    state = training.load(path, "encoder") if options["resume"] and path.exists() else {}
+    keys = ("size", "smoke", "method", "backbone", "stem", "batch", "seed")
+    state = training.resume(path, "encoder", options, ds, keys)
     if state:
-        remedy = "give --no-resume to start over, or another --outdir"
-        if state["data"]["fingerprint"] != ds.fingerprint:
-            raise click.ClickException(
-                f"{path} was trained on other images ({state['data']['data']}) than {ds.data}: {remedy}"
-            )
-        keys = ["size", "smoke", "method", "backbone", "stem", "batch", "seed"] + ["init"] * bool(options["init"])
-        training.check_same(state["options"], options, keys, path, remedy)
         encoder = Encoder(**state["config"])
         encoder.load_state_dict(state["model"])
     else:
@@ -651,31 +540,13 @@ def run_stage(options: dict) -> None:
 
     # Evaluate.
     if run.rank == 0:
-        results, h = evaluate(encoder, ds, val, run, 200 if options["smoke"] else 60_000)
+        results = evaluate(encoder, ds, val, run, 200 if options["smoke"] else EVALUATED)
         steps = max(0, math.ceil((total - done) / options["batch"]))
         save(done + steps * options["batch"], extra, results=results)
         training.write_options(outdir / "encoder.json", options | {"results": results})
-        scatter(outdir / "encoder_tsne.png", h, val, run.seed)
         report(results, ds.label_kind)
-        print(f"Wrote {path}, {outdir / 'encoder.json'} and {outdir / 'encoder_tsne.png'}")
-
-
-def command() -> click.Command:
-    """The command line; built on demand, so that the network above needs no other file of the project."""
-    import training
-
-    @click.command(context_settings=dict(max_content_width=120, show_default=True))
-    @training.with_options(OPTIONS)
-    def main(**options):
-        """Train the encoder (stage 1).
-
-        Writes encoder.pt, encoder.json, encoder_tsne.png, stats.jsonl and tensorboard/ to the output folder. The same
-        command again goes on where it stopped.
-        """
-        run_stage(options)
-
-    return main
+        print(f"Wrote {path} and {outdir / 'encoder.json'}")
 
 
 if __name__ == "__main__":
-    command()()
+    main()

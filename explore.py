@@ -1,24 +1,30 @@
-"""Look at a trained run: sample images by class or attributes, traverse the explorable dimensions z of every layer.
+"""Look at a trained run: samples by class or attributes, the explorable dimensions z of every layer, the embeddings.
 
-python explore.py sample   --network runs/critters/gan.pt
-python explore.py sample   --network runs/celeba/gan.pt --y Bald,Eyeglasses --y Wearing_Hat --seeds 100-107
-python explore.py traverse --network runs/critters/gan.pt --y cat --seeds 3
+python explore.py sample    --network runs/critters/gan.pt
+python explore.py sample    --network runs/celeba/gan.pt --y Bald,Eyeglasses --y Wearing_Hat --seeds 100-107
+python explore.py traverse  --network runs/critters/gan.pt --y cat --seeds 3
+python explore.py embedding --network runs/critters/encoder.pt
 """
 
 import math
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
 import click
 import matplotlib
+import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 import gan
+import metrics
+import training
 
 MOST = 1000  # seeds of a range, images of a strip
 PIXELS = 10**8  # of a picture
+POINTS = 2000  # of an embedding: exact t-SNE takes half a minute for them
 RANGE = 4.5  # a traversal covers z in [-4.5, 4.5], as in EigenGAN
 
 
@@ -117,6 +123,33 @@ def traverse(
     return generate(network, None if y is None else y.expand(len(values), -1), latents)
 
 
+def scatter(points: np.ndarray, panels: Sequence[tuple], shown: str) -> "matplotlib.figure.Figure":
+    """Picture of points [N, 2], once for each of the panels (title, integers [N], their names), coloured by it."""
+    from matplotlib.figure import Figure
+
+    matplotlib.rcParams["text.parse_math"] = False  # names are no formulas, whatever their dollar signs
+    warnings.filterwarnings("ignore", "Glyph .* missing from font")
+    figure = Figure(figsize=(6 * len(panels), 6))
+    for axis, (title, value, names) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+        for i, label in enumerate(names):
+            axis.scatter(*points[value == i].T, s=6, color=matplotlib.colormaps["tab20"](i % 20), label=label)
+        axis.set_title(f"{shown}, by {title}")
+        axis.set_xticks([]), axis.set_yticks([])
+        if len(names) <= 20:
+            axis.legend(markerscale=2, fontsize=8)
+    figure.tight_layout()
+    return figure
+
+
+def label_panels(ds, index: np.ndarray) -> list[tuple]:
+    """What `scatter` colours by: the classes or up to six attributes of a Dataset's images, and its hidden labels."""
+    labels = np.asarray(ds.labels)[index]
+    panels = [(name, labels[:, i].astype(int), ["off", "on"]) for i, name in enumerate(ds.label_names)]
+    if ds.label_kind == "one-hot":
+        panels = [("label", labels.argmax(1), ds.label_names)]
+    return (panels + [(name, value[index], names) for name, (value, names) in ds.hidden.items()])[:6]
+
+
 def finite(context: click.Context, option: click.Parameter, value: float) -> float:
     if not math.isfinite(value):
         raise click.BadParameter("give a finite number")
@@ -197,6 +230,35 @@ def traverse_command(network, y, seeds, steps, truncation, tile, device, out):
         if out and len(wanted) > 1:
             raise click.UsageError("--out takes one picture: give one seed, or leave --out away")
         write(picture, out, file, name)
+
+
+@main.command("embedding")
+@click.option("--network", metavar="FILE", required=True, help="encoder.pt.")
+@click.option("--data", metavar="PATH", help="The run's images, if they have moved.")
+@click.option("--seed", metavar="N", type=click.IntRange(0), default=0, help="Seed of what is random.")
+@click.option("--device", metavar="DEVICE", default="cpu", help="cpu or cuda.")
+@click.option("--out", metavar="PNG", help="Picture to write.  [default: beside the network]")
+def embedding_command(network, data, seed, device, out):
+    """t-SNE in the plane of the validation images' embeddings, coloured by their labels."""
+    import dataset
+    import encoder as stage1
+
+    state, run = training.load(network, "encoder"), training.start(device, seed=seed)
+    ds = dataset.open_dataset(data or state["data"]["data"], state["data"]["size"], "val")
+    training.check_images(state["data"], ds, network, "give --data")
+    index = np.linspace(0, len(ds) - 1, min(POINTS, len(ds))).astype(int)
+    if len(index) < 10:
+        raise click.ClickException(f"{len(index)} validation images are too few for a t-SNE")
+    images = (torch.from_numpy(ds.images[part]) for part in np.array_split(index, max(1, len(index) // 256)))
+    h = stage1.embed(stage1.build(state).to(run.device), images, len(index), run)
+    points = metrics.tsne(h, dims=2, perplexity=min(30.0, (len(h) - 1) / 3), seed=seed)
+    figure = scatter(points.numpy(), label_panels(ds, index), "t-SNE of validation embeddings")
+    path = Path(out) if out else Path(network).with_name("embedding.png")
+    try:
+        figure.savefig(path, dpi=100)
+    except (OSError, ValueError) as error:
+        raise click.ClickException(f"--out {path}: {error}") from None
+    click.echo(f"wrote {path}")
 
 
 if __name__ == "__main__":

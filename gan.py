@@ -1,18 +1,18 @@
-"""Stage 3: the decoder (mapper and EigenGAN generator), trained against a discriminator and, every n-th iteration,
-through the frozen encoder and classifier of stages 1 and 2.
+"""Stage 3: trains the decoder (mapper and EigenGAN generator) against a discriminator and, every n-th iteration, through
+the frozen encoder and classifier of stages 1 and 2.
 
     python gan.py --data afhq --disc patch --loss lsgan --reg-every 4
     torchrun --nproc-per-node 8 gan.py --data afhq
 
-From top to bottom: networks, augmentation, losses, one function per update, the loop, the command, `load`.
-With `ops/` beside it this file builds and runs the networks on its own.
+From top to bottom: decoder, discriminators, augmentation, losses, the four updates and the iteration that calls them,
+`load` for a trained run, the command. With `ops/` and `training.py` beside it, this file builds, trains and runs the
+networks in any project.
 
 Symbols as in the paper: y attributes, eps = r(y, noise) the code given to the generator, z = (z_1..z_k) one small
 vector per generator layer, phi = U (L * z_i) + mu the subspace of layer i, x images in [-1, 1].
 """
 
 import copy
-import functools
 import itertools
 import json
 import math
@@ -27,7 +27,8 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from ops import bias_lrelu, conv2d, conv_transpose2d, no_weight_gradients, subspace_lrelu
+import training
+from ops import bias_lrelu, conv2d, conv_transpose2d, freeze, no_weight_gradients, subspace_lrelu
 
 NOISE = 512  # width of the mapper's noise and of eps
 BASIS = 6  # basis vectors of a subspace
@@ -36,8 +37,8 @@ EMA_HALF_LIFE = 10_000  # images
 LOG_EVERY = 2_000  # images
 
 # Published: AFHQ at 256 px and CelebA at 128 px, 200,000 iterations. The row '' serves any other data.
-# r1 None: 10 (size / 256)^1/2, for patches 10 (size / 256)^2: at 10 the discriminators of small images are flat, the
-# global one learns slowly, the patches' does not hold the generator back from saturated colours.
+# r1 None: 10 (size / 256)^1/2, for patches 10 (size / 256)^2, found by trying: at 10, discriminators of small images are
+# flat; the global one learns slowly, the patch one does not keep the generator from saturated colours.
 PRESETS = {
     "":              dict(batch=32, lr=1e-4, kimg=200.0,   snap=50.0,  augment="color,translation,cutout", r1=None, reg_clip=True),
     "critters":      dict(batch=16, lr=5e-4, kimg=60.0,    snap=10.0,  augment="none"),
@@ -56,12 +57,12 @@ def channels_at(size: int, resolution: int) -> int:
 
 
 def full(x: Tensor) -> Tensor:
-    """x in at least single precision: out of an autocast network, before tanh and the losses."""
+    """x in at least single precision. Scores and images leave the autocast networks through this."""
     return x if x.dtype == torch.float64 else x.float()
 
 
 def he_init(network: nn.Module) -> None:
-    """Start every convolution and linear layer at He et al.'s scale, biases at 0, so that signals keep their size.
+    """Start every convolution and linear layer at He et al.'s scale for leaky ReLU of slope 0.2, biases at 0.
 
     From torch's default scale a generator's first images are hundreds of times fainter, and stay so for many steps.
     A transposed convolution (3x3, stride 2) starts as bilinear upsampling, so that the first images are smooth.
@@ -70,7 +71,7 @@ def he_init(network: nn.Module) -> None:
         if isinstance(layer, (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)):
             up = isinstance(layer, nn.ConvTranspose2d)
             inputs = layer.in_channels if up else layer.weight[0].numel()
-            nn.init.normal_(layer.weight, std=(2 / 1.04 / inputs) ** 0.5)
+            nn.init.normal_(layer.weight, std=(2 / (1 + 0.2**2) / inputs) ** 0.5)
             if up:
                 tent = torch.tensor([0.5, 1.0, 0.5])
                 layer.weight.data = layer.weight.data[:, :, :1, :1] * tent[:, None] * tent
@@ -79,17 +80,17 @@ def he_init(network: nn.Module) -> None:
 
 
 class Subspace(nn.Module):
-    """phi = U (L * z) + mu (EigenGAN, eq. 1): `basis` orthonormal maps U [basis, r, r, C], importances L, origin mu.
+    """phi = U (L * z) + mu (EigenGAN, eq. 1): `basis` orthonormal maps U of [r * r, C], importances L, origin mu.
 
-    U starts smooth (no finer than 4x4), random and orthonormal.
-
-    orthonormal: keep U orthonormal by construction (Gram-Schmidt, differentiable) instead of by a penalty.
+    U starts random, orthonormal and smooth (no finer than 4x4). orthonormal: keep U orthonormal by construction
+    (Gram-Schmidt, differentiable) instead of by a penalty.
     """
 
     def __init__(self, channels: int, resolution: int, basis: int = BASIS, orthonormal: bool = False):
         super().__init__()
-        self.U = nn.Parameter(torch.empty(basis, resolution, resolution, channels))  # NHWC: maps come out channels_last
-        self.L = nn.Parameter(3.0 * torch.arange(basis, 0, -1))
+        # Channels last in memory. Not four dimensions: .to(memory_format=channels_last) would change their order.
+        self.U = nn.Parameter(torch.empty(basis, resolution**2, channels))
+        self.L = nn.Parameter(3.0 * torch.arange(basis, 0, -1))  # 18, 15, .. 3, as published
         self.mu = nn.Parameter(torch.zeros(resolution, resolution, channels))
         self.orthonormal = orthonormal
         smooth = F.interpolate(torch.randn(basis, channels, 4, 4), size=resolution, mode="bilinear")
@@ -97,12 +98,12 @@ class Subspace(nn.Module):
         self.U.data.copy_(U.reshape(self.U.shape))
 
     def basis(self) -> Tensor:
-        """U as it is used: [basis, r, r, C], in full precision."""
+        """U as it is used: [basis, r * r, C], in full precision."""
         if not self.orthonormal:
             return self.U
         with torch.autocast(self.U.device.type, enabled=False):
             U = self.U.flatten(1)
-            R = torch.linalg.cholesky_ex(U @ U.T).L  # cholesky would wait for the device to check
+            R = torch.linalg.cholesky_ex(U @ U.T).L  # cholesky() would wait for the device to check its result
             return torch.linalg.solve_triangular(R, U, upper=False).view_as(self.U)
 
     def gram(self) -> Tensor:
@@ -113,18 +114,21 @@ class Subspace(nn.Module):
 
     def maps(self) -> Tensor:
         """The scaled basis and the origin, [basis + 1, C, r, r]: phi of z is their sum weighted by (z, 1)."""
-        return torch.cat((self.L.view(-1, 1, 1, 1) * self.basis(), self.mu[None])).permute(0, 3, 1, 2)
+        scaled = (self.L.view(-1, 1, 1) * self.basis()).view(-1, *self.mu.shape)
+        return torch.cat((scaled, self.mu[None])).permute(0, 3, 1, 2)
 
 
 class EigenBlock(nn.Module):
     """One generator layer: [B, C, r, r] -> [B, C', 2r, 2r], adding its subspace phi before and after upsampling.
 
-    Both convolutions of phi are linear, so they are applied to the basis (7 maps) instead of to the batch, and
-    `subspace_lrelu` mixes their results.
+    Both convolutions of phi are linear, so they are applied to the 7 basis maps instead of to the batch, and
+    `subspace_lrelu` mixes their results. last: the bias of feature_conv2 is left to the caller, which adds it by
+    `bias_lrelu` in one pass; between blocks the next subspace is added first.
     """
 
-    def __init__(self, in_channels: int, out_channels: int, resolution: int, orthonormal: bool = False):
+    def __init__(self, in_channels: int, out_channels: int, resolution: int, orthonormal: bool, last: bool):
         super().__init__()
+        self.last = last
         self.up = up = dict(stride=2, padding=1, output_padding=1)
         self.subspace = Subspace(in_channels, resolution, orthonormal=orthonormal)
         self.subspace_conv1 = nn.Conv2d(in_channels, in_channels, 1)
@@ -133,27 +137,23 @@ class EigenBlock(nn.Module):
         self.feature_conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
 
     def convolve(self, maps: Tensor) -> tuple[Tensor, Tensor]:
-        """Both subspace convolutions without bias: [K, C, r, r] -> [K, C, r, r], [K, C', 2r, 2r]."""
-        return F.conv2d(maps, self.subspace_conv1.weight), conv_transpose2d(maps, self.subspace_conv2.weight, **self.up)
+        """Both subspace convolutions, without bias: [K, C, r, r] -> [K, C, r, r], [K, C', 2r, 2r]."""
+        return conv2d(maps, self.subspace_conv1.weight), conv_transpose2d(maps, self.subspace_conv2.weight, **self.up)
 
-    def forward(
-        self, h: Tensor, bias: Tensor | float, z: Tensor, convolved: tuple[Tensor, Tensor] | None = None
-    ) -> Tensor:
-        """h [B, C, r, r] (written over) yet without its bias [C] or 0, z [B, 6] -> [B, C', 2r, 2r] without its bias.
-
-        convolved: the maps of `convolve`, if kept. Biases go into the fused op: one pass less each way.
-        """
-        coef = F.pad(z, (0, 1), value=1.0)
+    def forward(self, h: Tensor, z: Tensor, convolved: tuple[Tensor, Tensor] | None = None) -> Tensor:
+        """h [B, C, r, r] (written over), z [B, 6] -> [B, C', 2r, 2r]. convolved: the result of `convolve`, if kept."""
+        coef = F.pad(z, (0, 1), value=1.0)  # mu has the coefficient 1
         if convolved is None:
             maps = self.subspace.maps()
             if len(z) < len(maps):  # a small batch: fewer phi than basis maps
                 maps = torch.einsum("bk,kchw->bchw", coef, maps).contiguous(memory_format=torch.channels_last)
                 coef = torch.eye(len(z), dtype=z.dtype, device=z.device)
             convolved = self.convolve(maps)
-        h = subspace_lrelu(h, coef, convolved[0], self.subspace_conv1.bias + bias, inplace=True)
+        h = subspace_lrelu(h, coef, convolved[0], self.subspace_conv1.bias, inplace=True)
         h = conv_transpose2d(h, self.feature_conv1.weight, **self.up)
-        h = subspace_lrelu(h, coef, convolved[1], self.subspace_conv2.bias + self.feature_conv1.bias, inplace=True)
-        return conv2d(h, self.feature_conv2.weight, padding=1)
+        bias = self.feature_conv1.bias + self.subspace_conv2.bias  # both are added at the same place
+        h = subspace_lrelu(h, coef, convolved[1], bias, inplace=True)
+        return conv2d(h, self.feature_conv2.weight, None if self.last else self.feature_conv2.bias, padding=1)
 
 
 class Generator(nn.Module):
@@ -165,10 +165,9 @@ class Generator(nn.Module):
         resolutions = [4 * 2**i for i in range(int(math.log2(size)) - 2)]
         self.first = nn.Linear(NOISE, 16 * channels_at(size, 4))
         self.blocks = nn.ModuleList(
-            EigenBlock(channels_at(size, r), channels_at(size, 2 * r), r, orthonormal) for r in resolutions
+            EigenBlock(channels_at(size, r), channels_at(size, 2 * r), r, orthonormal, last=2 * r == size)
+            for r in resolutions
         )
-        self.blocks[-1].feature_conv2.register_parameter("bias", None)  # goes into the fused op instead
-        self.last_bias = nn.Parameter(torch.zeros(channels_at(size, size)))
         self.last = nn.Conv2d(channels_at(size, size), 3, 7, padding=3)
 
     def convolved(self) -> list[tuple[Tensor, Tensor]]:
@@ -176,15 +175,12 @@ class Generator(nn.Module):
         return [block.convolve(block.subspace.maps()) for block in self.blocks]
 
     def forward(self, eps: Tensor, z: Tensor, convolved: list[tuple[Tensor, Tensor]] | None = None) -> Tensor:
-        h = self.first(eps).view(len(eps), 4, 4, -1).permute(0, 3, 1, 2).clone()  # no view: the blocks write over it
-        bias = 0.0
+        h = self.first(eps).view(len(eps), 4, 4, -1).permute(0, 3, 1, 2)
+        h = h.clone()  # the blocks write over their input, which a view of a layer's output does not allow
         for i, block in enumerate(self.blocks):
-            h = block(h, bias, z[:, i], convolved[i] if convolved else None)
-            bias = block.feature_conv2.bias
-        h = bias_lrelu(h, self.last_bias, inplace=True)
-        # As the transpose of a convolution of images: conv_transpose2d knows how to fill vectors with three channels.
-        x = conv_transpose2d(h, self.last.weight.flip(2, 3).transpose(0, 1), self.last.bias, padding=3)
-        return torch.tanh(full(x))
+            h = block(h, z[:, i], convolved[i] if convolved else None)
+        h = bias_lrelu(h, self.blocks[-1].feature_conv2.bias, inplace=True)
+        return torch.tanh(full(conv2d(h, self.last.weight, self.last.bias, padding=3)))
 
 
 class Decoder(nn.Module):
@@ -196,7 +192,7 @@ class Decoder(nn.Module):
         self.mapper = nn.Linear(labels + NOISE, NOISE) if labels else None
         self.generator = Generator(size, orthonormal)
         he_init(self)
-        self.generator.last.weight.data.mul_(0.5)  # keeps tanh out of saturation
+        self.generator.last.weight.data.mul_(0.5)  # keeps the first images out of tanh's saturation
 
     @property
     def latent_width(self) -> int:
@@ -212,21 +208,12 @@ class Decoder(nn.Module):
 
     def orthogonality(self) -> Tensor:
         """Mean over layers of mean((U U^T - I)^2): 0 where every basis is orthonormal."""
-        eye = torch.eye(BASIS, device=self.generator.last_bias.device)
+        eye = torch.eye(BASIS, device=self.generator.last.weight.device)
         return torch.stack([(b.subspace.gram() - eye).square().mean() for b in self.generator.blocks]).mean()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Discriminators. Each has `batch_statistics`: whether an image's score depends on the others of its batch.
-
-
-def by_ops(network: nn.Module) -> nn.Module:
-    """The network, its usual convolutions computed by `conv2d`."""
-    for layer in network.modules():
-        if type(layer) is nn.Conv2d:
-            options = dict(weight=layer.weight, bias=layer.bias, stride=layer.stride[0], padding=layer.padding[0])
-            layer.forward = functools.partial(conv2d, **options)
-    return network
 
 
 class ConvLrelu(nn.Conv2d):
@@ -253,7 +240,7 @@ class ConvNormLrelu(nn.Module):
 
 
 class GlobalDiscriminator(nn.Module):
-    """x [B, 3, size, size] -> one logit an image, [B, 1]. Convolutions down to 4x4, as in EigenGAN."""
+    """x [B, 3, size, size] -> one logit per image, [B, 1]. Convolutions down to 4x4, as in EigenGAN."""
 
     batch_statistics = False
 
@@ -287,11 +274,11 @@ class PatchDiscriminator(nn.Module):
             ConvNormLrelu(64, 128, stride=2),
             ConvNormLrelu(128, 256, stride=2),
             ConvNormLrelu(256, 512, stride=1),
-            nn.Conv2d(512, 1, 4, 1, 1),
         )
+        self.score = nn.Conv2d(512, 1, 4, 1, 1)
 
     def forward(self, x: Tensor, y: Tensor | None = None) -> Tensor:
-        return full(self.layers(x))
+        return full(conv2d(self.layers(x), self.score.weight, self.score.bias, padding=1))
 
 
 class PerClass(nn.Module):
@@ -309,7 +296,7 @@ class PerClass(nn.Module):
 
 
 def build_discriminator(kind: str, size: int, classes: int = 0) -> nn.Module:
-    """kind 'global' or 'patch'; classes > 0: one discriminator a class."""
+    """kind 'global' or 'patch'; classes > 0: one discriminator per class."""
     make = {"global": GlobalDiscriminator, "patch": PatchDiscriminator}[kind]
     D = PerClass([make(size) for _ in range(classes)]) if classes else make(size)
     he_init(D)
@@ -385,16 +372,6 @@ def loss_y(kind: str, logits: Tensor, y: Tensor) -> Tensor:
     return F.binary_cross_entropy_with_logits(full(logits), y, reduction="sum") / len(y)
 
 
-def entropy_bits(labels: Tensor) -> float:
-    """H(Y) in bits of the empirical joint distribution of the rows of `labels` [N, Y]."""
-    p = torch.unique(labels, dim=0, return_counts=True)[1].double() / len(labels)
-    return float(-(p * p.log2()).sum())
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The updates of one iteration. Each returns its loss; the loop steps the optimisers.
-
-
 def r1_penalty(D: nn.Module, x: Tensor, y: Tensor | None) -> Tensor:
     """E ||grad_x sum D(x)||^2 on the (augmented) real images x (Mescheder et al. 2018, without their 1/2)."""
     x = x.detach().requires_grad_()
@@ -403,9 +380,13 @@ def r1_penalty(D: nn.Module, x: Tensor, y: Tensor | None) -> Tensor:
     return gradient.square().sum(dim=(1, 2, 3)).mean()
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# Training: four updates, and the iteration that calls them.
+
+
 def scores_real_fake(D: nn.Module, real: Tensor, fake: Tensor, y_real: Tensor, y_fake: Tensor) -> tuple[Tensor, Tensor]:
     """D on both: in one pass, unless batch statistics would then mix them."""
-    # In the weights' format: the first convolution's gradient by its weights would else turn that of its whole output.
+    # In the weights' format: the gradient of the first convolution's weights would else transpose its whole output.
     real, fake = (x.contiguous(memory_format=torch.channels_last) for x in (real, fake))
     if D.batch_statistics:
         return D(real, y_real), D(fake, y_fake)
@@ -414,29 +395,28 @@ def scores_real_fake(D: nn.Module, real: Tensor, fake: Tensor, y_real: Tensor, y
 
 
 def gradient_norm(network: nn.Module) -> Tensor:
-    """Euclidean norm of the gradient that the last backward left."""
+    """Euclidean norm of the gradient that the last backward pass left."""
     return torch.nn.utils.get_total_norm([p.grad for p in network.parameters() if p.grad is not None])
 
 
 class Trainer:
-    """Networks, optimisers and label distribution of one run, and its four updates.
+    """Networks, optimisers and labels of one run, and its four updates.
 
-    `regularise`, `discriminate`, `penalise` (R1) and `generate` each draw their own latents, run forward and backward
-    and step their optimiser; they return device scalars for the log and do not synchronise (but for
-    --per-class, which must know whose images are whose).
+    `discriminate`, `penalise` (R1), `generate` and `regularise` each draw their own latents, run forward and backward
+    and step their optimiser. They return device scalars for the log and do not synchronise (but for --per-class, which
+    must know whose images are whose).
+
+    labels: float [N, Y] of the training images, from which y is drawn; None is unconditional. kind: 'one-hot',
+    'multi-label' or 'none'. encoder, classifier: frozen.
     """
 
-    def __init__(self, options: dict, run, labels: Tensor | None, kind: str, encoder=None, classifier=None):
+    def __init__(
+        self, options: dict, run: training.Run, labels: Tensor | None, kind: str, encoder=None, classifier=None
+    ):
         self.options, self.run, self.kind = options, run, kind
-        self.encoder, self.classifier = encoder and by_ops(encoder), classifier
+        self.encoder, self.classifier = encoder, classifier
         self.labels = None if labels is None else labels.to(run.device)
-        self.labels_mean = None if labels is None else self.labels.mean(dim=0)
-        self.entropy = 0.0  # H(Y) of the y that are drawn, in bits
-        if options["sample_y"] == "independent":
-            p = self.labels_mean.double()
-            self.entropy = float(torch.special.entr(torch.stack((p, 1 - p))).sum() / math.log(2))
-        elif labels is not None:
-            self.entropy = entropy_bits(labels)
+        self.entropy = 0.0 if labels is None else training.entropy_bits(self.labels)  # H(Y)
         torch.manual_seed(run.seed)  # the same weights in every process
         width = 0 if labels is None else labels.shape[1]
         nets = (
@@ -445,8 +425,8 @@ class Trainer:
         )
         self.decoder, self.D = (n.to(run.device, memory_format=torch.channels_last) for n in nets)
         if width and not self.D.batch_statistics:
-            # From the start, eps follows y about as much as the 512 numbers of the noise. Not against patches: their
-            # batch norm hides colours, which the regularisation would then drive into saturation.
+            # From the start, eps follows y about as much as the 512 numbers of the noise; the 3 was found by trying. Not
+            # against patches: their batch norm hides colours, which the regularisation would then drive into saturation.
             self.decoder.mapper.weight.data[:, :width].mul_((NOISE / 3) ** 0.5)
         self.ema = copy.deepcopy(self.decoder).requires_grad_(False).eval()
         adam = dict(lr=options["lr"], betas=(0.5, 0.99), fused=True)
@@ -455,28 +435,22 @@ class Trainer:
         self.scaler_g, self.scaler_d = run.scaler(), run.scaler()
         self.batch = options["batch"] // run.world
 
-    def draw_y(self, n: int) -> Tensor | None:
-        """Labels to generate for: rows of the training labels, or each attribute on its own at its rate."""
-        if self.labels is None:
-            return None
-        if self.options["sample_y"] == "independent":
-            return (torch.rand(n, len(self.labels_mean), device=self.run.device) < self.labels_mean).float()
-        return self.labels[torch.randint(len(self.labels), (n,), device=self.run.device)]
-
     def fake(self) -> tuple[Tensor, Tensor | None]:
-        """A batch of generated images and the labels they were generated for."""
-        y = self.draw_y(self.batch)
+        """A batch of generated images, and the labels they were generated for: rows of the training labels."""
+        y = None
+        if self.labels is not None:
+            y = self.labels[torch.randint(len(self.labels), (self.batch,), device=self.run.device)]
         latents = torch.randn(self.batch, self.decoder.latent_width, device=self.run.device)
         with self.run.autocast():
             return self.decoder(y, latents), y
 
     def drop_gradients(self) -> None:
-        """Each update begins with it: the last one's gradients would lie beside its activations, where memory peaks."""
+        """Every update begins with this: the gradients of the last one would lie beside its activations at the peak."""
         self.opt_g.zero_grad(set_to_none=True)
         self.opt_d.zero_grad(set_to_none=True)
 
     def step(self, loss: Tensor, network: nn.Module, optimiser, scaler, limit: Tensor | None = None) -> None:
-        """Backward and one step of the optimiser; a gradient of a norm above `limit` is scaled to it."""
+        """Backward and one step of the optimiser; a gradient of a norm above `limit` is scaled down to it."""
         scaler.scale(loss).backward()
         self.run.average_gradients(network.parameters())
         scaler.unscale_(optimiser)
@@ -486,26 +460,8 @@ class Trainer:
         scaler.step(optimiser)
         scaler.update()
 
-    def classify_loss(self, x: Tensor, y: Tensor) -> Tensor:
-        with self.run.autocast():
-            logits = self.classifier(self.encoder(x))
-        return loss_y(self.kind, logits, y)
-
-    def regularise(self, limit: Tensor | None = None) -> Tensor:
-        """Classification regularisation, eqs. 4-5, as an update of its own; returns H(Y | E) in nats.
-
-        limit: of the gradient's norm; with --reg-clip n times the adversarial gradient's, so that over n iterations the
-        two weigh the same. The encoder's gradient can be a hundred times the discriminator's, and in the second moments
-        of their common Adam it would all but stop the adversarial game.
-        """
-        self.drop_gradients()
-        x, y = self.fake()
-        loss = self.classify_loss(x, y)
-        self.step(loss, self.decoder, self.opt_g, self.scaler_g, limit)
-        return loss
-
-    def discriminate(self, real: Tensor, y_real: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        """One update of D; returns its loss and its scores of real and fake."""
+    def discriminate(self, real: Tensor, y_real: Tensor | None) -> dict[str, Tensor]:
+        """One step of D on real and generated images, eqs. 6-7."""
         self.drop_gradients()
         with torch.no_grad():
             fake, y_fake = self.fake()
@@ -514,20 +470,20 @@ class Trainer:
             score_real, score_fake = scores_real_fake(self.D, real, fake, y_real, y_fake)
         loss = loss_d(self.options["loss"], score_real, score_fake)
         self.step(loss, self.D, self.opt_d, self.scaler_d)
-        return loss, score_real.detach(), score_fake.detach()
+        stats = {"loss_d": loss, "score_real": score_real.detach().mean(), "score_fake": score_fake.detach().mean()}
+        if self.options["loss"] == "ns":  # its discriminator bounds the Jensen-Shannon divergence from below, in bits
+            stats["jsd_bound"] = 1 - loss.detach() / 2 / math.log(2)
+        return stats
 
-    def penalise(self, real: Tensor, y_real: Tensor | None) -> Tensor:
-        """Lazy R1: its own forward, in fp32, and its own step of D's optimiser; returns E ||grad D||^2."""
+    def penalise(self, real: Tensor, y_real: Tensor | None) -> dict[str, Tensor]:
+        """Lazy R1: its own forward pass, in fp32, and its own step of D's optimiser."""
         self.drop_gradients()
         penalty = r1_penalty(self.D, augment(real, self.options["augment"]), y_real)
         self.step(self.options["r1"] * penalty, self.D, self.opt_d, self.scaler_d)
-        return penalty
+        return {"r1": penalty}
 
-    def generate(self, joint: bool = False) -> tuple[Tensor, Tensor, Tensor | None]:
-        """One update of the decoder; joint: with the classification term.
-
-        Returns the adversarial loss, the penalty on U and the classification loss.
-        """
+    def generate(self, joint: bool = False) -> dict[str, Tensor]:
+        """One adversarial step of the decoder, eqs. 6-7, with the orthogonality penalty; joint: with eqs. 4-5 too."""
         self.drop_gradients()
         self.D.requires_grad_(False)
         x, y = self.fake()
@@ -536,11 +492,37 @@ class Trainer:
             score = self.D(augmented, y)
         adversarial = loss_g(self.options["loss"], score)
         orthogonality = self.decoder.orthogonality()
-        classification = self.classify_loss(x, y) if joint else None
         loss = adversarial + (100 * orthogonality if self.options["orth"] == "penalty" else 0)
-        self.step(loss + (classification if joint else 0), self.decoder, self.opt_g, self.scaler_g)
+        stats = {"loss_g": adversarial, "orthogonality": orthogonality}
+        if joint:
+            classification = self.classification(x, y)
+            loss, stats = loss + classification, stats | self.information(classification)
+        self.step(loss, self.decoder, self.opt_g, self.scaler_g)
         self.D.requires_grad_(True)
-        return adversarial, orthogonality, classification
+        return stats
+
+    def regularise(self, limit: Tensor | None = None) -> dict[str, Tensor]:
+        """Classification regularisation, eqs. 4-5, as an update of the decoder of its own.
+
+        limit: of the gradient's norm; with --reg-clip n times the adversarial gradient's, so that over n iterations the
+        two weigh the same. The encoder's gradient can be a hundred times the discriminator's, and in the second moments
+        of their common Adam it would all but stop the adversarial game.
+        """
+        self.drop_gradients()
+        loss = self.classification(*self.fake())
+        self.step(loss, self.decoder, self.opt_g, self.scaler_g, limit)
+        return self.information(loss)
+
+    def classification(self, x: Tensor, y: Tensor) -> Tensor:
+        """H(Y | E) of generated images under the frozen encoder and classifier, eq. 5, in nats."""
+        with self.run.autocast():
+            logits = self.classifier(self.encoder(x))
+        return loss_y(self.kind, logits, y)
+
+    def information(self, classification: Tensor) -> dict[str, Tensor]:
+        """For the log: H(Y | E) in nats, and the lower bound of eq. 4 on I(Y; E) in bits, at most H(Y)."""
+        loss = classification.detach()
+        return {"H_y_given_e": loss, "mi_bits": self.entropy - loss / math.log(2)}
 
     @torch.no_grad()
     def average(self, images: int) -> None:
@@ -553,25 +535,26 @@ class Trainer:
         update(list(self.ema.parameters()), list(self.decoder.parameters()), None)
 
     def iteration(self, i: int, real: Tensor, y_real: Tensor | None) -> dict[str, Tensor]:
-        """One iteration on a batch of real images in [-1, 1] and their labels; returns scalars for the log."""
+        """Iteration i on a batch of real images in [-1, 1] and their labels; returns scalars for the log."""
         o = self.options
         regularised = self.labels is not None and o["reg_every"] > 0 and i % o["reg_every"] == 0
-        stats = {}
-        stats["loss_d"], score_real, score_fake = self.discriminate(real, y_real)
-        if o["loss"] == "ns":  # eqs. 6-7: a discriminator bounds the Jensen-Shannon divergence from below, in bits
-            stats["jsd_bound"] = 1 - loss_d("ns", score_real, score_fake) / 2 / math.log(2)
-        stats["score_real"], stats["score_fake"] = score_real.mean(), score_fake.mean()
-        if o["r1"] > 0 and i % R1_EVERY == 0:
-            stats["r1"] = self.penalise(real, y_real)
         joint = regularised and o["reg_mode"] == "joint"
-        stats["loss_g"], stats["orthogonality"], classification = self.generate(joint)
+
+        # Train D to tell real from generated images.
+        stats = self.discriminate(real, y_real)
+
+        # Every 16th iteration, penalise its gradient at real images.
+        if o["r1"] > 0 and i % R1_EVERY == 0:
+            stats |= self.penalise(real, y_real)
+
+        # Train the decoder to pass for real.
+        stats |= self.generate(joint)
+
+        # Every n-th iteration, train it to show what the labels say.
         if regularised and not joint:
-            limit = gradient_norm(self.decoder) * o["reg_every"] if o["reg_clip"] else None
-            classification = self.regularise(limit)
-        if regularised:
-            stats["H_y_given_e"] = classification
-            # Eq. 4: a lower bound on I(Y; E) through the generated images, at most H(Y)
-            stats["mi_bits"] = self.entropy - stats["H_y_given_e"] / math.log(2)
+            stats |= self.regularise(gradient_norm(self.decoder) * o["reg_every"] if o["reg_clip"] else None)
+
+        # Average its weights.
         self.average((i + 1) * o["batch"])
         return stats
 
@@ -587,7 +570,7 @@ class Trainer:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What metrics and pictures work with: a trained run, rebuilt from gan.pt alone.
+# A trained run, rebuilt from gan.pt alone: what metrics and pictures work with.
 
 
 @dataclass
@@ -604,7 +587,7 @@ class Network:
     size: int
     images_seen: int
     options: dict
-    convolved: list
+    convolved: list  # the decoder's convolved basis maps
 
     @property
     def labels(self) -> int:
@@ -623,7 +606,7 @@ class Network:
     @torch.inference_mode()
     def decode(self, y: Tensor | None, latents: Tensor) -> Tensor:
         """y float [B, Y] or None, latents [B, width] -> x [B, 3, size, size] float32 in [-1, 1]."""
-        device = self.generator.last_bias.device
+        device = self.generator.last.weight.device
         return self.decoder(None if y is None else y.to(device), latents.to(device), self.convolved)
 
     def generate(self, y: Tensor | None, seeds: Sequence[int], truncation: float = 1.0) -> Tensor:
@@ -637,11 +620,11 @@ class Network:
 def load(path: str | Path, device: str | torch.device = "cpu") -> Network:
     """Rebuild a run's networks from its gan.pt, frozen and in eval mode, on `device`.
 
-    Raises click.ClickException if the file is missing or is not one of gan.py's checkpoints.
+    Needs encoder.py and classifier.py beside this file. Raises click.ClickException if the file is missing or is not one
+    of gan.py's checkpoints.
     """
-    import classifier as classifier_stage
-    import encoder as encoder_stage
-    import training
+    import classifier as stage2
+    import encoder as stage1
 
     device = training.choose_device(device)
     state = training.load(path, "gan")
@@ -650,8 +633,8 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> Network:
     decoder = Decoder(data["size"], len(names), state["options"]["orth"] == "exact")
     decoder.load_state_dict(state["ema"])
     decoder.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
-    encoder = encoder_stage.build(state["encoder"]).to(device) if state["encoder"] else None
-    classifier = classifier_stage.build(state["classifier"]).to(device) if state["classifier"] else None
+    encoder = frozen_encoder(stage1.build(state["encoder"]), data["size"], device) if state["encoder"] else None
+    classifier = stage2.build(state["classifier"]).to(device) if state["classifier"] else None
     with torch.inference_mode():
         convolved = decoder.generator.convolved()
     return Network(
@@ -661,25 +644,23 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> Network:
     )  # fmt: skip
 
 
+def frozen_encoder(encoder: nn.Module, size: int, device: torch.device) -> nn.Module:
+    """The encoder of stage 1 on `device`, rewritten for speed on images of `size`; it keeps `features`, their number."""
+    frozen = freeze(encoder.to(device, memory_format=torch.channels_last), (3, size, size))
+    frozen.features = encoder.features
+    return frozen
+
+
 def grid(images: Tensor, columns: int) -> np.ndarray:
     """x [N, 3, H, W] in [-1, 1] -> one uint8 picture [rows * H, columns * W, 3], filled row by row."""
-    N, _, H, W = images.shape
-    tiles = images.mul(127.5).add(128).clamp(0, 255).byte().cpu().permute(0, 2, 3, 1)
+    tiles = training.to_uint8(images).cpu()
+    N, H, W, _ = tiles.shape
     tiles = torch.cat((tiles, tiles.new_full((-N % columns, H, W, 3), 255)))
     return tiles.view(-1, columns, H, W, 3).permute(0, 2, 1, 3, 4).reshape(-1, columns * W, 3).numpy()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The command.
-
-
-def save_grid(trainer: Trainer, path: Path, y: Tensor | None, latents: Tensor) -> np.ndarray:
-    """Write the averaged decoder's images for fixed labels and latents, 8 a row."""
-    with torch.inference_mode():
-        picture = grid(trainer.ema(y, latents), columns=8)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(picture).save(path)
-    return picture
 
 
 def grid_inputs(trainer: Trainer, seed: int) -> tuple[Tensor | None, Tensor]:
@@ -697,15 +678,23 @@ def grid_inputs(trainer: Trainer, seed: int) -> tuple[Tensor | None, Tensor]:
     return None if y is None else y.to(trainer.run.device), latents.to(trainer.run.device)
 
 
-def earlier_stages(outdir: Path, needed: bool) -> tuple[dict | None, dict | None]:
-    """The checkpoints of stages 1 and 2 in the run's folder, checked to belong together."""
-    import training
+def save_grid(trainer: Trainer, path: Path, y: Tensor | None, latents: Tensor) -> np.ndarray:
+    """Write the averaged decoder's images for fixed labels and latents, 8 in a row."""
+    with torch.inference_mode():
+        picture = grid(trainer.ema(y, latents), columns=8)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(picture).save(path)
+    return picture
 
-    if not needed and not (outdir / "encoder.pt").exists():
-        return None, None
+
+def earlier_stages(outdir: Path, conditional: bool) -> tuple[dict | None, dict | None]:
+    """The checkpoints of stages 1 and 2 in the run's folder, checked to belong together.
+
+    An unconditional run takes the encoder along if there is one, for its metrics.
+    """
+    if not conditional:
+        return training.load(outdir / "encoder.pt", "encoder") if (outdir / "encoder.pt").exists() else None, None
     encoder = training.load(outdir / "encoder.pt", "encoder")
-    if not needed:
-        return encoder, None
     classifier = training.load(outdir / "classifier.pt", "classifier", finished=True)
     if classifier["encoder_hash"] != training.fingerprint(encoder["model"]):
         raise click.ClickException(
@@ -714,31 +703,59 @@ def earlier_stages(outdir: Path, needed: bool) -> tuple[dict | None, dict | None
     return encoder, classifier
 
 
+# fmt: off
+OPTIONS = [
+    click.option("--disc",          type=click.Choice(["global", "patch"]), default="global", help="Discriminator: one score per image, or one per patch."),
+    click.option("--per-class",     is_flag=True, help="One discriminator for each class, D(x | y); one-hot labels only."),
+    click.option("--loss",          type=click.Choice(["hinge", "ns", "lsgan"]), default="hinge", help="Adversarial loss; ns: non-saturating."),
+    click.option("--reg-every",     metavar="N", type=click.IntRange(0), default=2, help="Iterations between classification regularisations; 0: never."),
+    click.option("--reg-mode",      type=click.Choice(["separate", "joint"]), default="separate", help="Regularise by an update of its own, or in the adversarial one."),
+    click.option("--reg-clip/--no-reg-clip", default=None, help="Limit a regularisation's gradient to N times the adversarial one's norm.  [default: by data]"),
+    click.option("--orth",          type=click.Choice(["penalty", "exact", "none"]), default="penalty", help="How the bases U are kept orthonormal."),
+    click.option("--r1",            metavar="W", type=click.FloatRange(0), help="Weight of the gradient penalty, every 16th iteration; 0: none.  [default: by data and --disc]"),
+    click.option("--augment",       metavar="LIST|none", help="Of the discriminator's inputs: color,translation,cutout or some of them.  [default: by data]"),
+    click.option("--unconditional", is_flag=True, help="Vanilla EigenGAN: no labels, no regularisation; needs no earlier stage."),
+    click.option("--lr",            metavar="RATE", type=click.FloatRange(0, min_open=True), help="Learning rate of both Adams.  [default: by data]"),
+    click.option("--kimg",          metavar="KIMG", type=click.FloatRange(0, min_open=True), help="Length in thousands of real images.  [default: by data]"),
+    click.option("--snap",          metavar="KIMG", type=click.FloatRange(0, min_open=True), help="Thousands of images between snapshots.  [default: by data]"),
+]
+# fmt: on
+
 # Options that a resumed run may change.
 FREE = {"data", "kimg", "snap", "outdir", "precision", "device", "workers", "resume", "init", "dry_run"}
 
 
-def train(options: dict) -> None:
-    """Run stage 3 with the command's resolved options."""
-    import classifier as classifier_stage
-    import dataset
-    import encoder as encoder_stage
-    import training
-
-    smoke = {"batch": 8, "kimg": 0.256, "snap": 0.128} if options["smoke"] else {}
-    options |= {name: value for name, value in smoke.items() if options[name] is None}
-    clip = options["reg_clip"]
-    options = training.by_data(PRESETS, options["data"], options)
+def check_options(options: dict, given_clip: bool | None) -> None:
+    """Raise click.UsageError for options that contradict each other."""
     for bad, why in (
         (options["per_class"] and options["unconditional"], "--per-class needs labels, --unconditional has none"),
         (options["unconditional"] and options["reg_mode"] == "joint", "--reg-mode joint needs labels"),
-        (options["unconditional"] and options["sample_y"] == "independent", "--sample-y needs labels"),
-        (clip and options["reg_mode"] == "joint", "--reg-clip limits a regularisation of its own, not a joint one"),
+        (given_clip and options["reg_mode"] == "joint", "--reg-clip limits a regularisation of its own, not a joint one"),
         (set(options["augment"].split(",")) - {"color", "translation", "cutout", "none"},
          f"--augment {options['augment']}: choose from color, translation, cutout, separated by commas, or none"),
     ):  # fmt: skip
         if bad:
             raise click.UsageError(why)
+
+
+@click.command(context_settings=dict(max_content_width=120, show_default=True))
+@training.with_options(OPTIONS)
+def main(**options):
+    """Train the decoder (stage 3); needs encoder.pt and classifier.pt in the output folder unless --unconditional.
+
+    Writes gan.pt (latest), snapshots/, samples/, stats.jsonl and tensorboard/ to the output folder. The same command
+    again goes on where it stopped.
+    """
+    import classifier as stage2
+    import dataset
+    import encoder as stage1
+
+    # Resolve the options.
+    smoke = {"batch": 8, "kimg": 0.256, "snap": 0.128} if options["smoke"] else {}
+    options |= {name: value for name, value in smoke.items() if options[name] is None}
+    given_clip = options["reg_clip"]
+    options = training.by_data(PRESETS, options["data"], options)
+    check_options(options, given_clip)
     outdir = training.out_folder(options)
     if options["dry_run"]:
         return click.echo(json.dumps(options, indent=2))
@@ -748,36 +765,32 @@ def train(options: dict) -> None:
     if options["batch"] % run.world:
         raise click.UsageError(f"--batch {options['batch']} must be a multiple of the {run.world} processes")
     conditional = not options["unconditional"]
-    stage1, stage2 = earlier_stages(outdir, conditional)
-    size = options["size"] or (stage1["data"]["size"] if stage1 else None)
-    attributes = stage2["data"]["attributes"] if stage2 else None
-    internal = stage2 is not None and "assignments" in stage2
+    encoder_pt, classifier_pt = earlier_stages(outdir, conditional)
+    size = options["size"] or (encoder_pt["data"]["size"] if encoder_pt else None)
+    attributes = classifier_pt["data"]["attributes"] if classifier_pt else None
     data = dataset.open_dataset(options["data"], size, "train")
     remedy = "give the same --data and --size to all stages, or run the earlier stages again"
-    for stage, file in ((stage1, "encoder.pt"), (stage2, "classifier.pt")):
-        if stage:
-            training.check_same(stage["data"], data.info(), ("fingerprint", "size"), outdir / file, remedy)
-    if stage2:
-        if internal:  # internal attributes: y is the cluster of an image's embedding
-            clusters = stage2["data"]["label_names"]
-            data.labels = np.eye(len(clusters), dtype=np.float32)[stage2["assignments"]["train"].numpy()]
-            data.label_names, data.label_kind, data.attributes = clusters, "one-hot", attributes
-        else:
-            data = data.part("train", attributes)
+    for checkpoint, file in ((encoder_pt, "encoder.pt"), (classifier_pt, "classifier.pt")):
+        if checkpoint:
+            training.check_same(checkpoint["data"], data.info(), ("fingerprint", "size"), outdir / file, remedy)
+    if classifier_pt and "assignments" in classifier_pt:  # internal attributes: y is the cluster of the embedding
+        names = classifier_pt["data"]["label_names"]
+        data.labels = np.eye(len(names), dtype=np.float32)[classifier_pt["assignments"]["train"].numpy()]
+        data.label_names, data.label_kind, data.attributes = names, "one-hot", attributes
+    elif classifier_pt:
+        data = data.part("train", attributes)
     kind = data.label_kind if conditional else "none"
     if kind == "multi-label" and options["per_class"]:
         raise click.UsageError(
             "--per-class: images with several attributes belong to no single class; use one-hot labels"
         )
-    if kind != "multi-label" and options["sample_y"] == "independent":
-        raise click.UsageError("--sample-y independent needs several attributes; one-hot labels have one distribution")
     options |= {"size": data.size, "attributes": attributes}
     if options["r1"] is None:
         options["r1"] = 10 * (data.size / 256) ** (2 if options["disc"] == "patch" else 0.5)
 
     # Build the networks.
-    encoder = encoder_stage.build(stage1).to(run.device, memory_format=torch.channels_last) if stage2 else None
-    classifier = classifier_stage.build(stage2).to(run.device) if stage2 else None
+    encoder = frozen_encoder(stage1.build(encoder_pt), data.size, run.device) if classifier_pt else None
+    classifier = stage2.build(classifier_pt).to(run.device) if classifier_pt else None
     labels = torch.from_numpy(np.asarray(data.labels)) if conditional else None
     trainer = Trainer(options, run, labels, kind, encoder, classifier)
 
@@ -790,15 +803,12 @@ def train(options: dict) -> None:
         same = all(start["options"][key] == options[key] for key in ("disc", "per_class"))
         if same and "trainer" in start:  # numbered snapshots leave the discriminator out
             training.init_weights(trainer.D, start["trainer"]["D"], options["init"])
-    if options["resume"] and checkpoint.exists():
-        state = training.load(checkpoint, "gan")
-        remedy = "give the same options, or start over with --no-resume or another --outdir"
-        keys = sorted(options.keys() - FREE) + ["init"] * bool(options["init"])
-        training.check_same(state["options"], options, keys, checkpoint, remedy)
-        training.check_same(state["data"], data.info(), ("fingerprint",), checkpoint, remedy)
-        for name, stage in (("encoder", stage1), ("classifier", stage2)):
+    state = training.resume(checkpoint, "gan", options, data, sorted(options.keys() - FREE))
+    if state:
+        for name, stage in (("encoder", encoder_pt), ("classifier", classifier_pt)):
             theirs, ours = (s and training.fingerprint(s["model"]) for s in (state[name], stage))
             if theirs and ours and theirs != ours:
+                remedy = "start over with --no-resume, or give another --outdir"
                 raise click.ClickException(f"{checkpoint} was trained with another {name}.pt: {remedy}")
         trainer.load_state(state["trainer"])
         images, iteration = state["images_seen"], state["iteration"]
@@ -818,20 +828,23 @@ def train(options: dict) -> None:
     frozen = {
         "stage": "gan", "data": data.info(), "options": options, "entropy_bits": trainer.entropy,
         "labels": {"rows": rows.byte(), "counts": counts} if conditional else None,
-        "encoder": {key: stage1[key] for key in ("config", "model", "data")} if stage1 else None,
-        "classifier": {key: stage2[key] for key in ("config", "model", "data")} if stage2 else None,
+        "encoder": {key: encoder_pt[key] for key in ("config", "model", "data")} if encoder_pt else None,
+        "classifier": {key: classifier_pt[key] for key in ("config", "model", "data")} if classifier_pt else None,
     }  # fmt: skip
     fixed = grid_inputs(trainer, options["seed"])
     snap = max(round(1000 * options["snap"]), options["batch"])
     run.reseed(images)
     batches = data.batches(trainer.batch, run.device, run.seed, images, run.rank, run.world, options["workers"])
     for real, y in batches:
-        log.add(**trainer.iteration(iteration, dataset.to_float(real), y if conditional else None))
+        # Train on one batch, count, log.
+        log.add(**trainer.iteration(iteration, training.to_float(real), y if conditional else None))
         before, images, iteration = images, images + options["batch"], iteration + 1
         log.step(options["batch"])
         done = images >= total
         if done or images // LOG_EVERY > before // LOG_EVERY:
             log.write(images)
+
+        # Save the networks and a picture.
         if done or images // snap > before // snap:
             if run.rank == 0:
                 picture = save_grid(trainer, outdir / "samples" / f"{images:08d}.png", *fixed)
@@ -848,42 +861,5 @@ def train(options: dict) -> None:
         click.echo(f"wrote {checkpoint} and {outdir / 'samples'}")
 
 
-# fmt: off
-OPTIONS = [
-    click.option("--disc",          type=click.Choice(["global", "patch"]), default="global", help="Discriminator: a score an image, or one a patch."),
-    click.option("--per-class",     is_flag=True, help="One discriminator for each class, D(x | y); one-hot labels only."),
-    click.option("--loss",          type=click.Choice(["hinge", "ns", "lsgan"]), default="hinge", help="Adversarial loss; ns: non-saturating."),
-    click.option("--reg-every",     metavar="N", type=click.IntRange(0), default=2, help="Iterations between classification regularisations; 0: never."),
-    click.option("--reg-mode",      type=click.Choice(["separate", "joint"]), default="separate", help="Regularise by an update of its own, or in the adversarial one."),
-    click.option("--reg-clip/--no-reg-clip", default=None, help="Limit a regularisation's gradient to N times the adversarial one's norm.  [default: by data]"),
-    click.option("--orth",          type=click.Choice(["penalty", "exact", "none"]), default="penalty", help="How the bases U are kept orthonormal."),
-    click.option("--r1",            metavar="W", type=click.FloatRange(0), help="Weight of the gradient penalty, every 16th iteration; 0: none.  [default: by data and --disc]"),
-    click.option("--augment",       metavar="LIST|none", help="Of the discriminator's inputs: color,translation,cutout or some of them.  [default: by data]"),
-    click.option("--sample-y",      type=click.Choice(["joint", "independent"]), default="joint", help="Draw y jointly as in the data, or each attribute on its own."),
-    click.option("--unconditional", is_flag=True, help="Vanilla EigenGAN: no labels, no regularisation; needs no earlier stage."),
-    click.option("--lr",            metavar="RATE", type=click.FloatRange(0, min_open=True), help="Learning rate of both Adams.  [default: by data]"),
-    click.option("--kimg",          metavar="KIMG", type=click.FloatRange(0, min_open=True), help="Length in thousands of real images.  [default: by data]"),
-    click.option("--snap",          metavar="KIMG", type=click.FloatRange(0, min_open=True), help="Thousands of images between snapshots.  [default: by data]"),
-]
-# fmt: on
-
-
-def command() -> click.Command:
-    """The command line; built on demand, so that the networks above need nothing but ops/."""
-    import training
-
-    @click.command(context_settings=dict(max_content_width=120, show_default=True))
-    @training.with_options(OPTIONS)
-    def main(**options):
-        """Train the decoder (stage 3); needs encoder.pt and classifier.pt in the output folder unless --unconditional.
-
-        Writes gan.pt (latest), snapshots/, samples/, stats.jsonl and tensorboard/ to the output folder. The same
-        command again goes on where it stopped.
-        """
-        train(options)
-
-    return main
-
-
 if __name__ == "__main__":
-    command()()
+    main()

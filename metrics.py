@@ -1,9 +1,9 @@
-"""Scores generated images: FID, IS, KID, t-SNE Chamfer distance, attribute control, diversity, information.
+"""Scores generated images: FID, IS, KID and t-SNE Chamfer distance of two sets; for a run, attribute control and more.
 
-    python metrics.py --network runs/critters/gan.pt
-    python metrics.py --network runs/afhq/gan.pt --metrics fid,is,chamfer,chamfer_sum,accuracy --json afhq.json
     python metrics.py --images DIR --reference DIR --resize clean
     python metrics.py --images DIR --reference stats.npz
+    python metrics.py --network runs/critters/gan.pt
+    python metrics.py --network runs/afhq/gan.pt --metrics fid,is,chamfer,chamfer_sum,accuracy --json afhq.json
     torchrun --nproc-per-node 8 -- metrics.py --network runs/afhq/gan.pt
 
 FID, IS and KID look through the FID Inception network with published weights (`--inception FILE`, or downloaded once);
@@ -12,34 +12,25 @@ by tens of per cent on how images are resized to 299 px, so every output names i
 torch-fidelity and the original code, `clean` as clean-fid. All images are compared as 8-bit RGB.
 
 Everything random comes from the seed and the index of an image alone, so no number depends on the batch size or on the
-number of processes. For two folders this file needs no other; for a run it needs gan.py and what that needs.
+number of processes beyond rounding. For two folders this file needs no other, and with `ops/` beside it t-SNE is faster;
+for a run it needs gan.py and what that needs.
 """
 
 import contextlib
-import ctypes
-import functools
 import hashlib
-import itertools
 import json
 import math
 import os
-import pickle
-import platform
-import shlex
 import socket
-import struct
-import subprocess
-import tempfile
-import threading
+import stat
 import time
-import urllib.error
-import urllib.request
 import warnings
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import click
 import numpy as np
@@ -48,19 +39,118 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 import torchvision
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor, nn
 from tqdm import tqdm
+
+try:
+    from ops import tsne_forces
+except ImportError:  # a copy of this file alone
+    tsne_forces = None
 
 WEIGHTS_URL = (
     "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/pt_inception-2015-12-05-6726825d.pth"
 )
 WEIGHTS_HASH = "6726825d"  # how the SHA-256 of the published file begins
-SUFFIXES = {
+METRICS = ("fid", "is", "kid", "chamfer", "chamfer_sum", "accuracy", "diversity", "information")
+OF_FOLDERS = ("fid", "is", "kid", "chamfer")
+
+# --- the image reader: files.py has the same text ---
+SUFFIXES = (
     *(".avif", ".bmp", ".gif", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".pnm", ".ppm"),
     *(".tga", ".tif", ".tiff", ".webp"),
-}
-METRICS = ("fid", "is", "kid", "chamfer", "chamfer_sum", "accuracy", "diversity", "information")
+)
+# Pillow tries only these formats, whatever a file is called: some others (EPS) would start a program.
+FORMATS = sorted({name for suffix, name in Image.registered_extensions().items() if suffix in SUFFIXES})
+MAX_PIXELS = 2**26  # 67 million: room for cameras; decoding takes up to 20 bytes for each, so 1.3 GB at most
+warnings.filterwarnings("ignore", module=r"PIL\.")  # about metadata that nothing here uses
+
+
+def read_image(file: str | Path | BinaryIO, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """Read an image file as upright 8-bit RGB.
+
+    Of an animation this is the first frame. EXIF tells which side is up, transparency becomes white, and 16-bit and
+    float grey are scaled to 8 bits. A JPEG of one to two times `max_pixels` comes at half its width and height, so
+    that memory stays bounded. Raises ValueError with the reason, without the file's name, if the file is no image,
+    damaged, larger than that, or not a regular file.
+    """
+    try:
+        if isinstance(file, (str, Path)) and not stat.S_ISREG(os.stat(file).st_mode):
+            raise ValueError("it is not a regular file")  # reading a device or a pipe may never end
+        if max_pixels > Image.MAX_IMAGE_PIXELS:
+            Image.MAX_IMAGE_PIXELS = max_pixels  # Pillow refuses anything of more than twice this while it opens it
+        with Image.open(file, formats=FORMATS) as image:
+            if image.width * image.height > max_pixels:
+                image.draft(None, (image.width // 2, image.height // 2))  # JPEG decodes at fractions; others do nothing
+            if image.width * image.height > max_pixels:
+                raise ValueError(f"{image.width} x {image.height} pixels are more than --max-pixels {max_pixels}")
+            image.load()
+            with contextlib.suppress(Exception):  # of damaged EXIF: then the image stays as it is stored
+                image = ImageOps.exif_transpose(image)
+        if image.mode == "F" or image.mode.startswith("I"):
+            grey = np.asarray(image)
+            peak = np.fmax.reduce(grey, axis=None)  # the largest value, NaN aside
+            ranges = (1, 255, 65535) if image.mode == "F" else (65535, 2**31 - 1)  # what the files of others use
+            white = next((r for r in ranges if peak <= r), ranges[-1])
+            levels = np.empty(grey.shape, np.uint8)
+            for i in range(0, len(grey), 64):  # a few rows at a time: all of them in float64 may be a gigabyte
+                rows = np.nan_to_num(grey[i : i + 64].astype(np.float64))
+                levels[i : i + 64] = np.rint((rows * (255 / white)).clip(0, 255))
+            return Image.fromarray(levels).convert("RGB")
+        if image.has_transparency_data:
+            image = (image.convert("LA") if image.mode == "La" else image).convert("RGBA")
+            background = Image.new("RGB", image.size, "white")
+            background.paste(image, mask=image)
+            return background
+        return image if image.mode == "RGB" else image.convert("RGB")
+    except UnidentifiedImageError:
+        raise ValueError("it is no image") from None
+    except Image.DecompressionBombError as error:
+        raise ValueError(f"{str(error).split(',')[0]}: see --max-pixels") from None
+    except Exception as error:  # decoders of damaged files raise nearly anything
+        reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+        raise ValueError(reason.split("\n")[0]) from None
+
+
+def is_hidden(name: str) -> bool:
+    """Whether systems and editors use the name for files of their own: .x, ._x, .ipynb_checkpoints, __MACOSX."""
+    return name.startswith(".") or name == "__MACOSX"
+
+
+def walk(root: Path) -> tuple[list[str], list[str]]:
+    """Sorted names, relative to `root`, of all files and all folders below it; hidden ones are left out.
+
+    Links to folders are followed, but every folder is entered once, so that loops end and no image counts twice.
+    Raises OSError, with its file name, for a folder that cannot be listed.
+    """
+    files, folders, seen = [], [], set()
+    real, linked = [(str(root), "")], []  # a folder comes under its own name before it comes through a link
+    while real or linked:
+        path, name = (real or linked).pop()
+        status = os.stat(path)
+        if (status.st_dev, status.st_ino) in seen:
+            continue
+        seen.add((status.st_dev, status.st_ino))
+        folders.append(name)
+        for entry in sorted(os.scandir(path), key=lambda e: e.name, reverse=True):  # of two links, the first counts
+            below = f"{name}/{entry.name}" if name else entry.name
+            if is_hidden(entry.name):
+                continue
+            if entry.is_symlink() and os.path.isdir(entry.path):
+                linked.append((entry.path, below))
+            elif entry.is_dir(follow_symlinks=False):
+                real.append((entry.path, below))
+            else:  # devices and links to nothing as well: read_image says what is wrong with them
+                files.append(below)
+    return sorted(files), sorted(folders[1:])
+
+
+def list_images(folder: Path) -> list[Path]:
+    """All image files in a folder and the folders in it, in the order of their paths."""
+    return [folder / name for name in walk(folder)[0] if name.lower().endswith(SUFFIXES)]
+
+
+# --- end of the image reader ---
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -68,22 +158,11 @@ METRICS = ("fid", "is", "kid", "chamfer", "chamfer_sum", "accuracy", "diversity"
 # RGB images: a tensor [B, H, W, 3], or a list of tensors [H, W, 3] where sizes may differ.
 
 
-def load_image(path: Path) -> Tensor:
-    """An image file as uint8 RGB [H, W, 3]: upright by its EXIF tag, transparency on white, 16 bits scaled to 8.
-
-    Raises click.ClickException naming the file if it cannot be decoded to its end.
-    """
+def load_image(path: Path, max_pixels: int = MAX_PIXELS) -> Tensor:
+    """An image file as uint8 RGB [H, W, 3]. Raises click.ClickException naming the file if it cannot be read."""
     try:
-        with Image.open(path) as image:
-            with contextlib.suppress(SyntaxError, struct.error):  # a damaged EXIF block leaves the image as it is
-                image = ImageOps.exif_transpose(image)
-            if image.mode.startswith("I"):
-                image = Image.fromarray((np.asarray(image).clip(0, 65535) / 257 + 0.5).astype(np.uint8))
-            elif "A" in image.getbands() or "transparency" in image.info:
-                image = image.convert("RGBA")
-                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-            return torch.from_numpy(np.array(image.convert("RGB")))
-    except Exception as error:  # decoders of untrusted files raise nearly anything
+        return torch.from_numpy(np.array(read_image(path, max_pixels)))
+    except ValueError as error:
         raise click.ClickException(f"{path} cannot be read as an image ({error}): repair or remove it") from None
 
 
@@ -93,12 +172,10 @@ class Folder:
     def __init__(self, path: str, num: int | None = None, seed: int = 0):
         if not Path(path).is_dir():
             raise click.ClickException(f"{path} is not a folder")
-        self.path = path
-        found = (Path(at, name) for at, _, names in os.walk(path, followlinks=True) for name in names)
-        self.files = sorted(str(p) for p in found if p.suffix.lower() in SUFFIXES and p.is_file())
+        self.path, self.files = path, list_images(Path(path))
         if len(self.files) < 2:
             what = "only one image, but a distance needs at least two" if self.files else "no image"
-            raise click.ClickException(f"{path} has {what} ({', '.join(sorted(SUFFIXES))})")
+            raise click.ClickException(f"{path} has {what} ({', '.join(SUFFIXES)})")
         if num and num < len(self.files):
             chosen = np.random.default_rng([seed, 6]).choice(len(self.files), num, replace=False)
             self.files = [self.files[i] for i in np.sort(chosen)]
@@ -107,17 +184,13 @@ class Folder:
     def __len__(self) -> int:
         return len(self.files)
 
-    def fingerprint(self) -> str:
-        """Hash of the files' contents, whatever their names."""
-        return hashlib.sha256(b"".join(hashlib.sha256(Path(f).read_bytes()).digest() for f in self.files)).hexdigest()
-
     def batches(self, blocks: Sequence[np.ndarray]) -> Iterator[list[Tensor]]:
         if not blocks:  # more processes than blocks
             return
         with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
             ahead = [[pool.submit(load_image, self.files[i]) for i in block] for block in blocks[:1]]
             try:
-                for block in [*blocks[1:], []]:  # decode the next block while this one is looked at
+                for block in [*blocks[1:], []]:  # decode the next block while the network looks at this one
                     ahead.append([pool.submit(load_image, self.files[i]) for i in block])
                     images = [job.result() for job in ahead.pop(0)]
                     self.sizes.update(tuple(image.shape) for image in images)
@@ -143,8 +216,8 @@ class Real:
 class Generated:
     """Images that a gan.Network generates for the rows of y [N, Y]; image i depends on (seed, i) and y[i] only."""
 
-    def __init__(self, net, n: int, y: Tensor | None, seed: int):
-        self.net, self.n, self.y, self.seed = net, n, y, seed
+    def __init__(self, net, n: int, y: Tensor | None, seed: int, to_uint8: Callable[[Tensor], Tensor]):
+        self.net, self.n, self.y, self.seed, self.to_uint8 = net, n, y, seed, to_uint8
 
     def __len__(self) -> int:
         return self.n
@@ -152,12 +225,7 @@ class Generated:
     def batches(self, blocks: Sequence[np.ndarray]) -> Iterator[Tensor]:
         for block in blocks:
             seeds = [(self.seed * 1_000_003 + int(i)) % 2**31 for i in block]
-            yield quantise(self.net.generate(None if self.y is None else self.y[block], seeds))
-
-
-def quantise(x: Tensor) -> Tensor:
-    """float [B, 3, H, W] in [-1, 1] -> uint8 [B, H, W, 3], rounded to the nearest level."""
-    return x.float().mul(127.5).add(127.5).round().clamp(0, 255).byte().permute(0, 2, 3, 1)
+            yield self.to_uint8(self.net.generate(None if self.y is None else self.y[block], seeds))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -292,21 +360,6 @@ class Inception(nn.Module):
         return x, F.linear(x, self.classes)
 
 
-def reachable(url: str, seconds: float = 5.0) -> bool:
-    """Whether a server answers in time. Asked on a thread, because looking a name up knows no time limit."""
-    answer = []
-
-    def ask():
-        with contextlib.suppress(OSError, ValueError):
-            urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=seconds).close()
-            answer.append(True)
-
-    thread = threading.Thread(target=ask, daemon=True)
-    thread.start()
-    thread.join(seconds + 1)
-    return bool(answer)
-
-
 def published_weights() -> Path:
     """The published weight file in torch's hub folder, downloaded and checked there the first time.
 
@@ -314,17 +367,18 @@ def published_weights() -> Path:
     """
     path = Path(torch.hub.get_dir()) / "checkpoints" / WEIGHTS_URL.rsplit("/", 1)[1]
     if not path.exists():
-        if not reachable(WEIGHTS_URL):
-            raise click.ClickException(
-                f"the Inception weights are not on this machine and cannot be downloaded: fetch {WEIGHTS_URL} elsewhere "
-                f"and save it as {path}, or give it by --inception FILE, or use --features encoder|FILE"
-            )
         path.parent.mkdir(parents=True, exist_ok=True)
-        socket.setdefaulttimeout(30)  # a download that stalls must not hang
+        timeout = socket.getdefaulttimeout()
         try:
+            socket.setdefaulttimeout(15)  # seconds without an answer; torch.hub would wait for ever
             torch.hub.download_url_to_file(WEIGHTS_URL, str(path), hash_prefix=WEIGHTS_HASH)
-        except (OSError, RuntimeError) as error:
-            raise click.ClickException(f"{WEIGHTS_URL} could not be downloaded: {error}") from None
+        except (OSError, RuntimeError, ValueError) as error:
+            raise click.ClickException(
+                f"the Inception weights are not on this machine and cannot be downloaded ({error}): fetch {WEIGHTS_URL} "
+                f"elsewhere and save it as {path}, or give it by --inception FILE, or use --features encoder|FILE"
+            ) from None
+        finally:
+            socket.setdefaulttimeout(timeout)
     if not file_hash(path).startswith(WEIGHTS_HASH):
         raise click.ClickException(f"{path} is not the published weight file (SHA-256 {WEIGHTS_HASH}...): delete it")
     return path
@@ -535,13 +589,12 @@ def is_stats(reference: str) -> bool:
     return reference.endswith(".npz") or Path(reference).is_file()
 
 
-def save_stats(path: Path, moments: Moments, features, content: str) -> None:
-    """Write a reference's statistics as an .npz that pytorch-fid reads too. content: hash of the images."""
+def save_stats(path: Path, moments: Moments, features) -> None:
+    """Write a reference's statistics as an .npz that pytorch-fid reads too."""
     temporary = path.with_name(f".{os.getpid()}.{path.stem}.npz")
     mean, cov = moments.gaussian()
     try:
-        np.savez(temporary, mu=mean, sigma=cov, n=moments.n, network=features.hash, resize=features.resize,
-                 content=content)  # fmt: skip
+        np.savez(temporary, mu=mean, sigma=cov, n=moments.n, network=features.hash, resize=features.resize)
         os.replace(temporary, path)
     except OSError as error:
         raise click.ClickException(f"cannot write {path}: {error.strerror}") from None
@@ -576,99 +629,6 @@ def load_stats(path: Path | str, features) -> tuple[Moments, bool]:
 
 # ---------------------------------------------------------------------------------------------------------------------
 # t-SNE and Chamfer distance.
-
-TSNE_SOURCE = r"""
-#include <math.h>
-/* Rows [from, to) of one t-SNE pass. p [n][n]; y and both forces [3][n]; returns the sum of the kernel over the rows' pairs. */
-#define PASS(NAME, ROOT, KERNEL)                                                                                      \
-double NAME(const float *restrict p, const float *restrict y, long n, long from, long to,                             \
-            float *restrict attract, float *restrict repel) {                                                         \
-  const float *restrict y0 = y, *restrict y1 = y + n, *restrict y2 = y + 2 * n;                                       \
-  double total = 0;                                                                                                   \
-  for (long i = from; i < to; i++) {                                                                                  \
-    const float *restrict row = p + i * n, x0 = y0[i], x1 = y1[i], x2 = y2[i];                                        \
-    float sum = 0, a0 = 0, a1 = 0, a2 = 0, r0 = 0, r1 = 0, r2 = 0;                                                    \
-    for (long j = 0; j < n; j++) {                                                                                    \
-      float d0 = x0 - y0[j], d1 = x1 - y1[j], d2 = x2 - y2[j], d = d0 * d0 + d1 * d1 + d2 * d2;                       \
-      float w, q; ROOT; KERNEL;                                                                                       \
-      float a = row[j] * w, r = q * w;                                                                                \
-      sum += q; a0 += a * d0; a1 += a * d1; a2 += a * d2; r0 += r * d0; r1 += r * d1; r2 += r * d2;                   \
-    }                                                                                                                 \
-    total += sum - 1;                                                                                                 \
-    attract[i] = a0; attract[n + i] = a1; attract[2 * n + i] = a2;                                                    \
-    repel[i] = r0; repel[n + i] = r1; repel[2 * n + i] = r2;                                                          \
-  }                                                                                                                   \
-  return total;                                                                                                       \
-}
-PASS(pass3, w = 1 / sqrtf(1 + 0.5f * d), q = w * w * w; w = w * w)
-PASS(pass3_sklearn, w = 1 / sqrtf(1 + 0.5f * d), q = w * w * w; w = q)
-PASS(pass2, w = 1 / (1 + d), q = w)
-"""
-
-
-@functools.cache
-def tsne_library() -> ctypes.CDLL:
-    """The compiled pass of t-SNE for this processor, built once into torch's extension folder.
-
-    Raises OSError or RuntimeError with the reason if there is no working C compiler.
-    """
-    command = [*shlex.split(os.environ.get("CC", "cc")), "-O3", "-march=native", "-ffast-math", "-shared", "-fPIC"]
-    cpu = platform.processor() + platform.machine()
-    with contextlib.suppress(OSError):
-        cpu += next((line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("flags")), "")
-    key = hashlib.sha256(repr((command, TSNE_SOURCE, cpu)).encode()).hexdigest()[:16]
-    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    folder = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or os.path.join(cache, "torch_extensions"), "metrics")
-    path = folder / f"tsne_{key}.so"
-    if not path.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder) as build:  # renamed when whole: safe against other processes
-            (Path(build) / "tsne.c").write_text(TSNE_SOURCE)
-            done = subprocess.run(
-                [*command, "tsne.c", "-o", "tsne.so", "-lm"], cwd=build, capture_output=True, text=True
-            )
-            if done.returncode:
-                raise RuntimeError(f"{command[0]}: {(done.stderr.strip() or 'failed').splitlines()[0]}")
-            os.replace(Path(build) / "tsne.so", path)
-    library = ctypes.CDLL(str(path))
-    for function in (library.pass2, library.pass3, library.pass3_sklearn):
-        function.restype = ctypes.c_double
-        function.argtypes = [ctypes.c_void_p] * 2 + [ctypes.c_long] * 3 + [ctypes.c_void_p] * 2
-    return library
-
-
-def pass_c(p: Tensor, y: Tensor, dims: int, force: str, pool: ThreadPoolExecutor) -> tuple[Tensor, Tensor, float]:
-    """As `pass_torch`, compiled, with the rows dealt to threads."""
-    library, n, threads = tsne_library(), y.shape[1], torch.get_num_threads()
-    run = library.pass2 if dims == 2 else library.pass3 if force == "gradient" else library.pass3_sklearn
-    attract, repel = torch.empty_like(y), torch.empty_like(y)
-    cut = [n * i // threads for i in range(threads + 1)]
-    own, *others = [
-        (p.data_ptr(), y.data_ptr(), n, a, b, attract.data_ptr(), repel.data_ptr()) for a, b in itertools.pairwise(cut)
-    ]
-    jobs = [pool.submit(run, *arguments) for arguments in others]
-    return attract, repel, run(*own) + sum(job.result() for job in jobs)
-
-
-def pass_torch(p: Tensor, y: Tensor, dims: int, force: str, block: int = 1024) -> tuple[Tensor, Tensor, Tensor]:
-    """Sums over j for all points i of one t-SNE iteration, by blocks of rows; q = (1 + d/v)^(-(v+1)/2), d = |y_i - y_j|^2.
-
-    p float32 [N, N], y float32 [3, N] (the third row 0 in the plane). Returns sum p w (y_i - y_j) and sum q w (y_i - y_j),
-    both [3, N], and the sum of q over all pairs. w = 1 / (1 + d/v) is the gradient's; force 'scikit-learn' has w = q.
-    """
-    points, v = y.T.contiguous(), max(dims - 1, 1)
-    attract, repel, total = torch.empty_like(points), torch.empty_like(points), 0.0
-    square = points.square().sum(1)
-    for a in range(0, len(points), block):
-        b = min(a + block, len(points))
-        w = torch.addmm(square[a:b, None] + square, points[a:b], points.T, alpha=-2).clamp_(min=0)
-        w = w.div_(v).add_(1).reciprocal_()
-        q = w * w.sqrt() if dims == 3 else w
-        total = total + q.sum(dtype=torch.float64) - (b - a)
-        w = w if force == "gradient" else q
-        for out, weight in ((attract, p[a:b] * w), (repel, q * w)):
-            out[a:b] = weight.sum(1, keepdim=True) * points[a:b] - weight @ points
-    return attract.T.contiguous(), repel.T.contiguous(), total
 
 
 def affinities(x: Tensor, perplexity: float, block: int = 1024) -> Tensor:
@@ -714,6 +674,27 @@ def affinities(x: Tensor, perplexity: float, block: int = 1024) -> Tensor:
     return p.clamp_(min=torch.finfo(torch.float64).eps)
 
 
+def forces(p: Tensor, y: Tensor, dims: int, force: str, block: int = 1024) -> tuple[Tensor, Tensor, Tensor]:
+    """The sums of one t-SNE iteration, by blocks of rows: what ops.tsne_forces computes without temporaries.
+
+    p float32 [N, N], y float32 [3, N] (the third row 0 in the plane). With d = y_i - y_j and q = (1 + |d|^2/v)^(-(v+1)/2),
+    returns sum_j p w d and sum_j q w d of every point i, both [3, N], and the sum of q over all pairs. The gradient has
+    w = 1 / (1 + |d|^2/v); force 'scikit-learn' has w = q.
+    """
+    points, v = y.T.contiguous(), max(dims - 1, 1)
+    attract, repel, total = torch.empty_like(points), torch.empty_like(points), 0.0
+    for a in range(0, len(points), block):
+        own = points[a : a + block]
+        w = torch.cdist(own, points, compute_mode="donot_use_mm_for_euclid_dist")  # exact for close pairs too
+        w = w.square_().div_(v).add_(1).reciprocal_()
+        q = w * w.sqrt() if dims == 3 else w
+        total = total + q.sum(dtype=torch.float64) - len(own)
+        w = w if force == "gradient" else q
+        for out, weight in ((attract, p[a : a + block] * w), (repel, q * w)):
+            out[a : a + block] = weight.sum(1, keepdim=True) * own - weight @ points
+    return attract.T.contiguous(), repel.T.contiguous(), total
+
+
 def tsne(
     x: Tensor,
     dims: int = 3,
@@ -723,15 +704,13 @@ def tsne(
     rate: float | None = None,
     force: str = "gradient",
     seed: int = 0,
-    impl: str = "auto",
     p: Tensor | None = None,
 ) -> Tensor:
     """Exact t-SNE (van der Maaten and Hinton 2008) with the settings and the schedule of scikit-learn's exact method.
 
     x float [N, D] on the device to compute on -> float32 [N, dims], dims 2 or 3. Kernel (1 + d^2/v)^(-(v+1)/2), v = dims
     - 1. 250 iterations of early exaggeration 12 at momentum 0.5, the rest at 0.8; gains +0.2 and x0.8, at least 0.01;
-    rate: by default max(N/48, 50). init: 'pca' (then the seed does nothing) or 'random'. impl: 'c' (a compiled pass, for
-    the CPU), 'torch', or 'auto': 'c' where it can be, else 'torch' with one warning. p: `affinities`, if known already.
+    rate: by default max(N/48, 50). init: 'pca' (then the seed does nothing) or 'random'. p: `affinities`, if known.
     Memory: 4 N^2 bytes. Raises ValueError for too few points.
 
     force: 'gradient' of KL(P || Q), or 'scikit-learn', which weighs each pair by the kernel instead. The two are the same
@@ -741,54 +720,33 @@ def tsne(
     n = len(x)
     if n <= perplexity:
         raise ValueError(f"t-SNE of perplexity {perplexity:g} needs more than {perplexity:g} points, got {n}")
-    if impl == "auto":
-        impl = "c" if x.device.type == "cpu" else "torch"
-        try:
-            impl == "c" and tsne_library()
-        except (OSError, RuntimeError) as error:
-            warnings.warn(f"t-SNE runs without its compiled pass: {error}", stacklevel=2)
-            impl = "torch"
     p = affinities(x, perplexity) if p is None else p
     y = torch.zeros(3, n, device=x.device)
     if init == "pca":
         centred = (x - x.mean(0)).double()
         vectors = torch.linalg.eigh(centred.T @ centred)[1][:, -dims:].flip(1)
-        vectors = vectors * vectors.gather(0, vectors.abs().argmax(0, keepdim=True)).sign()
+        vectors = vectors * vectors.gather(0, vectors.abs().argmax(0, keepdim=True)).sign()  # as scikit-learn's
         y[:dims] = (centred @ vectors).T
         y *= 1e-4 / y[0].std(correction=0).clamp(min=1e-30)
     else:
         y[:dims] = 1e-4 * torch.randn(n, dims, generator=torch.Generator().manual_seed(seed)).T
     rate, v = rate or max(n / 48, 50.0), max(dims - 1, 1)
+    step = tsne_forces or forces
     exaggeration, momentum, end = 12.0, 0.5, 250
     gains, velocity = torch.ones_like(y), torch.zeros_like(y)
-    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-        for i in tqdm(range(iterations), desc=f"t-SNE of {n:,} points", unit="it", leave=False, dynamic_ncols=True):
-            if i == end:
-                exaggeration, momentum = 1.0, 0.8
-                gains, velocity = torch.ones_like(y), torch.zeros_like(y)
-            attract, repel, total = pass_c(p, y, dims, force, pool) if impl == "c" else pass_torch(p, y, dims, force)
-            gradient = (attract.mul_(exaggeration) - repel.div_(total)).mul_(2 * (v + 1) / v)
-            gains = torch.where(velocity * gradient < 0, gains + 0.2, gains * 0.8).clamp_(min=0.01)
-            gradient *= gains
-            velocity = momentum * velocity - rate * gradient
-            y = y + velocity
-            if i % 50 == 49 and i < end and gradient.norm() <= 1e-7:
-                end = i + 1  # exaggeration pulls some data into one point: let go before it is lost to rounding
+    for i in tqdm(range(iterations), desc=f"t-SNE of {n:,} points", unit="it", leave=False, dynamic_ncols=True):
+        if i == end:
+            exaggeration, momentum = 1.0, 0.8
+            gains, velocity = torch.ones_like(y), torch.zeros_like(y)
+        attract, repel, total = step(p, y, dims, force)
+        gradient = (attract.mul_(exaggeration) - repel.div_(total)).mul_(2 * (v + 1) / v)
+        gains = torch.where(velocity * gradient < 0, gains + 0.2, gains * 0.8).clamp_(min=0.01)
+        gradient *= gains
+        velocity = momentum * velocity - rate * gradient
+        y = y + velocity
+        if i % 50 == 49 and i < end and gradient.norm() <= 1e-7:
+            end = i + 1  # exaggeration pulls some data into one point: let go before it is lost to rounding
     return y[:dims].T.contiguous()
-
-
-def tsne_divergence(p: Tensor, y: Tensor, block: int = 1024) -> float:
-    """KL(P || Q) in nats of points y [N, dims] for affinities p [N, N]: what t-SNE minimises."""
-    v, y = max(y.shape[1] - 1, 1), y.double()
-    total = cross = 0.0
-    for a in range(0, len(y), block):
-        log_w = torch.log1p(torch.cdist(y[a : a + block], y).square() / v) * (-(v + 1) / 2)
-        own = torch.arange(len(log_w))
-        part = p[a : a + block].double()
-        part[own, own + a] = 0
-        cross += (torch.special.xlogy(part, part) - part * log_w).sum()
-        total += log_w.exp().sum() - len(log_w)
-    return float(cross + torch.log(total))
 
 
 def chamfer(a: Tensor, b: Tensor, block: int = 1024) -> tuple[float, float]:
@@ -806,114 +764,14 @@ def chamfer(a: Tensor, b: Tensor, block: int = 1024) -> tuple[float, float]:
     return (rows.mean() + columns.mean()).item(), rows.sum().item()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Attribute control, diversity, information. y and labels are float32 [N, Y], one-hot or multi-hot.
+def tsne_chamfer(real: Tensor, other: Tensor, seed: int, device: torch.device | str, published: bool = False) -> float:
+    """Chamfer distance of two sets of features [N, D] in the 3-D t-SNE of both: mean squared distances, both ways added.
 
-
-def questions(kind: str, real: Tensor, each: int, seed: int) -> tuple[Tensor, Tensor]:
-    """What to ask a generator for: y [N, Y], and for each image the label that it is asked for [N].
-
-    one-hot: `each` images of every class. multi-label: `each` (even) for every attribute, half with it and half without,
-    the other attributes as they occur together in the rows of `real`.
+    published: as the published code has it (random start, rate 200, scikit-learn's force, sum from real to other).
     """
-    asked = torch.arange(real.shape[1]).repeat_interleave(each)
-    if kind == "one-hot":
-        return torch.eye(real.shape[1])[asked], asked
-    y = real[torch.from_numpy(np.random.default_rng([seed, 2]).integers(0, len(real), len(asked)))].clone()
-    y[torch.arange(len(y)), asked] = (torch.arange(len(y)) % each < each // 2).float()
-    return y, asked
-
-
-def control(logits: Tensor, y: Tensor, asked: Tensor, kind: str, names: Sequence[str]) -> dict:
-    """Attribute control accuracy: the part of the images in which a classifier finds what was asked for, in [0, 1].
-
-    one-hot: the largest logit is that of the class. multi-label: the sigmoid is above 0.5 exactly if y has the attribute;
-    beside it the number with the attribute on, off, and by the published code (on only, sigmoid above 0.2). `accuracy` is
-    the mean over labels, `exact` counts images that are right in all attributes at once.
-    """
-    own, chance = y[torch.arange(len(y)), asked] > 0.5, logits.sigmoid()[torch.arange(len(y)), asked]
-    right = logits.argmax(1) == asked if kind == "one-hot" else (chance > 0.5) == own
-    labels = {}
-    for i, name in enumerate(names):
-        its = {"accuracy": right[asked == i]}
-        if kind == "multi-label":
-            on = (asked == i) & own
-            its |= {"on": right[on], "off": right[(asked == i) & ~own], "published": chance[on] > 0.2}
-        labels[name] = {key: value.float().mean().item() for key, value in its.items()}
-    over = {key: float(np.mean([v[key] for v in labels.values()])) for key in ("accuracy", "published") if key in its}
-    exact = {} if kind == "one-hot" else {"exact": ((logits > 0) == (y > 0.5)).all(1).float().mean().item()}
-    return over | exact | {"labels": labels}
-
-
-class Judge(nn.Sequential):
-    """A small convolutional classifier, trained on real images alone; the generator never sees it."""
-
-    def __init__(self, labels: int):
-        layers: list[nn.Module] = []
-        for i, o, stride in ((3, 32, 2), (32, 64, 1), (64, 96, 2), (96, 128, 2)):
-            layers += [nn.Conv2d(i, o, 3, stride, 1, bias=False), nn.BatchNorm2d(o), nn.ReLU(inplace=True)]
-        super().__init__(*layers, nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Dropout(0.2), nn.Linear(512, labels))
-
-    def look(self, images: Tensor) -> Tensor:
-        """uint8 [B, S, S, 3] -> logits [B, Y], of images reduced to 64 px if they are larger."""
-        x = images.to(self[-1].weight.device).permute(0, 3, 1, 2).float() / 127.5 - 1
-        x = F.interpolate(x, (64, 64), mode="bilinear", antialias=True) if x.shape[2] > 64 else x
-        return self(x.contiguous(memory_format=torch.channels_last))
-
-
-def train_judge(images, labels: Tensor, kind: str, seed: int, device: torch.device, steps: int) -> tuple[Judge, float]:
-    """Train a Judge on nine tenths of the real images; returns it with its accuracy on the last tenth.
-
-    images: uint8 [N, S, S, 3], array or memory-map. steps: of 64 images, AdamW with one cycle of the learning rate.
-    """
-    draw, loss_of = np.random.default_rng([seed, 3]), F.cross_entropy
-    if kind == "multi-label":
-        loss_of = F.binary_cross_entropy_with_logits
-    held, kept = np.split(draw.permutation(len(labels)), [max(1, len(labels) // 10)])
-    held = np.sort(held[:2000])
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        torch.manual_seed(seed)
-        judge = Judge(labels.shape[1]).to(device, memory_format=torch.channels_last)
-        optimizer = torch.optim.AdamW(judge.parameters(), weight_decay=1e-3)
-        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, total_steps=steps)
-        for _ in tqdm(range(steps), desc="independent judge", unit="step", leave=False, dynamic_ncols=True):
-            rows = np.sort(draw.choice(kept, min(64, len(kept)), replace=False))
-            x = torch.from_numpy(images[rows])
-            loss = loss_of(judge.look(x.flip(2) if draw.random() < 0.5 else x), labels[rows].to(device))
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            schedule.step()
-    judge.eval().requires_grad_(False)
-    logits = torch.cat(
-        [judge.look(torch.from_numpy(images[rows])).cpu() for rows in np.array_split(held, -(-len(held) // 256))]
-    )
-    y = labels[held]
-    right = logits.argmax(1) == y.argmax(1) if kind == "one-hot" else (logits > 0) == (y > 0.5)
-    return judge, right.float().mean().item()
-
-
-def spread(h: Tensor) -> float:
-    """Mean distance of two different rows of h [N, D], N at least 2."""
-    return (torch.cdist(h.double(), h.double()).sum() / (len(h) * (len(h) - 1))).item()
-
-
-def entropy_bits(y: Tensor) -> float:
-    """H(Y) in bits of the rows of y as they occur together."""
-    counts = torch.unique(y, dim=0, return_counts=True)[1].double()
-    return torch.special.entr(counts / counts.sum()).sum().item() / math.log(2)
-
-
-def information_bits(logits: Tensor, y: Tensor, kind: str, h_y: float) -> float:
-    """Lower bound H(Y) - H(Y|E) in bits, equations (2)-(5): h_y minus the mean cross-entropy of y [N, Y] under logits.
-
-    multi-label: minus the sum of the attributes' binary cross-entropies.
-    """
-    if kind == "one-hot":
-        loss = F.cross_entropy(logits, y)
-    else:
-        loss = F.binary_cross_entropy_with_logits(logits, y, reduction="none").sum(1).mean()
-    return h_y - loss.item() / math.log(2)
+    how = {"init": "random", "rate": 200.0, "force": "scikit-learn"} if published else {}
+    y = tsne(torch.cat([real, other]).to(device), seed=seed, **how)
+    return chamfer(y[: len(real)], y[len(real) :])[int(published)]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -962,7 +820,7 @@ def start(device: str, batch: int) -> World:
         raise click.ClickException(f"--device {device}: {str(error).splitlines()[0]}") from None
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
-        torch.backends.cudnn.allow_tf32 = False  # features must agree to 1e-4
+        torch.backends.cudnn.allow_tf32 = False  # features must agree to 1e-4 with other code
     if size > 1 and not dist.is_initialized():
         dist.init_process_group("gloo")
     return World(chosen, rank, size, batch)
@@ -1006,7 +864,7 @@ def measure(source, features, world: World, what: str, score: bool = False, keep
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# A trained run, and what is measured on it.
+# A trained run, and what is measured on it beyond two sets of images.
 
 
 @contextlib.contextmanager
@@ -1027,7 +885,7 @@ class Run:
             import gan
             import training
 
-        self.net, self.folder, self.world = gan.load(path, world.device), Path(path).parent, world
+        self.net, self.folder, self.world, self.training = gan.load(path, world.device), Path(path).parent, world, training  # fmt: skip
         self.kind, self.names, self.real = self.net.label_kind, self.net.label_names, self.net.real_labels
         data = self.net.data
         self.clusters = bool(self.names) and str(data["attributes"]).startswith("clusters")
@@ -1044,7 +902,7 @@ class Run:
             import encoder as stage1
 
             state = training.load(self.folder / "encoder.pt", "encoder")
-            encoder = stage1.build(state)
+            encoder = gan.frozen_encoder(stage1.build(state), data["size"], world.device)
             if (self.folder / "classifier.pt").exists():
                 found = training.load(self.folder / "classifier.pt", "classifier")
                 if found["encoder_hash"] == training.fingerprint(state["model"]):
@@ -1055,13 +913,11 @@ class Run:
         """Labels of the real images, float32 [N, Y] in their order; None for clusters without their classifier.pt."""
         if not self.clusters:
             return torch.from_numpy(np.array(self.images[split].labels))
-        import training
-
         path = self.folder / "classifier.pt"
         if not path.exists():
             return None
-        state, own = training.load(path, "classifier"), self.net.classifier.state_dict()
-        if training.fingerprint(state["model"]) != training.fingerprint(own):
+        state, own = self.training.load(path, "classifier"), self.net.classifier.state_dict()
+        if self.training.fingerprint(state["model"]) != self.training.fingerprint(own):
             return None  # of other clusters
         return torch.eye(len(self.names))[state["assignments"][split].long()]
 
@@ -1069,13 +925,20 @@ class Run:
         """n images; y by default drawn from the labels of the training images as they occur together."""
         if y is None and self.real is not None:
             y = self.real[torch.from_numpy(np.random.default_rng([seed, 1]).integers(0, len(self.real), n))]
-        return Generated(self.net, n, y, seed)
+        return Generated(self.net, n, y, seed, self.training.to_uint8)
 
-    def embed(self, source, batch: int | None = None) -> Tensor:
-        """Encoder features h float32 [N, F] of a source, on the CPU. batch: images at once, by default the world's."""
+    def real_images(self, split: str, index: np.ndarray) -> Real:
+        return Real(self.images[split], index)
+
+    def look(self, source, network: Callable[[Tensor], Tensor], batch: int | None = None) -> Tensor:
+        """network(uint8 images) [N, ...] of a source, on the CPU. batch: images at once, by default the world's."""
         what, world = "generated images" if isinstance(source, Generated) else "real images", self.world
         world = World(world.device, world.rank, world.size, batch or world.batch)
-        return in_order({block[0]: h.cpu() for block, h in scan(source, self.features.embed, world, what)}, world)
+        return in_order({block[0]: h.cpu() for block, h in scan(source, network, world, what)}, world)
+
+    def embed(self, source, batch: int | None = None) -> Tensor:
+        """Encoder features h float32 [N, F] of a source, on the CPU."""
+        return self.look(source, self.features.embed, batch)
 
     def classify(self, h: Tensor) -> Tensor:
         """Logits [N, Y] of the run's classifier for features h, on the CPU."""
@@ -1096,13 +959,10 @@ class Run:
 def measure_chamfer(run: Run, seeds: list[int], points: int, published: bool) -> dict:
     """t-SNE Chamfer distance of `points` real and as many generated images, with every seed's own images.
 
-    published: the published code's way (random start, rate 200, scikit-learn's force, sum from real to generated). The
-    floor is the same number between two disjoint halves of real images.
-
-    t-SNE magnifies differences in the last digits, so features are computed 64 at once and, on the CPU, on one thread:
-    the number then depends neither on the batch nor on the processes.
+    The floor is the same number between two disjoint halves of real images. t-SNE magnifies differences in the last
+    digits, so features are computed 64 at once and, on the CPU, on one thread: the number then depends neither on the
+    batch nor on the processes.
     """
-    how = {"init": "random", "rate": 200.0, "force": "scikit-learn"} if published else {}
     embedded, values, floors = {}, {}, {}
     for seed in seeds:
         order = np.random.default_rng([seed, 4]).permutation(len(run.train))[: 2 * points]
@@ -1115,88 +975,19 @@ def measure_chamfer(run: Run, seeds: list[int], points: int, published: bool) ->
             torch.set_num_threads(threads)
     for seed in seeds[run.world.rank :: run.world.size]:  # the t-SNEs of different seeds go to different processes
         real, other, fake = embedded[seed]
-        for h, into in ((fake, values), (other, floors)):
-            y = tsne(torch.cat([real, h]).to(run.world.device), seed=seed, **how)
-            into[seed] = chamfer(y[:points], y[points:])[int(published)]
+        values[seed] = tsne_chamfer(real, fake, seed, run.world.device, published)
+        floors[seed] = tsne_chamfer(real, other, seed, run.world.device, published)
     for v, f in run.world.gather((values, floors)):
         values, floors = values | v, floors | f
-    values, floors = ([found[seed] for seed in seeds] for found in (values, floors))
-    return {"": float(np.mean(values)), "_std": float(np.std(values)), "_values": values, "_n": points,
-            "_floor": float(np.mean(floors)), "_floor_std": float(np.std(floors))}  # fmt: skip
+    return chamfer_results([values[seed] for seed in seeds], [floors[seed] for seed in seeds], points)
 
 
-def measure_control(run: Run, n: int, seed: int, steps: int) -> dict:
-    """Attribute control accuracy of n generated images by the run's classifier and by an independent judge."""
-    y, asked = questions(run.kind, run.real, max(2, n // len(run.names) // 2 * 2), seed)
-    labels, results = run.labels("train"), {"accuracy_n": len(y)}
-    lookers = [lambda x: run.features.classifier(run.features.embed(x))]
-    if labels is not None:
-        judge, results["judge_real"] = load_judge(run, labels, seed, steps)
-        lookers.append(judge.look)
-    parts: list[dict] = [{} for _ in lookers]
-    for block, scores in scan(
-        run.generated(len(y), seed, y), lambda x: [look(x) for look in lookers], run.world, "control"
-    ):
-        for part, score in zip(parts, scores, strict=True):
-            part[block[0]] = score.cpu()
-    own, *judged = (control(in_order(part, run.world), y, asked, run.kind, run.names) for part in parts)
-    results |= {f"accuracy_{key}".removesuffix("_accuracy"): value for key, value in own.items()}
-    for found in judged:
-        results |= {"accuracy_judge": found["accuracy"], "accuracy_judge_labels": found["labels"]}
+def chamfer_results(values: list[float], floors: list[float], points: int) -> dict:
+    """Mean and standard deviation over seeds of the distances, and of the floors between real images if there are any."""
+    results = {"": float(np.mean(values)), "_std": float(np.std(values)), "_values": values, "_n": points}
+    if floors:
+        results |= {"_floor": float(np.mean(floors)), "_floor_std": float(np.std(floors))}
     return results
-
-
-def load_judge(run: Run, labels: Tensor, seed: int, steps: int) -> tuple[Judge, float]:
-    """The run's independent judge, from judge.pt beside it or trained now and kept there."""
-    which = hashlib.sha256(labels.numpy().tobytes()).hexdigest()
-    key = f"{run.train.fingerprint} {run.train.size} {which} {seed} {steps}"
-    path, state = run.folder / "judge.pt", {}
-
-    def prepare():
-        with contextlib.suppress(OSError, RuntimeError, EOFError, pickle.UnpicklingError):
-            state.update(torch.load(path, map_location="cpu", weights_only=True))
-        if state.get("key") != key:
-            judge, accuracy = train_judge(run.train.images, labels, run.kind, seed, run.world.device, steps)
-            state.update(key=key, model={k: v.cpu() for k, v in judge.state_dict().items()}, accuracy=accuracy)
-            with contextlib.suppress(OSError):  # only spares time
-                torch.save(state, f"{path}.{os.getpid()}")
-                os.replace(f"{path}.{os.getpid()}", path)
-
-    run.world.first(prepare)
-    state = run.world.gather(state)[0]
-    judge = Judge(labels.shape[1])
-    judge.load_state_dict(state["model"])
-    return judge.to(run.world.device).eval().requires_grad_(False), state["accuracy"]
-
-
-def measure_diversity(run: Run, labels: Tensor, each: int, seed: int, notes: list[str]) -> dict:
-    """Mean distance of encoder features within one y, of generated and of real images, over the ten most frequent y's."""
-    _, inverse, counts = torch.unique(labels, dim=0, return_inverse=True, return_counts=True)
-    often = counts.argsort(descending=True, stable=True)[:10]
-    groups = [(inverse == i).nonzero()[:each, 0] for i in often if counts[i] > 1]
-    if not groups:
-        notes.append("no diversity: no two training images have the same y")
-        return {}
-    y = torch.cat([labels[g] for g in groups])
-    sources = run.generated(len(y), seed, y), Real(run.train, torch.cat(groups).numpy())
-    fake, real = ([spread(h) for h in run.embed(s).split([len(g) for g in groups])] for s in sources)
-    return {"diversity": float(np.mean(fake)), "diversity_real": float(np.mean(real)), "diversity_n": len(y)}
-
-
-def measure_information(run: Run, n: int, seed: int) -> dict:
-    """The chain of bounds on mutual information in bits: eqs. (1) and (6)-(7) from the logs, (2)-(5) measured here."""
-    on, prior = run.real.sum(0).clamp(1, len(run.real) - 1), 0.0
-    if run.kind == "multi-label":  # classified as if on and off in equal number: back to the real rates
-        prior = ((len(run.real) - on) / on).log()
-    source, h_y = run.generated(n, seed), entropy_bits(run.real)
-    bits = lambda source, y: information_bits(run.classify(run.embed(source)) - prior, y, run.kind, h_y)  # noqa: E731
-    results = {"h_y_bits": h_y, "mi_generated_bits": bits(source, source.y), "information_n": n}
-    labels = run.labels("val")
-    if labels is not None:
-        index = np.arange(len(labels))[:n]
-        results["mi_real_bits"] = bits(Real(run.images["val"], index), labels[index])
-    logged = {"mi_encoder_bits": run.logged("encoder", "mi_bits"), "jsd_bits": run.logged("gan", "jsd_bound")}
-    return results | {key: value for key, value in logged.items() if value is not None}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1256,78 +1047,88 @@ def choose_features(option: str, inception: str | None, how: str, run: Run | Non
 
 
 def measure_fidelity(options: dict, amounts: dict, need: set, run: Run | None, world: World, notes: list[str]) -> dict:
-    """FID or FD, IS and KID, of a run or of two folders; what the user should know of them is added to `notes`."""
+    """FID or FD, IS, KID, and for two folders Chamfer; what the user should know of them is added to `notes`."""
     features = choose_features(options["features"], options["inception"], options["resize"], run, world)
     num, seed, reference = options["num"], options["seed"], options["reference"] or ""
     results: dict = {"features": features.name, "resize": features.resize}
     if options["features"] not in ("auto", "inception", "encoder"):
         results["features_file"] = options["features"]
-    target, content = options["save_stats"], None
     if run:
         num = num or amounts["inception" if features.name == "inception" else "num"]
         n = min(num, len(run.train))
         images = run.generated(num, seed)
         real = Real(run.train, np.sort(np.random.default_rng([seed, 5]).permutation(len(run.train))[:n]))
         results["reference"] = f"{n:,} of {len(run.train):,} training images"
-        content = f"{run.train.fingerprint}-{run.train.size}-{len(run.train)}-{seed}-{n}"
-        key = hashlib.sha256(f"{content} {features.hash} {features.resize}".encode()).hexdigest()[:12]
-        target = target or run.folder / f"reference-{features.name}-{features.resize}-{key}.npz"
-        reference = str(target) if Path(target).exists() and "kid" not in need and not options["save_stats"] else ""
     else:
         num = num or (amounts["num"] if options["smoke"] else None)
         images = Folder(options["images"], num, seed)
         real = Folder(reference, num, seed) if reference and not is_stats(reference) else None
-        if real is None and "kid" in need:
-            raise click.UsageError("--metrics kid needs a folder as --reference: statistics hold no single features")
+        if real is None and need & {"kid", "chamfer"}:
+            raise click.UsageError("kid and chamfer need a folder as --reference: statistics hold no single features")
     if features.name == "encoder" and features.classifier is None and "is" in need:
         notes.append("no IS: it needs class probabilities, and there is no classifier with this encoder")
         need = need - {"is"}
 
-    moments, scores, kept = measure(
-        images, features, world, "generated" if run else "images", "is" in need, "kid" in need
-    )
+    # One pass over each side.
+    keep = "kid" in need or (run is None and "chamfer" in need)
+    moments, scores, kept = measure(images, features, world, "generated" if run else "images", "is" in need, keep)
     results["n"] = moments.n
     if "is" in need:
         results["is"], results["is_std"] = scores.value()
-    if need & {"fid", "kid"}:
-        theirs = None
-        if is_stats(reference):
-            try:
-                theirs, named = load_stats(reference, features)
-                if not named:
-                    notes.append(f"{reference} does not name its network and resize: taken to be these")
-            except click.ClickException as error:
-                if not run:
-                    raise
-                notes.append(f"{error.message}: made again")
-        if theirs is None:
-            theirs, _, kept_real = measure(real, features, world, "reference", keep="kid" in need)
-            if target:
-                content = content or real.fingerprint()
-                try:
-                    world.first(lambda: save_stats(Path(target), theirs, features, content))
-                except click.ClickException as error:
-                    if options["save_stats"]:
-                        raise
-                    notes.append(f"statistics not kept: {error.message}")
-        results["n_reference"] = theirs.n if theirs.n < 10**9 else None
-        if "fid" in need:
-            name, n = "fid" if features.name == "inception" else "fd", min(moments.n, theirs.n)
-            try:
-                results[name] = frechet_distance(*moments.gaussian(), *theirs.gaussian())
-            except ValueError as error:
-                raise click.ClickException(f"no {name.upper()}: {error} in the features of these images") from None
-            if n <= features.dims:
-                notes.append(f"{n:,} images for {features.dims:,} features: the covariance is singular and {name.upper()} "
-                             "comes out too high; compare it at equal n only")  # fmt: skip
-        if "kid" in need:
-            subset = options["kid_subset"] or min(1000, len(kept), len(kept_real))
-            results["kid"], results["kid_std"] = kernel_distance(kept, kept_real, subset)
-            results["kid_subset"] = subset
+    if need & {"fid", "kid", "chamfer"} and real is None:
+        theirs, named = load_stats(reference, features)
+        if not named:
+            notes.append(f"{reference} does not name its network and resize: taken to be these")
+    elif need & {"fid", "kid", "chamfer"}:
+        theirs, _, kept_real = measure(real, features, world, "reference", keep=keep)
+        if options["save_stats"]:
+            world.first(lambda: save_stats(Path(options["save_stats"]), theirs, features))
+        results["n_reference"] = theirs.n
+
+    # The distances.
+    if "fid" in need:
+        name, n = "fid" if features.name == "inception" else "fd", min(moments.n, theirs.n)
+        try:
+            results[name] = frechet_distance(*moments.gaussian(), *theirs.gaussian())
+        except ValueError as error:
+            raise click.ClickException(f"no {name.upper()}: {error} in the features of these images") from None
+        if n <= features.dims:
+            notes.append(f"{n:,} images for {features.dims:,} features: the covariance is singular and {name.upper()} "
+                         "comes out too high; compare it at equal n only")  # fmt: skip
+    if "kid" in need:
+        subset = options["kid_subset"] or min(1000, len(kept), len(kept_real))
+        results["kid"], results["kid_std"] = kernel_distance(kept, kept_real, subset)
+        results["kid_subset"] = subset
+    if run is None and "chamfer" in need:
+        points = min(options["points"] or amounts["points"], len(kept), len(kept_real))
+        if points >= 16:  # 32 points for a perplexity of 30
+            real_there, there = kept_real.to(world.device), kept.to(world.device)
+            seeds = options["seeds"] or amounts["seeds"]
+            results |= chamfer_of_folders(real_there, there, points, options["seed"], seeds)
+        elif options["metrics"]:
+            raise click.ClickException(f"chamfer needs at least 16 images a side for its t-SNE, there are {points}")
+        else:
+            notes.append(f"no Chamfer distance: its t-SNE needs at least 16 images a side, there are {points}")
     for source in (images, real):
         if isinstance(source, Folder) and len(source.sizes) > 1:
             notes.append(f"{source.path} has images of {len(source.sizes)} sizes: each is resized from its own")
     return results
+
+
+def chamfer_of_folders(real: Tensor, images: Tensor, points: int, seed: int, seeds: int) -> dict:
+    """t-SNE Chamfer distance of two folders' features, over seeds that each draw `points` images a side.
+
+    The floor, where the reference has images enough: the same between two halves of them.
+    """
+    values, floors = [], []
+    for s in range(seed, seed + seeds):
+        draw = np.random.default_rng([s, 4])
+        mine, theirs = (f[draw.permutation(len(f))] for f in (images, real))
+        values.append(tsne_chamfer(theirs[:points], mine[:points], s, real.device))
+        if len(theirs) >= 2 * points:
+            floors.append(tsne_chamfer(theirs[:points], theirs[points : 2 * points], s, real.device))
+    results = chamfer_results(values, floors, points)
+    return {"chamfer" + key: value for key, value in results.items()} | {"seeds": [*range(seed, seed + seeds)]}
 
 
 def evaluate(options: dict, world: World) -> dict:
@@ -1336,7 +1137,7 @@ def evaluate(options: dict, world: World) -> dict:
     run = Run(options["network"], world, options["data"]) if options["network"] else None
     wanted = options["metrics"] and [m.strip() for m in options["metrics"].split(",")]
     wanted = wanted and ["fid" if m == "fd" else m for m in wanted]
-    possible = [m for m in METRICS if run or m in ("fid", "is", "kid")]
+    possible = [m for m in METRICS if run or m in OF_FOLDERS]
     if run and run.features is None:
         possible = [m for m in possible if not m.startswith("chamfer")]
     if run and run.kind == "none":
@@ -1354,27 +1155,30 @@ def evaluate(options: dict, world: World) -> dict:
     if run and run.clusters and need & {"accuracy", "diversity", "information"} and run.labels("train") is None:
         notes.append(f"no judge, no diversity, no I(Y;E): they need the clusters' {run.folder / 'classifier.pt'}")
     if not wanted:
-        need -= {"kid"} if run or is_stats(options["reference"] or "") else set()
+        need -= {"kid"} if run else {"kid", "chamfer"} if is_stats(options["reference"] or "") else set()
         need -= {"chamfer_sum"} if slow else set()  # an hour
     amounts = AMOUNTS["smoke" if options["smoke"] else "cpu" if slow else "gpu"]
     results: dict = {key: options[key] for key in ("network", "images", "reference") if options[key]}
     results |= {"seed": seed, "processes": world.size, "device": world.device.type}
 
-    if need & {"fid", "is", "kid"}:
+    if need & ({"fid", "is", "kid"} if run else {"fid", "is", "kid", "chamfer"}):
         results |= measure_fidelity(options, amounts, need, run, world, notes)
-    seeds = list(range(seed, seed + (options["seeds"] or amounts["seeds"])))
-    for name in need & {"chamfer", "chamfer_sum"}:
-        points = 6400 if name == "chamfer_sum" and not options["smoke"] else amounts["points"]
-        points = min(options["points"] or points, len(run.train) // 2)
-        found = measure_chamfer(run, seeds, points, name == "chamfer_sum")
-        results |= {name + key: value for key, value in found.items()} | {"seeds": seeds}
-    n = options["num"] or amounts["control"]
-    if "accuracy" in need:
-        results |= measure_control(run, n, seed, amounts["judge"])
-    if "diversity" in need and (labels := run.labels("train")) is not None:
-        results |= measure_diversity(run, labels, amounts["each"], seed, notes)
-    if "information" in need:
-        results |= measure_information(run, n, seed)
+    if run:
+        import control
+
+        seeds = list(range(seed, seed + (options["seeds"] or amounts["seeds"])))
+        for name in need & {"chamfer", "chamfer_sum"}:
+            points = 6400 if name == "chamfer_sum" and not options["smoke"] else amounts["points"]
+            points = min(options["points"] or points, len(run.train) // 2)
+            found = measure_chamfer(run, seeds, points, name == "chamfer_sum")
+            results |= {name + key: value for key, value in found.items()} | {"seeds": seeds}
+        n = options["num"] or amounts["control"]
+        if "accuracy" in need:
+            results |= control.measure_accuracy(run, n, seed, amounts["judge"])
+        if "diversity" in need and (labels := run.labels("train")) is not None:
+            results |= control.measure_diversity(run, labels, amounts["each"], seed, notes)
+        if "information" in need:
+            results |= control.measure_information(run, n, seed)
     return results | {"seconds": round(time.time() - began, 1)} | ({"notes": notes} if notes else {})
 
 
@@ -1448,32 +1252,40 @@ def compare(results: Sequence[dict]) -> str:
     return "\n".join(lines)
 
 
-@click.command(help=__doc__.replace("\n\n", "\n\n\b\n", 1))
-@click.option(
-    "--network",
-    metavar="FILE",
-    multiple=True,
-    help="A run's gan.pt, scored against its training images; several times: a table of runs.",
+# fmt: off
+OPTIONS = [
+    click.option("--network", metavar="FILE", multiple=True, help="A run's gan.pt, scored against its training images; several times: a table of runs."),
+    click.option("--data", metavar="PATH", help="The run's images, if they have moved."),
+    click.option("--images", metavar="DIR", help="Folder of images to score without a run."),
+    click.option("--reference", metavar="DIR|NPZ", help="What to score --images against: a folder, or statistics."),
+    click.option("--metrics", metavar="A,B,...", help=f"Some of {', '.join(METRICS)}.  [default: those that apply, but kid for folders only, chamfer_sum on GPUs only]"),
+    click.option("--json", "json_file", metavar="FILE", help="Write the results as one JSON object (several runs: keyed by file)."),
+    click.option("--features", metavar="auto|inception|encoder|FILE", default="auto", help="Network of FID, IS and KID; FILE: an encoder.pt or gan.pt. auto: Inception if it can be had, else the run's encoder."),
+    click.option("--inception", metavar="FILE", help="The Inception weights, if not to be downloaded."),
+    click.option("--resize", type=click.Choice(["torch", "tf", "clean"]), default="torch", help="To 299 px as pytorch-fid, torch-fidelity or clean-fid does."),
+    click.option("--num", metavar="N", type=click.IntRange(2), help="Images a side.  [default: folders all; runs 50,000, on CPUs 5,000, with Inception 1,000]"),
+    click.option("--points", metavar="N", type=click.IntRange(32), help="Images a side for Chamfer.  [default: 6,400; chamfer on CPUs 500]"),
+    click.option("--kid-subset", metavar="N", type=click.IntRange(2), help="Images in a subset of KID.  [default: 1,000, or all if fewer]"),
+    click.option("--save-stats", metavar="NPZ", help="Keep the statistics of the reference here."),
+    click.option("--seed", metavar="N", type=click.IntRange(0), default=0, help="Seed of everything random."),
+    click.option("--seeds", metavar="N", type=click.IntRange(1), help="Seeds of Chamfer, from --seed on.  [default: 5, on CPUs 3]"),
+    click.option("--batch", metavar="N", type=click.IntRange(1), default=64, help="Images at once; changes results by rounding only."),
+    click.option("--device", metavar="DEVICE", default="auto", help="cpu, cuda, cuda:1; auto: cuda if there is one."),
+    click.option("--smoke", is_flag=True, help="A run of seconds that takes every code path; its results mean nothing."),
+]
+# fmt: on
+
+
+def with_options(command: Callable) -> Callable:
+    for option in reversed(OPTIONS):
+        command = option(command)
+    return command
+
+
+@click.command(
+    help=__doc__.replace("\n\n", "\n\n\b\n", 1), context_settings=dict(max_content_width=120, show_default=True)
 )
-@click.option("--data", metavar="PATH", help="The run's images, if they have moved.")
-@click.option("--images", metavar="DIR", help="Folder of images to score without a run.")
-@click.option("--reference", metavar="DIR|NPZ", help="What to score --images against: a folder, or statistics.")
-@click.option("--metrics", metavar="A,B,...", help=f"Some of {', '.join(METRICS)}.  [default: those that apply, but kid for folders only, chamfer_sum on GPUs only]")  # fmt: skip
-@click.option(
-    "--json", "json_file", metavar="FILE", help="Write the results as one JSON object (several runs: keyed by file)."
-)
-@click.option("--features", metavar="auto|inception|encoder|FILE", default="auto", show_default=True, help="Network of FID, IS and KID; FILE: an encoder.pt or gan.pt. auto: Inception if it can be had, else the run's encoder.")  # fmt: skip
-@click.option("--inception", metavar="FILE", help="The Inception weights, if not to be downloaded.")
-@click.option("--resize", type=click.Choice(["torch", "tf", "clean"]), default="torch", show_default=True, help="To 299 px as pytorch-fid, torch-fidelity or clean-fid does.")  # fmt: skip
-@click.option("--num", metavar="N", type=click.IntRange(2), help="Images a side.  [default: folders all; runs 50,000, on CPUs 5,000, with Inception 1,000]")  # fmt: skip
-@click.option("--points", metavar="N", type=click.IntRange(32), help="Images a side for Chamfer.  [default: 6,400; chamfer on CPUs 500]")  # fmt: skip
-@click.option("--kid-subset", metavar="N", type=click.IntRange(2), help="Images a subset of KID.  [default: 1,000, or all if fewer]")  # fmt: skip
-@click.option("--save-stats", metavar="NPZ", help="Keep the statistics of the reference here.  [default: beside the run; not for folders]")  # fmt: skip
-@click.option("--seed", metavar="N", type=click.IntRange(0), default=0, show_default=True, help="Seed of everything random.")  # fmt: skip
-@click.option("--seeds", metavar="N", type=click.IntRange(1), help="Seeds of Chamfer, from --seed on.  [default: 5, on CPUs 3]")  # fmt: skip
-@click.option("--batch", metavar="N", type=click.IntRange(1), default=64, show_default=True, help="Images at once; changes no result.")  # fmt: skip
-@click.option("--device", metavar="DEVICE", default="auto", show_default=True, help="cpu, cuda, cuda:1; auto: cuda if there is one.")  # fmt: skip
-@click.option("--smoke", is_flag=True, help="A run of seconds that takes every code path; its results mean nothing.")  # fmt: skip
+@with_options
 def main(network: tuple[str, ...], json_file: str | None, **options) -> None:
     if bool(network) == bool(options["images"]) or bool(network and options["reference"]):
         raise click.UsageError("give either --network FILE, or --images DIR and --reference DIR|NPZ")

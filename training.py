@@ -1,11 +1,11 @@
-"""What the three stages share: device and precision set-up, torchrun, seeds, checkpoints, options, log lines.
+"""What the three stages share: device, precision, processes, checkpoints, resuming, the log, and small helpers.
 
-Everything here is plain functions around torch; a stage calls them in this order:
+Plain functions around torch. A stage calls them in this order:
 
     run = training.start(...)           device, precision, processes, seeds
-    state = training.load(...)          an earlier stage's checkpoint, or this stage's own to go on from
-    log = training.Log(...)             stats.jsonl, TensorBoard, progress bar
-    training.save(path, state)          atomic: written aside, then renamed
+    state = training.resume(...)        this stage's own checkpoint, to go on from
+    log = training.Log(...)             progress bar, stats.jsonl, TensorBoard
+    training.save(path, state)          a checkpoint: written aside, then renamed
 """
 
 import contextlib
@@ -19,16 +19,17 @@ import re
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import click
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from tqdm import tqdm
 
-VERSION = 1  # of the checkpoint format
+VERSION = 2  # of the checkpoint format
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -54,15 +55,15 @@ OPTIONS = [
 
 
 class BadOption(click.ClickException):
-    """A bad option, said in one line."""
+    """A bad option, reported in one line."""
 
     exit_code = 2
 
 
 def with_options(own: list[Callable]) -> Callable:
-    """Decorator that gives a click command a stage's own options, then those that every stage takes.
+    """Decorator: gives a click command the options of its stage, then those that every stage takes.
 
-    What goes wrong with an option or a file is said in one line.
+    Whatever goes wrong with an option or a file is reported in one line.
     """
 
     def decorate(command: Callable) -> Callable:
@@ -74,7 +75,7 @@ def with_options(own: list[Callable]) -> Callable:
             try:
                 command(**options)
             except click.UsageError as error:
-                raise BadOption(error.message) from None
+                raise BadOption(error.message) from None  # click would print its usage lines above the error
             except OSError as error:
                 if error.filename is None:
                     raise
@@ -103,7 +104,7 @@ def out_folder(options: dict) -> Path:
 
 
 def make_folder(path: Path) -> None:
-    """Make the run's folder. Raises click.ClickException if that cannot be, or nothing can be written there."""
+    """Make the run's folder. Raises click.ClickException if that is impossible, or nothing can be written there."""
     try:
         path.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=path):
@@ -113,9 +114,10 @@ def make_folder(path: Path) -> None:
 
 
 def write_options(path: Path, options: dict) -> None:
-    """Save a command's resolved options next to its results; what has no value (NaN) is null there."""
+    """Save a command's resolved options beside its results, as JSON; numbers without a value (NaN) become null."""
     plain = json.loads(json.dumps(options | {"torch": torch.__version__}), parse_constant=lambda _: None)
-    path.write_text(json.dumps(plain, indent=2) + "\n")
+    with atomic(path) as temporary:
+        temporary.write_text(json.dumps(plain, indent=2) + "\n")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -123,7 +125,7 @@ def write_options(path: Path, options: dict) -> None:
 
 
 class Scaler(torch.amp.GradScaler):
-    """GradScaler that takes the empty state of a run without loss scaling: a resumed run may change its precision."""
+    """GradScaler that also accepts the empty state of a run without loss scaling: a resumed run may change precision."""
 
     def load_state_dict(self, state_dict: dict) -> None:
         if state_dict:
@@ -145,7 +147,7 @@ class Run:
         return torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype is not None)
 
     def scaler(self) -> Scaler:
-        """Loss scaler for one optimiser: does something in fp16 only."""
+        """Loss scaler for one optimiser; it only acts in fp16."""
         return Scaler(self.device.type, enabled=self.dtype is torch.float16)
 
     def reseed(self, images: int) -> None:
@@ -154,13 +156,15 @@ class Run:
         torch.manual_seed(int.from_bytes(key[:7], "little"))
 
     def average_gradients(self, parameters: Iterable[torch.nn.Parameter]) -> None:
-        """Mean of the gradients over all processes, as one message; nothing with one process."""
+        """Replace gradients by their mean over all processes, in one message; does nothing with one process."""
         if self.world == 1:
             return
         parameters = [p for p in parameters if p.requires_grad]
-        used = [p.grad is not None for p in parameters]  # not where an image of its class was none of this process's
+        # With --per-class, the discriminator of a class has no gradient where this process had no image of the class.
+        used = [p.grad is not None for p in parameters]
         grads = [p.grad if u else torch.zeros_like(p) for p, u in zip(parameters, used, strict=True)]
-        flags = grads[0].new_ones(len(used)) if all(used) else grads[0].new_tensor(used)  # a list would be waited for
+        # ones() is made on the device; a Python list would have to be copied there, and waited for.
+        flags = grads[0].new_ones(len(used)) if all(used) else grads[0].new_tensor(used)
         flat = torch.cat([*(g.flatten() for g in grads), flags])
         dist.all_reduce(flat)
         flat /= self.world
@@ -171,7 +175,7 @@ class Run:
 
 
 def choose_device(device: str | torch.device = "auto") -> torch.device:
-    """'cpu', 'cuda' (this process's), 'cuda:1', or 'auto' -> the device, a CUDA one with its number.
+    """'cpu', 'cuda' (this process's), 'cuda:1', or 'auto' -> the device; a CUDA device comes with its number.
 
     Raises click.ClickException for one that this machine does not have.
     """
@@ -201,7 +205,7 @@ def start(device: str = "auto", precision: str = "auto", seed: int = 0) -> Run:
     Raises click.ClickException for a device or precision that this machine does not have.
     """
     keep_memory()
-    torch.set_flush_denormal(True)
+    torch.set_flush_denormal(True)  # Adam's second moments decay into denormals, which are slow on CPUs
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     dev = choose_device(device)
     if dev.type == "cuda":
@@ -214,17 +218,64 @@ def start(device: str = "auto", precision: str = "auto", seed: int = 0) -> Run:
     if world > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if dev.type == "cuda" else "gloo")
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
-    Run(dev, dtype, seed).reseed(0)  # as rank 0: the networks built next start the same in every process
+    Run(dev, dtype, seed).reseed(0)  # as rank 0: networks built next start with the same weights in every process
     return Run(dev, dtype, seed, rank, world)
 
 
 def keep_memory() -> None:
-    """Have glibc keep freed memory: it would unmap large tensors and pay for every page again at the next step."""
+    """Have glibc keep freed memory. By default it unmaps large tensors, and every page costs a fault at the next step."""
     with contextlib.suppress(OSError, AttributeError):
         mallopt = ctypes.CDLL(None).mallopt
-        mallopt(-4, 0)  # M_MMAP_MAX: no tensor is mapped on its own (M_MMAP_THRESHOLD stops at 32 MiB)
-        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
-        mallopt(-2, 64 * 2**20)  # M_TOP_PAD
+        mallopt(-4, 0)  # M_MMAP_MAX: never map a tensor on its own (M_MMAP_THRESHOLD cannot go beyond 32 MiB)
+        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: never hand memory back
+        mallopt(-2, 64 * 2**20)  # M_TOP_PAD: grow in steps of 64 MiB
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Small helpers.
+
+
+@contextlib.contextmanager
+def atomic(path: Path | str) -> Iterator[Path]:
+    """Gives a temporary path in the same folder and renames it to `path` at the end: never half a file under its name."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+
+
+def to_float(images: torch.Tensor) -> torch.Tensor:
+    """uint8 [B, S, S, 3] -> float32 [B, 3, S, S] in [-1, 1], channels_last."""
+    return images.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.channels_last).div_(127.5).sub_(1)
+
+
+def to_uint8(x: torch.Tensor) -> torch.Tensor:
+    """float [B, 3, S, S] in [-1, 1] -> uint8 [B, S, S, 3], rounded to the nearest level: undoes `to_float`."""
+    return x.float().mul(127.5).add(127.5).round().clamp(0, 255).byte().permute(0, 2, 3, 1)
+
+
+def entropy_bits(labels: torch.Tensor) -> float:
+    """H(Y) in bits: the entropy of the rows of labels [N, Y] as they occur together, not a sum over attributes."""
+    counts = torch.unique(labels, dim=0, return_counts=True)[1].double()
+    return torch.special.entr(counts / len(labels)).sum().item() / math.log(2)
+
+
+def information_bits(logits: torch.Tensor, y: torch.Tensor, kind: str, h_y: float) -> float:
+    """The lower bound I(Y;E) >= H(Y) - H(Y|E) of equations (2)-(5), in bits.
+
+    H(Y|E) is bounded from above by the mean cross-entropy of y [N, Y] under logits [N, Y]: for kind 'one-hot' of the
+    classes, for 'multi-label' the sum of the attributes' binary ones. The logits must mean probabilities: a classifier
+    trained on balanced attributes has its balance subtracted first. h_y: H(Y) in bits.
+    """
+    if kind == "one-hot":
+        nats = F.cross_entropy(logits.double(), y.double())
+    else:
+        nats = F.binary_cross_entropy_with_logits(logits.double(), y.double(), reduction="none").sum(1).mean()
+    return h_y - nats.item() / math.log(2)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -232,26 +283,22 @@ def keep_memory() -> None:
 
 
 def save(path: Path, state: dict) -> None:
-    """Write a checkpoint under a temporary name, then rename it: a killed run leaves the old file whole."""
+    """Write a checkpoint. Raises click.ClickException if it cannot be written; the old file is then untouched."""
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        torch.save(state | {"version": VERSION}, temporary)
-        os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:  # torch.save has a RuntimeError for a full disk
+        with atomic(path) as temporary:
+            torch.save(state | {"version": VERSION}, temporary)
+    except (OSError, RuntimeError) as error:  # torch.save reports a full disk by a RuntimeError
         why = getattr(error, "strerror", None) or "is the disk full?"
         raise click.ClickException(f"cannot write {path}: {why}") from None
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
 
 
 def load(path: Path | str, stage: str, finished: bool = False) -> dict:
     """Read a checkpoint of the named stage ('encoder', 'classifier' or 'gan') to the CPU.
 
-    Raises click.ClickException if the file is missing, not a checkpoint, of another stage or of a newer format, or, where
-    it must be finished, of an encoder or classifier that was stopped.
+    finished: refuse the encoder or classifier of a run that was stopped before its end. Raises click.ClickException if
+    the file is missing, not a checkpoint, of another stage or format.
     """
     path = Path(path)
     if not path.is_file():
@@ -273,6 +320,37 @@ def load(path: Path | str, stage: str, finished: bool = False) -> dict:
     return state
 
 
+def resume(path: Path, stage: str, options: dict, data, keys: Iterable[str]) -> dict:
+    """The stage's own checkpoint to go on from; {} if there is none, or with --no-resume.
+
+    data: the Dataset. keys: the options that a resumed run may not change. Raises click.ClickException where the
+    checkpoint was made from other images or with other options.
+    """
+    if not options["resume"] or not path.exists():
+        return {}
+    state, remedy = load(path, stage), "give --no-resume to start over, or another --outdir"
+    check_images(state["data"], data, path, remedy)
+    # Weights to start from do not matter to a run that has started, unless other ones are asked for.
+    keys = [*keys, "init"] if options["init"] else keys
+    check_same(state["options"], options, keys, path, remedy)
+    return state
+
+
+def check_images(theirs: dict, data, file: Path | str, remedy: str) -> None:
+    """Refuse a checkpoint whose entry 'data' names other images than the Dataset `data`."""
+    if theirs["fingerprint"] != data.fingerprint:
+        raise click.ClickException(f"{file} was made from other images ({theirs['data']}) than {data.data}: {remedy}")
+
+
+def check_same(theirs: dict, ours: dict, keys: Iterable[str], file: Path | str, remedy: str) -> None:
+    """Refuse a checkpoint made with other settings, naming the first of `keys` that differs."""
+    for key in keys:
+        if theirs.get(key) != ours.get(key):
+            raise click.ClickException(
+                f"{file} was made with {key} {theirs.get(key)!r}, but here {key} is {ours.get(key)!r}: {remedy}"
+            )
+
+
 def init_weights(network: torch.nn.Module, weights: dict, source: str) -> None:
     """Copy `weights` into `network`.
 
@@ -286,15 +364,6 @@ def init_weights(network: torch.nn.Module, weights: dict, source: str) -> None:
         more = f" and {len(wrong) - 2} more" if len(wrong) > 2 else ""
         raise click.ClickException(f"--init {source} does not fit: {'; '.join(wrong[:2])}{more}")
     network.load_state_dict(weights)
-
-
-def check_same(theirs: dict, ours: dict, keys: Iterable[str], file: Path | str, remedy: str) -> None:
-    """Refuse a checkpoint made with other settings, naming the first of `keys` that differs."""
-    for key in keys:
-        if theirs.get(key) != ours.get(key):
-            raise click.ClickException(
-                f"{file} was made with {key} {theirs.get(key)!r}, but here {key} is {ours.get(key)!r}: {remedy}"
-            )
 
 
 def fingerprint(state: dict[str, torch.Tensor]) -> str:
@@ -313,9 +382,8 @@ def fingerprint(state: dict[str, torch.Tensor]) -> str:
 class Log:
     """Progress bar on stderr, one JSON object a line in `stats.jsonl`, the same numbers in TensorBoard.
 
-    The bar moves at once in a terminal, every 10 seconds in a file. `add` only keeps device tensors;
-    `write` fetches all means in one transfer, so nothing synchronises between log lines. Processes other than the first
-    stay silent.
+    The bar moves at once in a terminal, every 10 seconds in a file. `add` only keeps device tensors; `write` fetches
+    all means in one transfer, so nothing synchronises between log lines. Only the first process writes.
     """
 
     def __init__(self, outdir: Path, stage: str, total: int, done: int = 0, unit: str = "img", rank: int = 0):
@@ -331,7 +399,7 @@ class Log:
             disable=rank != 0,
             dynamic_ncols=True,
             smoothing=0.1,
-            mininterval=0.1 if sys.stderr.isatty() else 10.0,  # a log file keeps every state of the bar
+            mininterval=0.1 if sys.stderr.isatty() else 10.0,  # a file keeps every state of the bar
         )
         self.time = time.time()
         if rank == 0:
@@ -341,7 +409,7 @@ class Log:
             self.board = SummaryWriter(str(outdir / "tensorboard" / stage))
 
     def add(self, **values: torch.Tensor) -> None:
-        """Take scalar tensors of one device into the means of the next line."""
+        """Take scalar tensors into the means of the next line."""
         for name, value in values.items():
             value = value.detach().float()
             self.sums[name] = self.sums[name] + value if name in self.sums else value
@@ -353,21 +421,12 @@ class Log:
 
     def write(self, images: int, **extra: float) -> dict[str, float]:
         """Write the means since the last line, with `extra`, at `images` images seen; returns them."""
-        names = list(self.sums)
-        means = (
-            torch.stack(
-                [self.sums[n].cpu() if self.sums[n].device.type == "cpu" else self.sums[n] for n in names]
-            ).tolist()
-            if names
-            else []
-        )
-        line = {n: m / self.counts[n] for n, m in zip(names, means, strict=True)} | extra
+        means = torch.stack([*self.sums.values()]).tolist() if self.sums else []
+        line = {name: mean / self.counts[name] for name, mean in zip(self.sums, means, strict=True)} | extra
         self.sums, self.counts = {}, {}
         if self.rank == 0:
-            seconds = time.time() - self.time
-            self.file.write(
-                json.dumps({"stage": self.stage, "images": images, "seconds": round(seconds, 2)} | line) + "\n"
-            )
+            entry = {"stage": self.stage, "images": images, "seconds": round(time.time() - self.time, 2)}
+            self.file.write(json.dumps(entry | line) + "\n")
             for name, value in line.items():
                 self.board.add_scalar(name, value, images)
             self.bar.set_postfix_str(" ".join(f"{n} {v:.3g}" for n, v in line.items()), refresh=False)

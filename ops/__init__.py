@@ -1,10 +1,20 @@
-"""Fused ops of the InfoSCC-GAN networks: copy this folder into any project that has PyTorch.
+"""Fused ops of the InfoSCC-GAN networks. Copy this folder into any project that has PyTorch.
 
-from ops import bias_lrelu, conv2d, conv_transpose2d, subspace_lrelu
+from ops import bias_lrelu, conv2d, conv_transpose2d, freeze, subspace_lrelu, tsne_forces
 """
 
 from .bias_lrelu import bias_lrelu
 from .conv2d import conv2d, conv_transpose2d, no_weight_gradients
+from .freeze import freeze
 from .subspace_lrelu import subspace_lrelu
+from .tsne import tsne_forces
 
-__all__ = ["bias_lrelu", "conv2d", "conv_transpose2d", "no_weight_gradients", "subspace_lrelu"]
+__all__ = [
+    "bias_lrelu",
+    "conv2d",
+    "conv_transpose2d",
+    "freeze",
+    "no_weight_gradients",
+    "subspace_lrelu",
+    "tsne_forces",
+]

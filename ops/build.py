@@ -1,15 +1,17 @@
-"""What the fused ops share: memory formats, the choice of an implementation, and the build of the C++ one.
+"""What the ops share: dtypes, memory formats, the choice of an implementation, and the build of the C++ library.
 
-The *.cpp files beside this one become one shared library with a plain C interface, called through ctypes. It is
-compiled the first time an op needs it, by ninja through torch.utils.cpp_extension, and kept in $TORCH_EXTENSIONS_DIR
-(default ~/.cache/torch_extensions) under a name that holds a hash of the sources, the flags, the torch version and the
-processor, so that a home directory shared by different machines never serves the wrong library. Every build runs in a
-private folder and its result is renamed into place: a killed build leaves nothing that a later one could load or wait
-for. The file lock only spares work where several processes start together; the kernel drops it with its holder.
+The *.cpp files of this folder become one shared library with a plain C interface, which Python calls through ctypes.
+The first op that needs the library compiles it, with ninja through torch.utils.cpp_extension. The library is kept in
+$TORCH_EXTENSIONS_DIR (default: ~/.cache/torch_extensions). Its file name holds a hash of the sources, the compiler's
+flags, the torch version and the processor, so machines that share a home directory never load each other's library.
+
+Each build runs in a folder of its own and its result is renamed into place, so a killed build leaves nothing that a
+later process could load or wait for. Processes that start together wait for the first one's build behind a file lock.
 """
 
 import contextlib
 import ctypes
+import errno
 import functools
 import glob
 import hashlib
@@ -18,6 +20,7 @@ import os
 import platform
 import shlex
 import shutil
+import stat
 import sys
 import sysconfig
 import tempfile
@@ -29,27 +32,31 @@ import torch
 try:
     import triton
     import triton.language as tl
-except ImportError:
+except ImportError:  # the other implementations do without it
     triton = tl = None
 
 IMPLS = ("auto", "ref", "triton", "cpp")
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-INTERPRET = (
-    os.environ.get("TRITON_INTERPRET", "0") == "1"
-)  # Triton reads it where a kernel is defined, so later changes have no effect
+# Triton reads this variable where a kernel is defined, so it must be set before the ops are imported.
+INTERPRET = os.environ.get("TRITON_INTERPRET", "0") == "1"
+# Without errno and traps the compiler may vectorise sqrt and conditional expressions.
 FLAGS = ["-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fopenmp"]
 if platform.machine() in ("x86_64", "AMD64"):
-    FLAGS.append("-mprefer-vector-width=512")  # the compiler's default is 256 even where AVX-512 is there
-LOCK_SECONDS = 120
+    FLAGS.append("-mprefer-vector-width=512")  # the compiler's default is 256, even where there is AVX-512
+LOCK_SECONDS = 120  # a build takes up to a minute on a slow machine
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Dtypes and memory formats.
 
 
 def acc_dtype(dtype: torch.dtype) -> torch.dtype:
-    """What the ops accumulate in, and take coefficients and biases in: float64 for float64, float32 for the others."""
+    """The dtype that an op computes in, and in which it takes coefficients and biases: at least float32."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def as_dtype(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """x.to(dtype), without the microsecond that torch takes to find that there is nothing to do."""
+    """x.to(dtype). Testing the dtype first saves a microsecond where there is nothing to do, which is usual."""
     return x if x.dtype == dtype else x.to(dtype)
 
 
@@ -57,24 +64,34 @@ def dense(x: torch.Tensor) -> torch.Tensor:
     """x itself if its memory is dense in NCHW or channels_last order, else a copy that is."""
     if x.is_contiguous() or (x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last)):
         return x
-    return x.contiguous(
-        memory_format=torch.channels_last if x.ndim == 4 and x.stride(1) == 1 else torch.contiguous_format
-    )
+    channels_last = x.ndim == 4 and x.stride(1) == 1
+    return x.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
 
 
 def format_of(x: torch.Tensor) -> torch.memory_format:
-    """The memory format of a dense tensor."""
+    """The memory format of a dense tensor. NCHW where it is both, as with one channel or one pixel."""
     return torch.contiguous_format if x.is_contiguous() else torch.channels_last
 
 
 def empty_signs(x: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
-    """Room for a bit an element, 32 a word, every row in words of its own: what the C++ ops keep for the gradient."""
+    """Uninitialised memory for one bit per element of a [rows, columns] matrix: int32, each row in words of its own.
+
+    The C++ ops keep these signs of their output for the gradient, a 32nd of the memory that the output would take.
+    """
     return x.new_empty(rows * ((columns + 31) // 32), dtype=torch.int32)
 
 
-@torch.compiler.assume_constant_result
+# ---------------------------------------------------------------------------------------------------------------------
+# The choice of an implementation.
+
+
+@torch.compiler.assume_constant_result  # torch.compile cannot trace the build, and the answer never changes
 def choose(impl: str, device: str) -> str:
-    """Resolves 'auto'. Raises ValueError for an unknown name, RuntimeError with the reason if it cannot run here."""
+    """The implementation to run on a device type: 'auto' becomes 'triton' on CUDA, 'cpp' elsewhere, 'ref' if it must.
+
+    Raises ValueError for an unknown name, and RuntimeError with the reason if the one that was named cannot run here.
+    'auto' warns once, with the reason, when it falls back to 'ref'.
+    """
     if impl == "ref":
         return impl
     if impl not in IMPLS:
@@ -91,11 +108,12 @@ def choose(impl: str, device: str) -> str:
 
 @functools.cache
 def _warn_once(message: str) -> None:
-    warnings.warn(message, stacklevel=4)
+    warnings.warn(message, stacklevel=4)  # names the line that called the op
 
 
-@functools.cache
+@functools.cache  # starting Triton and loading the library take far longer than an op
 def _why_not(impl: str, device: str) -> str | None:
+    """Why 'triton' or 'cpp' cannot run on this device type, or None if it can."""
     if impl == "triton":
         if triton is None:
             return "Triton is not installed (pip install triton)"
@@ -104,7 +122,7 @@ def _why_not(impl: str, device: str) -> str | None:
         if device != "cuda":
             return "Triton needs CUDA tensors (or TRITON_INTERPRET=1 when the ops are imported)"
         try:
-            triton.runtime.driver.active.get_current_target()  # compiles its launcher, with a C compiler
+            triton.runtime.driver.active.get_current_target()  # compiles Triton's launcher, which needs a C compiler
         except Exception as e:
             return f"Triton cannot start: {e}"
         return None
@@ -117,34 +135,73 @@ def _why_not(impl: str, device: str) -> str | None:
     return None
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# The C++ library.
+
+
 @functools.cache
 def library() -> ctypes.CDLL:
     """The compiled ops. Raises RuntimeError or OSError with the reason if they cannot be compiled or loaded."""
     sources = sorted(glob.glob(os.path.join(os.path.dirname(os.path.abspath(__file__)), "*.cpp")))
     if not sources:
         raise RuntimeError("no .cpp file beside ops/build.py")
-    root = os.environ.get("TORCH_EXTENSIONS_DIR") or os.path.join(
-        os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "torch_extensions"
-    )
-    path = os.path.join(root, "infoscc_ops", f"ops_{_key(sources)}.so")
+    name = f"ops_{_key(sources)}.so"
+    path = os.path.join(_usual_folder(), name)
     if not os.path.exists(path):
-        os.makedirs(os.path.dirname(path), exist_ok=True)
+        path = os.path.join(_writable_folder(), name)
+    if not os.path.exists(path):
         with _lock(path + ".lock"):
-            if not os.path.exists(path):
+            if not os.path.exists(path):  # else another process built it while this one waited
                 _build(sources, path)
     return ctypes.CDLL(path)
 
 
 @functools.cache
 def c_function(name: str, dtype: torch.dtype, arguments: str):
-    """The compiled function of this name and dtype; arguments has a letter for each: p pointer, i int64, d double."""
+    """The compiled function of this name and dtype. `arguments` has one letter each: p pointer, i int64, d double."""
     function = getattr(library(), f"{name}_{str(dtype).removeprefix('torch.')}")
     function.argtypes = [{"p": ctypes.c_void_p, "i": ctypes.c_int64, "d": ctypes.c_double}[a] for a in arguments]
     function.restype = None
     return function
 
 
+def _usual_folder() -> str:
+    """Where PyTorch's extensions go, whether or not it exists."""
+    root = os.environ.get("TORCH_EXTENSIONS_DIR")
+    if not root:
+        cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+        root = os.path.join(cache, "torch_extensions")
+    return os.path.join(root, "infoscc_ops")
+
+
+def _writable_folder() -> str:
+    """The usual folder, made if need be. If it cannot be written, a private one in the system's temporary folder.
+
+    Raises RuntimeError if that one exists and is not private: code is loaded from there, so it must be this user's.
+    """
+    folder = _usual_folder()
+    try:
+        if folder.startswith("~"):  # what expanduser leaves of a user without HOME and without a passwd entry
+            raise OSError(errno.ENOENT, "no home directory")
+        os.makedirs(folder, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):  # read-only file systems refuse here, also to root
+            return folder
+    except OSError as error:
+        private = os.path.join(tempfile.gettempdir(), f"infoscc_ops_{os.getuid()}")
+        with contextlib.suppress(FileExistsError):
+            os.mkdir(private, mode=0o700)
+        info = os.lstat(private)  # a link could be turned elsewhere after this check
+        if not stat.S_ISDIR(info.st_mode) or info.st_uid != os.getuid() or info.st_mode & 0o077:
+            raise RuntimeError(
+                f"{folder} cannot be written ({error.strerror}), and {private} is no private folder of this user: "
+                "remove it, or set TORCH_EXTENSIONS_DIR to a folder that can be written"
+            ) from None
+        print(f"{folder} cannot be written ({error.strerror}): using {private}", file=sys.stderr, flush=True)
+        return private
+
+
 def _key(sources: list[str]) -> str:
+    """16 hex digits that change with anything that the compiled library depends on."""
     key = hashlib.sha256(repr((FLAGS, torch.__version__, platform.machine(), _cpu())).encode())
     for source in sources + sorted(glob.glob(os.path.join(os.path.dirname(sources[0]), "*.h"))):
         with open(source, "rb") as f:
@@ -159,16 +216,14 @@ def _cpu() -> str:
             first = f.read().split("\n\n")[0]
     except OSError:
         return platform.processor()
-    return "\n".join(
-        line
-        for line in first.split("\n")
-        if line.startswith(("vendor", "cpu family", "model", "CPU ", "flags", "Features"))
-    )
+    # Not every line: the clock's frequency, for one, changes all the time.
+    wanted = ("vendor", "cpu family", "model", "CPU ", "flags", "Features")
+    return "\n".join(line for line in first.split("\n") if line.startswith(wanted))
 
 
 @contextlib.contextmanager
 def _lock(path: str):
-    """Waits for other builders, but not for ever: without the lock the work is done twice, and nothing else."""
+    """Waits while another process builds, but not for ever: without the lock both build, and nothing else happens."""
     with open(path, "w") as f:
         try:
             import fcntl
@@ -176,7 +231,7 @@ def _lock(path: str):
             deadline = time.monotonic() + LOCK_SECONDS
             while time.monotonic() < deadline:
                 try:
-                    fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the kernel releases it if this process dies
                     break
                 except BlockingIOError:
                     time.sleep(0.1)
@@ -186,20 +241,20 @@ def _lock(path: str):
 
 
 def _build(sources: list[str], path: str) -> None:
+    """Compiles the sources to `path`. Raises RuntimeError with the compiler's last error line."""
     compiler = shlex.split(os.environ.get("CXX", "c++"))[0]
     if shutil.which(compiler) is None:
         raise RuntimeError(f"no C++ compiler: '{compiler}' is not on PATH (install g++, or set CXX)")
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
-    from torch.utils import cpp_extension
+    from torch.utils import cpp_extension  # takes half a second, only needed here
 
     print("Compiling the fused C++ ops, once for this machine ...", file=sys.stderr, flush=True)
     folder = tempfile.mkdtemp(prefix="build_", dir=os.path.dirname(path))
     environ_path = os.environ.get("PATH", "")
     try:
-        # ninja installed with pip stands beside the interpreter, often not on PATH when no environment is activated.
-        os.environ["PATH"] = os.pathsep.join(
-            [environ_path, os.path.dirname(sys.executable), sysconfig.get_path("scripts")]
-        )
+        # pip installs ninja beside the interpreter, which is not on PATH where no environment is activated.
+        scripts = [os.path.dirname(sys.executable), sysconfig.get_path("scripts")]
+        os.environ["PATH"] = os.pathsep.join([environ_path, *scripts])
         name = os.path.splitext(os.path.basename(path))[0]
         cpp_extension.load(name, sources, extra_cflags=FLAGS, build_directory=folder, is_python_module=False)
         os.replace(os.path.join(folder, name + ".so"), path)

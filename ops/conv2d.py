@@ -1,7 +1,12 @@
-"""2-D convolution and its transpose, by Winograd's method on the CPU, with gradients that R1 can differentiate fast.
+"""2-D convolution and its transpose: Winograd's method on the CPU, and gradients that R1 can differentiate fast.
 
-A drop-in for F.conv2d and F.conv_transpose2d with square kernels. Implementations: PyTorch's own, and C++ for the CPU
-(conv2d.cpp), which needs a quarter to a half of the multiplications for 3x3 and 4x4 kernels on channels_last tensors.
+conv2d and conv_transpose2d replace F.conv2d and F.conv_transpose2d for square kernels. On the CPU, conv2d.cpp computes
+the shapes that it serves, with a quarter to a half of the multiplications for kernels of 3x3 and 4x4. PyTorch computes
+all other shapes and all other devices.
+
+PyTorch's own double backward of a convolution is slow: it takes the batch for channels and whole maps for kernels. Here
+the gradient with respect to the input is again one of the two ops, so every order of derivative is a convolution of a
+usual shape.
 """
 
 import contextlib
@@ -14,9 +19,18 @@ import torch.nn.functional as F
 from .build import c_function, choose
 
 _DTYPES = (torch.float32, torch.float64)
-# What 'auto' takes C++ for. float64 is for checks, and there a sum of zeros should be 0, as usual, and not 1e-17: a
-# leaky ReLU would tell them apart.
+# What impl='auto' takes C++ for. float64 is for checks: there a sum of zeros should be 0, as PyTorch's is, and not
+# Winograd's 1e-17, because a leaky ReLU would tell the two apart.
 _FAST = (torch.float32,)
+
+# The kernel sizes that conv2d.cpp serves, by stride. At stride 2 it cuts a kernel of k pixels into 2x2 phases of k / 2.
+_KERNELS = {1: (1, 3, 4), 2: (1, 3, 4, 7, 8)}
+_VECTOR = 16  # channels must fill vectors: 16 float32 in 64 bytes
+_MOST_CHANNELS = 2048  # conv2d.cpp's kMost
+# Fewer tiles than this do not pay for the transforms; more pixels than this PyTorch multiplies as fast (both measured).
+_LEAST_TILES, _MOST_PIXELS = 16, 4096
+# A multiplication in a transformed tile costs this much more than one in a usual convolution (measured).
+_TILE_COST = 1.25
 
 
 def conv2d(
@@ -25,24 +39,27 @@ def conv2d(
 ) -> torch.Tensor:  # fmt: skip
     """F.conv2d(x, weight, bias, stride, padding).
 
-    x: [B, C, H, W], weight: [N, C, k, k], bias: [N] or None, of one floating dtype; under autocast they are cast as
-    F.conv2d casts them. impl: 'auto' (C++ where it is the faster one, see below, else PyTorch's), 'ref' (PyTorch's),
-    'cpp'.
+    x: [B, C, H, W], weight: [N, C, k, k], bias: [N] or None, all of one floating dtype. Under autocast they are cast
+    as F.conv2d casts them. impl: 'auto' (C++ on the CPU where it is faster, else PyTorch), 'cpp', or 'ref', which is
+    F.conv2d itself, with PyTorch's own derivatives.
 
-    Returns [B, N, (H + 2 padding - k) // stride + 1, ...]. Differentiable to any order; a second derivative through the
-    gradient by x, as in R1, is again made of convolutions, not of torch's double backward, which takes the batch for
-    channels and whole maps for kernels. Same input and same number of threads, same bits.
+    Returns [B, N, (H + 2 padding - k) // stride + 1, (W + 2 padding - k) // stride + 1]. Differentiable to any order.
+    The same input on the same number of threads gives the same bits. On CUDA, 'auto' has our derivatives within
+    `no_weight_gradients` only.
 
-    C++ serves float32 on the CPU (by name float64 too), channels_last, channels in multiples of 16, kernels of 1, 3 and
-    4 pixels at stride 1, of 1, 3, 4, 7 and 8 at stride 2. In float32 its largest error is about ten times that of a
-    usual convolution, 1e-5 to 1e-4 of the result's standard deviation.
+    C++ serves float32 on the CPU (also float64 if impl='cpp'), channels_last, with C and N in multiples of 16, kernels
+    of 1, 3 and 4 pixels at stride 1 and of 1, 3, 4, 7 and 8 at stride 2; also 7x7 to the 3 channels of an image at
+    stride 1, padding 3 and even sides. In float32 its largest error is about ten times that of a usual convolution:
+    1e-5 to 1e-4 of the result's standard deviation.
 
     Raises RuntimeError with the reason if 'cpp' cannot run, ValueError for an unknown impl.
     """
     x, weight, bias = _autocast(x, weight, bias)
     impl = _choose(impl, x.device.type)
-    if torch.compiler.is_compiling():
+    if impl == "ref" or torch.compiler.is_compiling():
         return F.conv2d(x, weight, bias, stride, padding)
+    if impl == "cpp":
+        _check_cpp(x, weight, _out(x, weight, stride, padding), stride, padding, False)
     return _Conv.apply(x, weight, bias, stride, padding, impl)
 
 
@@ -50,47 +67,70 @@ def conv_transpose2d(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, stride: int = 1, padding: int = 0,
     output_padding: int = 0, impl: str = "auto",
 ) -> torch.Tensor:  # fmt: skip
-    """F.conv_transpose2d(x, weight, bias, stride, padding, output_padding): as conv2d, with weight [C, N, k, k]."""
+    """F.conv_transpose2d(x, weight, bias, stride, padding, output_padding): as conv2d, with weight [C, N, k, k].
+
+    Returns [B, N, (H - 1) stride - 2 padding + k + output_padding, (W - 1) stride - 2 padding + k + output_padding].
+    """
     x, weight, bias = _autocast(x, weight, bias)
     impl = _choose(impl, x.device.type)
-    if torch.compiler.is_compiling():
+    if impl == "ref" or torch.compiler.is_compiling():
         return F.conv_transpose2d(x, weight, bias, stride, padding, output_padding)
     out = [(s - 1) * stride - 2 * padding + weight.shape[2] + output_padding for s in x.shape[2:]]
+    if impl == "cpp":
+        _check_cpp(x, weight, out, stride, padding, True)
     return _ConvTranspose.apply(x, weight, bias, stride, padding, out, impl)
 
 
 @contextlib.contextmanager
 def no_weight_gradients():
-    """Within it, gradients by weights are left out: autograd.grad by the input alone would throw them away."""
-    global _by_weight
-    before, _by_weight = _by_weight, False
+    """Within it, these ops compute no gradients with respect to weights and biases (impl='ref' does as PyTorch does).
+
+    For R1, whose inner autograd.grad asks for the input's gradient alone: autograd cannot tell a custom op so, and the
+    others would be computed and thrown away. Enter it for the forward pass too.
+    """
+    global _weight_gradients
+    before, _weight_gradients = _weight_gradients, False
     try:
         yield
     finally:
-        _by_weight = before
+        _weight_gradients = before
 
 
-_by_weight = True
+_weight_gradients = True
 
 
 def _choose(impl, device):
-    """'ref', 'cpp', or 'auto' where C++ can run."""
+    """'ref' for F.conv2d itself; else who computes under our derivatives: 'cpp', 'auto' (C++ if faster) or 'torch'."""
     if impl not in ("auto", "ref", "cpp"):
         raise ValueError(f"impl must be auto, ref or cpp for a convolution, got {impl!r}")
     if impl == "auto" and device != "cpu":
-        return "ref"  # cuDNN has Winograd's method itself
-    return impl if choose(impl, device) == "cpp" else "ref"
+        # cuDNN has Winograd's method itself. Our derivatives cost Python calls, so only R1 gets them.
+        return "ref" if _weight_gradients else "torch"
+    if impl == "auto" and choose(impl, device) == "ref":
+        return "torch"
+    choose(impl, device)  # raises if 'cpp' cannot run
+    return impl
 
 
 def _autocast(*tensors):
+    """The tensors as autocast casts a convolution's."""
     device = tensors[0].device.type
     if not torch.is_autocast_enabled(device):
         return tensors
     return [t if t is None else t.to(torch.get_autocast_dtype(device)) for t in tensors]
 
 
+def _out(x, weight, stride, padding):
+    """Height and width of conv2d's result."""
+    return [(s + 2 * padding - weight.shape[2]) // stride + 1 for s in x.shape[2:]]
+
+
 def _channels_last(x):
     return x.is_contiguous(memory_format=torch.channels_last)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Derivatives. The two functions are each other's gradient with respect to the input.
 
 
 class _Conv(torch.autograd.Function):
@@ -118,26 +158,34 @@ class _ConvTranspose(torch.autograd.Function):
 
 
 def _backward(ctx, g, transposed):
-    """Gradients of x, weight and bias; that of x is again one of the two functions, the other one."""
+    """Gradients with respect to x, weight and bias; None for those that nobody wants."""
     (x, weight), (stride, padding, impl) = ctx.saved_tensors, ctx.options
     want_x, want_weight, want_bias = ctx.needs_input_grad[:3]
+    # The C++ needs it; autograd hands over NCHW gradients, for instance from a sum.
     g = g.contiguous(memory_format=torch.channels_last) if _channels_last(x) else g
-    dx = dweight = None
+    dx = dweight = dbias = None
     if want_x and transposed:
         dx = _Conv.apply(g, weight, None, stride, padding, impl)
     elif want_x:
         dx = _ConvTranspose.apply(g, weight, None, stride, padding, x.shape[2:], impl)
-    if want_weight and _by_weight:
+    if want_weight and _weight_gradients:
+        # The transpose of a convolution is one whose input and output have changed places.
         larger, smaller = (g, x) if transposed else (x, g)
         dweight = _weight_gradient(larger, smaller, weight, stride, padding, impl)
-    return dx, dweight, g.sum((0, 2, 3)) if want_bias else None
+    if want_bias and _weight_gradients:
+        dbias = g.sum((0, 2, 3))  # a pass of its own: 0.2 ms for 8 MB, where the convolution's gradients take 5
+    return dx, dweight, dbias
 
 
+# ---------------------------------------------------------------------------------------------------------------------
 # What runs.
 
 
 def _forward(x, weight, bias, stride, padding, impl):
-    out = [(s + 2 * padding - weight.shape[2]) // stride + 1 for s in x.shape[2:]]
+    """conv2d without derivatives."""
+    out = _out(x, weight, stride, padding)
+    if _is_to_image(weight.shape[0], weight.shape[2], stride, padding, out) and impl != "torch":
+        return _to_image(x, weight, bias, impl)
     geometry = _geometry(x, weight, out, stride, padding, False, impl)
     if geometry is None:
         return F.conv2d(x, weight, bias, stride, padding)
@@ -145,8 +193,9 @@ def _forward(x, weight, bias, stride, padding, impl):
 
 
 def _transposed(x, weight, bias, stride, padding, out, impl):
-    if weight.shape[1:] == (3, 7, 7) and (stride, padding) == (1, 3) and out[0] % 2 == out[1] % 2 == 0:
-        return _to_image(x, weight, bias, impl)
+    """conv_transpose2d without derivatives; `out` is the size of its result."""
+    if _is_to_image(weight.shape[1], weight.shape[2], stride, padding, out) and impl != "torch":
+        return _to_image(x, _reversed(weight), bias, impl)
     geometry = _geometry(x, weight, out, stride, padding, True, impl)
     if geometry is None:
         rest = [o - (s - 1) * stride + 2 * padding - weight.shape[2] for o, s in zip(out, x.shape[2:], strict=True)]
@@ -155,7 +204,11 @@ def _transposed(x, weight, bias, stride, padding, out, impl):
 
 
 def _weight_gradient(x, g, weight, stride, padding, impl):
-    """Gradient of conv2d(x, weight) by its weight; differentiable as torch's where gradients are enabled."""
+    """Gradient of conv2d(x, weight) with respect to weight. Differentiable, by PyTorch, where gradients are enabled."""
+    if _is_to_image(weight.shape[0], weight.shape[2], stride, padding, g.shape[2:]) and impl != "torch":
+        # As that of a convolution from g to x: PyTorch is five times as fast with the three channels on the input.
+        N, C, k, _ = weight.shape
+        return _reversed(torch.nn.grad.conv2d_weight(g, (C, N, k, k), x, stride, padding))
     geometry = None
     if not torch.is_grad_enabled() and _channels_last(g):
         geometry = _geometry(x, weight, list(g.shape[2:]), stride, padding, False, impl)
@@ -167,6 +220,7 @@ def _weight_gradient(x, g, weight, stride, padding, impl):
 
 
 def _run(x, weight, bias, channels, out, geometry):
+    """Either op, by C++."""
     y = torch.empty(len(x), channels, *out, dtype=x.dtype, memory_format=torch.channels_last)
     bias = None if bias is None else bias.contiguous()
     pointers = x.data_ptr(), weight.data_ptr(), None if bias is None else bias.data_ptr(), y.data_ptr()
@@ -174,49 +228,77 @@ def _run(x, weight, bias, channels, out, geometry):
     return y
 
 
-def _to_image(x, weight, bias, impl):
-    """F.conv_transpose2d(x, weight, bias, padding=3) for weight [C, 3, 7, 7] and even sides, 2x2 pixels at once.
+# ---------------------------------------------------------------------------------------------------------------------
+# To images: three output channels would leave most of a vector empty.
 
-    Three output channels would leave most of a vector empty. The kernel, shifted to each of four pixels and padded to
-    8x8, gives them as 12 channels at stride 2: the same sums. Four channels of zeros fill the vector.
+
+def _is_to_image(channels, k, stride, padding, out):
+    """Whether `_to_image` computes this convolution: 7x7 to three channels of the same, even sides."""
+    return (channels, k, stride, padding) == (3, 7, 1, 3) and out[0] % 2 == out[1] % 2 == 0
+
+
+def _to_image(x, weight, bias, impl):
+    """conv2d(x, weight [3, C, 7, 7], bias, padding=3) of even sides, for 2x2 pixels of the result at once.
+
+    The kernel, shifted to each of the four pixels and padded to 8x8, gives them as 12 channels at stride 2: the same
+    sums. Four channels of zeros fill the vector.
     """
-    kernel = weight.flip(2, 3).transpose(0, 1)
-    shifted = [F.pad(kernel, (j, 1 - j, i, 1 - i)) for i in (0, 1) for j in (0, 1)]
+    shifted = [F.pad(weight, (j, 1 - j, i, 1 - i)) for i in (0, 1) for j in (0, 1)]
     blocks = torch.cat((*shifted, torch.zeros_like(shifted[0])[:1].expand(4, -1, -1, -1)))
-    y = _forward(x, blocks.contiguous(memory_format=torch.channels_last), None, 2, 3, impl)
+    bias = None if bias is None else F.pad(bias.repeat(4), (0, 4))
+    y = _forward(x, blocks.contiguous(memory_format=torch.channels_last), bias, 2, 3, impl)
     y = y.permute(0, 2, 3, 1)[..., :12].unflatten(3, (2, 2, 3)).transpose(2, 3)  # [B, H / 2, 2, W / 2, 2, 3]
-    y = y.flatten(3, 4).flatten(1, 2).permute(0, 3, 1, 2)
-    return y if bias is None else y + bias.view(-1, 1, 1)
+    return y.flatten(3, 4).flatten(1, 2).permute(0, 3, 1, 2)
+
+
+def _reversed(weight):
+    """The kernel [C, N, k, k] with which conv2d does at stride 1 what conv_transpose2d does with [N, C, k, k]."""
+    return weight.flip(2, 3).transpose(0, 1)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What conv2d.cpp is told.
 
 
 def _geometry(x, weight, out, stride, padding, transposed, impl):
-    """What conv2d.cpp's Shape holds, or None for PyTorch's own; RuntimeError if impl is 'cpp' and it cannot."""
-    if impl == "ref":
-        return None
+    """The numbers of conv2d.cpp's Shape where C++ runs ('cpp': where it can, 'auto': where it is faster), else None."""
     fits = x.dtype in _DTYPES and weight.dtype == x.dtype and x.device.type == "cpu"
-    fits = fits and _channels_last(x) and x.numel() > 0
-    geometry, gain = None, False
-    if fits:
-        geometry, gain = _shape(x.shape, weight.shape, weight.stride(), tuple(out), stride, padding, transposed)
-    if impl == "cpp" and geometry is None:
-        choose("cpp", x.device.type)
+    if impl == "torch" or not (fits and _channels_last(x) and x.numel() > 0):
+        return None
+    geometry, gain = _shape(x.shape, weight.shape, weight.stride(), tuple(out), stride, padding, transposed)
+    return geometry if impl == "cpp" or (gain and x.dtype in _FAST) else None
+
+
+def _check_cpp(x, weight, out, stride, padding, transposed):
+    """Raise RuntimeError if C++ cannot compute this; of its gradients C++ then computes those that it can."""
+    k, channels = weight.shape[2], weight.shape[1 if transposed else 0]
+    if _is_to_image(channels, k, stride, padding, out):  # what _to_image makes of it
+        blocks = weight.new_empty(16, x.shape[1], 8, 8)
+        geometry = _geometry(x, blocks, [s // 2 for s in out], 2, 3, False, "cpp")
+    else:
+        geometry = _geometry(x, weight, out, stride, padding, transposed, "cpp")
+    if geometry is None:
         raise RuntimeError(
             "impl='cpp' needs channels_last tensors of float32 or float64, channels in multiples of 16, and a square "
             f"kernel that it knows, got x {[*x.shape]} {x.dtype} and weight {[*weight.shape]} at stride {stride}"
         )
-    return geometry if impl == "cpp" or (gain and x.dtype in _FAST) else None
 
 
-@functools.lru_cache(maxsize=1024)
+@functools.lru_cache(maxsize=1024)  # a training step asks for the same few shapes over and over
 def _shape(x, weight, strides, out, stride, padding, transposed):
-    """The numbers of Shape from the shapes of x and weight, and whether C++ is the faster one."""
+    """(the numbers of Shape, whether C++ is faster) from the shapes of x and weight; None if C++ does not serve them.
+
+    C++ walks the output in steps of `outer` pixels and the input in steps of `inner`; for a convolution outer is 1 and
+    inner the stride, for a transposed one the other way round. The larger of the two has two phases in each direction,
+    its even and its odd pixels. A phase meets only some rows of the kernel, its taps, starting at an offset.
+    """
     (B, C, H, W), k, (OH, OW) = x, weight[2], out
     N = weight[1] if transposed else weight[0]
-    fits = k in {1: (1, 3, 4), 2: (1, 3, 4, 7, 8)}.get(stride, ()) and weight[3] == k and min(out) > 0
-    if not fits or C % 16 or N % 16 or max(C, N) > 2048:
+    fits = k in _KERNELS.get(stride, ()) and weight[3] == k and min(out) > 0
+    if not fits or C % _VECTOR or N % _VECTOR or max(C, N) > _MOST_CHANNELS:
         return None, False
-    R = -(-k // stride)
-    M = 4 if R > 1 else 1
+    R = -(-k // stride)  # taps of a phase
+    M = 4 if R > 1 else 1  # pixels of a tile's side
     inner, outer = (1, stride) if transposed else (stride, 1)
     offsets, taps = [], []
     for phase in range(stride):
@@ -226,13 +308,14 @@ def _shape(x, weight, strides, out, stride, padding, transposed):
         else:  # output row q takes tap t from input row stride * q + t - padding
             mine = list(range(phase, k, stride))
             offsets.append(phase - padding)
-        taps.append(mine + [-1] * (4 - len(mine)))
-    offsets, taps = (2 * offsets)[:2], (2 * taps)[:2]
+        taps.append(mine + [-1] * (4 - len(mine)))  # -1: no tap
+    offsets, taps = (2 * offsets)[:2], (2 * taps)[:2]  # at stride 1 the only phase stands for both
     rows, columns = (-(-s // outer) for s in out)
     by_n, by_k = (strides[1], strides[0]) if transposed else (strides[0], strides[1])
     numbers = [R, B, H, W, C, OH, OW, N, inner, outer, rows, columns, by_k, by_n, strides[2], strides[3]]
     numbers += [*offsets, *taps[0], *taps[1]]
     tiles = B * -(-rows // M) * -(-columns // M)
-    places = sum(M + R - 1 - (t[R - 1] < 0) for t in taps[:stride]) ** 2  # multiplications a tile and pair of channels
-    saves = tiles <= 4096 if R == 1 else 1.25 * places * tiles < B * rows * columns * k * k
-    return (ctypes.c_int64 * len(numbers))(*numbers), saves and tiles >= 16
+    # Multiplications per tile and pair of channels. Without a last tap, the place at infinity needs none.
+    places = sum(M + R - 1 - (t[R - 1] < 0) for t in taps[:stride]) ** 2
+    saves = tiles <= _MOST_PIXELS if R == 1 else _TILE_COST * places * tiles < B * rows * columns * k * k
+    return (ctypes.c_int64 * len(numbers))(*numbers), saves and tiles >= _LEAST_TILES

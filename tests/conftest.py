@@ -30,8 +30,10 @@ def pytest_sessionfinish():
 
 
 @pytest.fixture(autouse=True)
-def seed():
+def fresh():
+    """Every test starts from one seed, with denormal numbers: training, run in this process, flushes them to zero."""
     torch.manual_seed(0)
+    torch.set_flush_denormal(False)
 
 
 @pytest.fixture(scope="session")
@@ -71,9 +73,7 @@ def command():
     """Run one of the scripts' commands in this process: command('gan', '--smoke', ...) -> click's result."""
 
     def run(stage: str, *arguments, code: int = 0):
-        module = __import__(stage)
-        main = module.command() if hasattr(module, "command") else module.main
-        result = CliRunner().invoke(main, [str(a) for a in arguments])
+        result = CliRunner().invoke(__import__(stage).main, [str(a) for a in arguments])
         unexpected = result.exception and not isinstance(result.exception, SystemExit)
         assert not unexpected, (result.exception, result.output)
         assert result.exit_code == code, result.output

@@ -1,11 +1,9 @@
-"""classifier.py: information on channels where it is known, scores and clusters against scikit-learn, the command."""
+"""classifier.py: training on channels of known information, scores against scikit-learn, the command."""
 
 import csv
 import json
 import math
 import shutil
-import subprocess
-import sys
 import warnings
 from pathlib import Path
 
@@ -13,8 +11,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import OTHER_PRECISION, ROOT, copy_run
-from PIL import Image
+from conftest import OTHER_PRECISION, copy_run
 
 import classifier
 import dataset
@@ -22,6 +19,7 @@ import encoder
 import training
 
 OPTIONS = dict(batch=256, lr=3e-3, weight_decay=1e-6, seed=0)
+CPU = training.Run(torch.device("cpu"), None, 0)
 
 
 def h2(p: float) -> float:
@@ -29,33 +27,11 @@ def h2(p: float) -> float:
     return -p * math.log2(p) - (1 - p) * math.log2(1 - p)
 
 
-# Information.
+def information(logits, y, kind):
+    return training.information_bits(logits, y, kind, training.entropy_bits(y))
 
 
-def test_information_of_a_discrete_channel():
-    joint = torch.tensor([[30, 5, 5], [2, 20, 8], [10, 10, 10]])  # counts of (y, e)
-    y, e = (v.flatten() for v in torch.meshgrid(torch.arange(3), torch.arange(3), indexing="ij"))
-    y, e = y.repeat_interleave(joint.flatten()), e.repeat_interleave(joint.flatten())
-    logits = (joint.double() / joint.sum(0)).log().T[e]
-    p = joint.double() / joint.sum()
-    expected = (p * (p / p.sum(0) / p.sum(1, keepdim=True)).log2()).sum().item()
-    h_y, given, bits = classifier.information_bits(logits, F.one_hot(y).float(), True)
-    assert bits == pytest.approx(expected, abs=1e-9) and bits == pytest.approx(h_y - given)
-    assert h_y == pytest.approx(-(p.sum(1) * p.sum(1).log2()).sum().item())
-
-
-def test_information_of_attributes_uses_their_joint_entropy():
-    rows = torch.tensor([[0, 0]] * 45 + [[1, 1]] * 45 + [[0, 1]] * 5 + [[1, 0]] * 5).float()
-    joint = 1 + h2(0.1)  # not 2, the sum of both entropies
-    assert classifier.entropy_bits(rows) == pytest.approx(joint)
-    h_y, given, bits = classifier.information_bits((2 * rows - 1) * 100, rows, False)
-    assert (h_y, given, bits) == pytest.approx((joint, 0, joint))
-    # E knows the first attribute alone, so the second with error 0.1: 1 bit in all.
-    first = rows[:, :1]
-    logits = torch.cat([(2 * first - 1) * 100, (2 * first - 1) * math.log(9)], 1)
-    assert classifier.information_bits(logits, rows, False)[2] == pytest.approx(1, abs=1e-6)
-    # A guess that knows nothing gives no more than nothing.
-    assert classifier.information_bits(torch.zeros(100, 2), rows, False)[2] == pytest.approx(joint - 2)
+# Training and scores.
 
 
 def channel(n: int, on: float, off: float, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -83,7 +59,7 @@ def test_rare_attributes_are_balanced_and_still_calibrated():
     assert results["labels"]["rare"]["balanced"] > 0.7  # an unbalanced one would say 'off' always: 0.5
     expected = h2(0.08) - (h2(0.15) + h2(0.01)) / 2
     assert results["bits"]["mi"] == pytest.approx(expected, abs=0.01)
-    naive = classifier.information_bits(net(hv), yv, False)[2]
+    naive = information(net(hv), yv, "multi-label")
     assert naive < 0  # the same logits without their balance taken off
 
 
@@ -92,9 +68,9 @@ def test_the_held_out_tenth_stops_overfitting():
     h, y = torch.randn(100, 300, generator=draw), F.one_hot(torch.arange(100) % 2).float()  # nothing to learn
     hv, yv = torch.randn(500, 300, generator=draw), F.one_hot(torch.arange(500) % 2).float()
     net = classifier.fit(h, y, True, OPTIONS, 200, None, {})
-    assert classifier.information_bits(net(hv), yv, True)[2] > -0.3
+    assert information(net(hv), yv, "one-hot") > -0.3
     first = classifier.fit(h, y, True, OPTIONS, 200, net, {})  # starts where `net` is, so its first epoch is no worse
-    assert classifier.information_bits(first(hv), yv, True)[2] > -0.3
+    assert information(first(hv), yv, "one-hot") > -0.3
 
 
 def test_each_attribute_keeps_its_own_epoch():
@@ -137,85 +113,6 @@ def test_scores_agree_with_scikit_learn():
     assert overall["majority"] == pytest.approx(np.bincount(classes).max() / 400)
     softmax = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
     assert overall["ap"] == pytest.approx(average_precision_score(np.eye(3)[classes], softmax), abs=1e-6)
-    assert math.isnan(classifier.average_precision(torch.randn(5), torch.zeros(5)))
-
-
-# Clusters.
-
-
-def blobs(k: int, n: int = 600) -> tuple[torch.Tensor, torch.Tensor]:
-    """n points in k well separated clumps on the sphere, and their clump."""
-    draw = torch.Generator().manual_seed(0)
-    which = torch.arange(n) % k
-    centres = F.normalize(torch.randn(k, 16, generator=draw), dim=1)
-    return F.normalize(centres[which] + 0.08 * torch.randn(n, 16, generator=draw), dim=1), which
-
-
-def test_agreement_agrees_with_scikit_learn():
-    from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
-
-    draw = np.random.default_rng(0)
-    a = draw.integers(0, 5, 300)
-    b = np.where(draw.random(300) < 0.6, a % 3 + 7, draw.integers(7, 10, 300))  # values need not start at 0
-    ours = classifier.agreement(torch.from_numpy(a), torch.from_numpy(b))
-    assert ours["nmi"] == pytest.approx(normalized_mutual_info_score(b, a), abs=1e-9)
-    assert ours["ari"] == pytest.approx(adjusted_rand_score(b, a), abs=1e-9)
-    assert ours["purity"] == pytest.approx(sum(np.bincount(b[a == v]).max() for v in range(5)) / 300)
-    same = classifier.agreement(torch.from_numpy(a), torch.from_numpy(a + 1))
-    assert same == pytest.approx({"purity": 1, "nmi": 1, "ari": 1})
-
-
-def test_kmeans_is_as_good_as_scikit_learns_and_seeded():
-    from sklearn.cluster import KMeans
-
-    x, which = blobs(7)
-    centres, _ = classifier.kmeans(x, 7, seed=0)
-    assert classifier.agreement(classifier.assign(x, centres)[0], which)["ari"] == pytest.approx(1)
-    noise = torch.randn(500, 6, generator=torch.Generator().manual_seed(0))
-    for k in (3, 8):
-        ours, theirs = (
-            classifier.kmeans(noise, k, seed=0)[1],
-            KMeans(k, n_init=8, random_state=0).fit(noise).inertia_ / 500,
-        )
-        assert ours < theirs * 1.02
-    assert torch.equal(classifier.kmeans(noise, 8, seed=0)[0], classifier.kmeans(noise, 8, seed=0)[0])
-    assert not torch.equal(classifier.kmeans(noise, 8, seed=0)[0], classifier.kmeans(noise, 8, seed=1)[0])
-    several = torch.zeros(20, 2)
-    several[0] = 1
-    assert classifier.kmeans(several, 4, seed=0)[1] == pytest.approx(0)  # more clusters than different points
-
-
-@pytest.mark.parametrize("k", [4, 6])
-def test_the_number_of_clusters_is_found(tmp_path, k):
-    x, which = blobs(k)
-    centres, clusters = classifier.choose_clusters(x, 3, 15, 0, tmp_path / "k.png")
-    found = clusters[classifier.assign(x, centres)[0]]
-    assert len(clusters.unique()) == k and classifier.agreement(found, which)["ari"] > 0.98
-    assert Image.open(tmp_path / "k.png").size[0] > 300
-    assert torch.equal(clusters, classifier.choose_clusters(x, 3, 15, 0, None)[1])
-    for wanted in (2, k + 2):
-        assert len(classifier.choose_clusters(x, wanted, wanted, 0, None)[1].unique()) == wanted
-
-
-def test_prediction_strength_closed_forms():
-    a = torch.tensor([0, 0, 0, 0, 1, 1, 1, 1])
-    assert classifier.prediction_strength(a, a + 2) == 1
-    assert classifier.prediction_strength(a, torch.tensor([0, 0, 1, 1, 2, 2, 2, 2])) == pytest.approx(2 / 6)
-    assert classifier.prediction_strength(a, torch.arange(8)) == 0
-    assert classifier.prediction_strength(a, torch.zeros(8, dtype=torch.long)) == 1
-
-
-def test_clusters_part_at_gaps_and_not_within_a_continuum():
-    # Two long bands side by side: plain k-means halves them across, the gap runs along them.
-    draw = torch.Generator().manual_seed(0)
-    which = torch.arange(1200) % 2
-    along = torch.rand(1200, generator=draw) * 2 - 1
-    x = torch.stack([along, 0.2 * which + 0.02 * torch.randn(1200, generator=draw), torch.ones(1200)], 1)
-    x = F.normalize(x, dim=1)
-    plain = classifier.assign(x, classifier.kmeans(x, 2, 0)[0])[0]
-    assert classifier.agreement(plain, which)["ari"] < 0.1
-    centres, clusters = classifier.choose_clusters(x, 2, 2, 0, None)
-    assert classifier.agreement(clusters[classifier.assign(x, centres)[0]], which)["ari"] > 0.95
 
 
 # The command.
@@ -239,7 +136,8 @@ def test_run_reports_and_builds(command, class_run, class_folder, tmp_path):
 
     # The saved layer gives the reported accuracy through the saved encoder.
     val = dataset.open_dataset(str(class_folder), 32, "val")
-    h = encoder.embed(encoder.build(training.load(out / "encoder.pt", "encoder")), val)
+    images = (torch.from_numpy(val.images[i : i + 5]) for i in range(0, len(val), 5))
+    h = encoder.embed(encoder.build(training.load(out / "encoder.pt", "encoder")), images, len(val), CPU)
     net = classifier.build(state)
     right = net(h).argmax(1) == torch.from_numpy(np.asarray(val.labels)).argmax(1)
     assert right.float().mean().item() == pytest.approx(state["results"]["overall"]["accuracy"])
@@ -281,7 +179,7 @@ def test_attributes_are_chosen_by_name(command, attribute_run, attribute_folder,
     state = state_of(out)
     assert state["data"]["label_names"] == ["Top", "Left"] and state["data"]["label_kind"] == "multi-label"
     assert list(state["results"]["labels"]) == ["Top", "Left"] and len(state["balance"]) == 2
-    assert "Imbalance" in output
+    assert "weighted by negatives / positives" in output
     line = command("classifier", *common, "--attributes", "Bald", "--no-resume", code=1).output.splitlines()[-1]
     assert "Bald" in line and "Left" in line
 
@@ -304,9 +202,7 @@ def test_clusters_become_the_labels(command, class_run, class_folder, tmp_path):
     rows = list(csv.DictReader((out / "clusters" / "assignments.csv").read_text().splitlines()))
     for split, value in state["assignments"].items():
         assert [int(r["cluster"]) for r in rows if r["split"] == split] == value.tolist()
-    assert len(rows) == 72 and rows[0].keys() == {"index", "split", "cluster"}
-    sheets = sorted((out / "clusters").glob("cluster*.png"))
-    assert len(sheets) == 4 and Image.open(sheets[0]).size == (256, 256)
+    assert len(rows) == 72 and len(list((out / "clusters").glob("cluster*.png"))) == 4
     agreement = state["results"]["clusters"]["label"]
     assert 0 <= agreement["nmi"] <= 1
     del state["results"]  # as if killed before the end
@@ -369,10 +265,3 @@ def test_dry_run_prints_the_published_settings(command, tmp_path, monkeypatch):
         "celeba5",
     ]
     assert list(tmp_path.iterdir()) == []
-
-
-def test_works_alone_in_an_empty_folder(tmp_path):
-    shutil.copy(ROOT / "classifier.py", tmp_path)
-    code = "import classifier, torch; print(classifier.Classifier(512, 3)(torch.zeros(2, 512)).shape)"
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, env={"PATH": ""})
-    assert "[2, 3]" in done.stdout, done.stderr

@@ -1,5 +1,7 @@
-"""The convolutions of ops against PyTorch's in float64, to second order; what is chosen when; what is refused."""
+"""The convolutions of ops against PyTorch's in float64, to second order; what is chosen or refused; frozen networks."""
 
+import collections
+import importlib
 import itertools
 import sys
 from pathlib import Path
@@ -7,12 +9,17 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+import torchvision
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import grad, gradcheck, gradgradcheck
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from ops import conv2d, conv_transpose2d, no_weight_gradients
+from ops import conv2d, conv_transpose2d, freeze, no_weight_gradients
+
+module = importlib.import_module("ops.conv2d")  # ops.conv2d is the function
 
 LAST = dict(memory_format=torch.channels_last)
 KERNELS = [(1, 1), (3, 1), (4, 1), (1, 2), (3, 2), (4, 2), (7, 2), (8, 2)]  # size, stride
@@ -114,26 +121,83 @@ def test_r1_through_two_layers(impl):
 
 
 def test_no_weight_gradients_leaves_them_out_within_only():
-    x, weight = randn(2, 16, 8, 8), randn(16, 16, 3, 3)
+    x, weight, bias = randn(2, 16, 8, 8), randn(16, 16, 3, 3), randn(16)
     for op in (conv2d, conv_transpose2d):
         with no_weight_gradients():
-            inside = grad(op(x, weight, padding=1).sum(), (x, weight), allow_unused=True)
-        assert inside[0] is not None and inside[1] is None
+            inside = grad(op(x, weight, bias, padding=1).sum(), (x, weight, bias), allow_unused=True)
+        assert inside[0] is not None and inside[1:] == (None, None)
         assert grad(op(x, weight, padding=1).sum(), weight)[0] is not None
         with pytest.raises(ZeroDivisionError), no_weight_gradients():
             raise ZeroDivisionError
         assert grad(op(x, weight, padding=1).sum(), weight)[0] is not None
 
 
-def test_convolution_to_images():
-    """Three channels from a 7x7 kernel, in both implementations, with even sides and odd ones."""
-    for impl, sides in itertools.product(("auto", "ref"), ((12, 18), (9, 12))):
-        inputs, _ = case(True, 7, 1, 4, 16, 3, *sides, seed=0)
-        got = conv_transpose2d(*inputs, padding=3, impl=impl)
-        want = F.conv_transpose2d(*inputs, padding=3)
-        torch.testing.assert_close(got, want, rtol=0, atol=1e-11)
-        for a, b in zip(grad(got.square().sum(), inputs), grad(want.square().sum(), inputs), strict=True):
-            torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10 * b.abs().max().item())
+# The generator's last layer, and the gradient of a discriminator's first one: 7x7 to the three channels of an image.
+
+
+def image_case(transposed, sides, dtype=torch.float64):
+    x, bias = randn(4, 16, *sides, dtype=dtype), randn(3, seed=1, dtype=dtype)
+    return x, randn(*((16, 3) if transposed else (3, 16)), 7, 7, seed=2, dtype=dtype), bias
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_to_images(transposed):
+    """In every implementation, for even sides and odd ones, output and gradients; in float32 as in training."""
+    ours, theirs = pairs(transposed)
+    for impl, sides, dtype in itertools.product(
+        ("auto", "ref", "cpp"), ((12, 18), (9, 12)), (torch.float64, torch.float32)
+    ):
+        inputs = image_case(transposed, sides, dtype)
+        if impl == "cpp" and sides[0] % 2:
+            with pytest.raises(RuntimeError, match="needs channels_last"):
+                ours(*inputs, padding=3, impl=impl)
+            continue
+        exact = [t.detach().double().requires_grad_() for t in inputs]
+        got, want = ours(*inputs, padding=3, impl=impl), theirs(*exact, padding=3)
+        g, tolerance = randn(*want.shape, seed=9), 1e-11 if dtype == torch.float64 else 2e-4
+        for a, b in zip([got, *grad(got, inputs, g.to(dtype))], [want, *grad(want, exact, g)], strict=True):
+            assert a.dtype == dtype
+            torch.testing.assert_close(a.double(), b, rtol=0, atol=float(tolerance * b.detach().std()))
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_derivatives_of_both_orders_to_and_from_images(transposed, monkeypatch):
+    """On the fast path: by name where C++ serves the op itself, by 'auto' where it serves the gradient."""
+    ours, _ = pairs(transposed)
+    inputs = image_case(transposed, (16, 16))
+    assert gradcheck(lambda *t: ours(*t, padding=3, impl="cpp"), inputs, fast_mode=True)
+    assert gradgradcheck(lambda *t: ours(*t, padding=3, impl="cpp"), inputs, fast_mode=True)
+    monkeypatch.setattr(module, "_FAST", (torch.float64,))
+    runs, run = [], module._run
+    monkeypatch.setattr(module, "_run", lambda *arguments: runs.append(arguments) or run(*arguments))
+    x, weight = randn(4, 3, 16, 16), randn(*((3, 16) if transposed else (16, 3)), 7, 7, seed=2)
+    assert gradcheck(lambda *t: ours(*t, padding=3), (x, weight), fast_mode=True)
+    assert gradgradcheck(lambda *t: ours(*t, padding=3), (x, weight), fast_mode=True)
+    assert runs, "the fast path did not run"
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_ref_is_pytorchs_own(transposed):
+    """Bit for bit, the gradients of both orders too."""
+    ours, theirs = pairs(transposed)
+    cases = [(image_case(transposed, (12, 18), torch.float32), dict(padding=3))]
+    cases += [(case(transposed, 3, 2, 4, 32, 16, 8, 8, 1, torch.float32)[0], dict(stride=2, padding=1))]
+    for inputs, options in cases:
+        results = []
+        for y in (ours(*inputs, **options, impl="ref"), theirs(*inputs, **options)):
+            first = grad(y.sin().sum(), inputs, create_graph=True)
+            results.append([y, *first, *grad(first[0].square().sum(), inputs)])
+        for a, b in zip(*results, strict=True):
+            assert torch.equal(a, b)
+
+
+def test_other_devices_have_our_derivatives_for_r1_alone():
+    """Elsewhere PyTorch's autograd is cheaper to call; for R1 its double backward is what is slow."""
+    with FakeTensorMode():
+        x, weight = (torch.empty(2, 16, 8, 8, device="cuda", requires_grad=True) for _ in range(2))
+        assert type(conv2d(x, weight).grad_fn).__name__ == "ConvolutionBackward0"
+        with no_weight_gradients():
+            assert type(conv2d(x, weight).grad_fn).__name__ == "_ConvBackward"
 
 
 def test_auto_takes_the_faster_one():
@@ -199,3 +263,87 @@ def test_autocast_and_compile(transposed):
         grad(compiled(*inputs), inputs), grad(theirs(*inputs, *options).square().sum(), inputs), strict=True
     ):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-5 * b.abs().max().item())
+
+
+# Frozen networks.
+
+
+def trained(network):
+    """Batch norms that change something, as after training."""
+    for layer in network.modules():
+        if isinstance(layer, nn.BatchNorm2d) and layer.track_running_stats:
+            layer.running_mean.normal_(std=0.1), layer.running_var.uniform_(0.5, 2)
+            nn.init.uniform_(layer.weight, 0.5, 2), nn.init.normal_(layer.bias, std=0.1)
+    return network.double()
+
+
+def kinds(network):
+    return collections.Counter(type(layer).__name__ for layer in network.modules())
+
+
+# Whether by the convolutions of float32, or by PyTorch's, as float64 runs; at 72 px the smallest maps have nine pixels.
+@pytest.mark.parametrize(
+    ("name", "size", "fast"),
+    [("resnet18", 32, False), ("resnet18", 72, True), ("resnet34", 32, True), ("resnet50", 32, True)],
+)
+def test_frozen_resnets_are_the_same_function(name, size, fast, monkeypatch):
+    """Output and gradient with respect to the input, in float64 to rounding."""
+    monkeypatch.setattr(module, "_FAST", (torch.float64,) * fast)
+    network = trained(getattr(torchvision.models, name)())
+    before = {key: value.clone() for key, value in network.state_dict().items()}
+    frozen = freeze(network, (3, size, size))
+    x = randn(8, 3, size, size)
+    got, want = frozen(x), network.eval()(x)
+    torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-9 * want.abs().max().item())
+    got, want = (grad(y.square().sum(), x)[0] for y in (got, want))
+    assert (got - want).norm() < 1e-9 * want.norm()
+    found = kinds(frozen)
+    assert found["_StemConv"] == 1 and found["Conv2d"] == found["BatchNorm2d"] == 0
+    assert (found["_MapLinear"] > 0) == (size < 72)
+    assert type(frozen) is type(network) and frozen.fc.in_features == network.fc.in_features
+    assert not any(p.requires_grad for p in frozen.parameters())
+    for key, value in network.state_dict().items():  # the network itself is as it was
+        assert torch.equal(value, before[key]), key
+
+
+def test_a_frozen_network_with_groups():
+    network = trained(torchvision.models.shufflenet_v2_x0_5())
+    x = randn(2, 3, 64, 64)
+    torch.testing.assert_close(freeze(network, (3, 64, 64))(x), network.eval()(x), rtol=1e-9, atol=1e-9)
+
+
+class Shared(nn.Module):
+    """Everything that must not be folded or rewritten."""
+
+    def __init__(self):
+        super().__init__()
+        self.twice, self.read = nn.Conv2d(3, 3, 3, padding=1), nn.Conv2d(3, 3, 3, padding=1)
+        self.norms = nn.ModuleList(nn.BatchNorm2d(3, track_running_stats=i != 1) for i in range(4))
+        self.odd = nn.Conv2d(3, 3, (3, 1), padding="same", padding_mode="reflect", dilation=2)
+
+    def forward(self, x):
+        h = self.norms[0](self.twice(x)) + self.norms[1](self.twice(F.avg_pool2d(x, 4).repeat(1, 1, 4, 4)))
+        read = self.read(h)
+        return self.norms[3](self.odd(self.norms[2](read) + read))
+
+
+def test_a_network_that_shares_layers_is_frozen_right():
+    network = trained(Shared())
+    frozen, x = freeze(network, (3, 8, 8)), randn(2, 3, 8, 8)
+    torch.testing.assert_close(frozen(x), network.eval()(x))
+    assert kinds(frozen)["BatchNorm2d"] == 3 and kinds(frozen)["Conv2d"] == 1 and kinds(frozen)["_Conv"] == 2
+
+
+def test_frozen_for_one_size():
+    frozen = freeze(torchvision.models.resnet18(), (3, 64, 64))
+    with pytest.raises(ValueError, match=r"another size: a layer got \[2, 512, 3, 3\], not \[512, 2, 2\]"):
+        frozen(torch.zeros(2, 3, 96, 96))
+
+
+def test_frozen_elsewhere_than_on_the_cpu():
+    """Folded, in channels_last, and otherwise PyTorch's own convolutions."""
+    frozen = freeze(torchvision.models.resnet18().to("meta"), (3, 64, 64))
+    found = kinds(frozen)
+    assert found["Conv2d"] == 20 and found["BatchNorm2d"] == 0
+    assert all(c.bias is not None for c in frozen.modules() if isinstance(c, nn.Conv2d))
+    assert frozen.layer1[0].conv1.weight.is_contiguous(**LAST)

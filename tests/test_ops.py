@@ -6,10 +6,13 @@ the interpreter has to be chosen before the ops are imported.
 
 import json
 import os
+import pwd
 import shutil
 import signal
+import stat
 import subprocess
 import sys
+import tempfile
 import time
 import warnings
 from pathlib import Path
@@ -431,6 +434,99 @@ def test_a_failed_compilation_gives_its_reason(tmp_path):
     )
 
 
+@pytest.fixture
+def temporary(tmp_path, monkeypatch):
+    """An empty temporary folder of the system's, and no folder named for extensions."""
+    (tmp_path / "tmp").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
+    for name in ("TORCH_EXTENSIONS_DIR", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    return tmp_path / "tmp"
+
+
+def no_home(monkeypatch, tmp_path):
+    def nobody(uid):
+        raise KeyError(uid)
+
+    monkeypatch.delenv("HOME")
+    monkeypatch.setattr(pwd, "getpwuid", nobody)
+
+
+def home_is_a_file(monkeypatch, tmp_path):
+    (tmp_path / "home").write_text("")
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+
+
+def named_folder_is_a_file(monkeypatch, tmp_path):
+    (tmp_path / "home").write_text("")
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "home" / "extensions"))
+
+
+@pytest.mark.parametrize("trouble", [no_home, home_is_a_file, named_folder_is_a_file])
+def test_where_home_cannot_be_written_a_private_temporary_folder_serves(
+    trouble, temporary, tmp_path, monkeypatch, capsys
+):
+    trouble(monkeypatch, tmp_path)
+    folder = Path(ops.build._writable_folder())
+    assert folder.parent == temporary and stat.S_IMODE(folder.stat().st_mode) == 0o700
+    assert f"cannot be written ({'no home' if trouble is no_home else 'Not a dir'}" in capsys.readouterr().err
+    assert ops.build._writable_folder() == str(folder)  # the next process finds the same
+    for spoil in (lambda: folder.chmod(0o755), lambda: replace_by_link(folder), lambda: replace_by_file(folder)):
+        spoil()
+        with pytest.raises(RuntimeError, match="no private folder of this user: remove it, or set TORCH_EXTENSIONS"):
+            ops.build._writable_folder()
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "extensions"))
+    assert ops.build._writable_folder() == str(tmp_path / "extensions" / "infoscc_ops")
+
+
+def test_a_private_folder_of_another_user_is_refused(temporary, tmp_path, monkeypatch):
+    home_is_a_file(monkeypatch, tmp_path)
+    Path(ops.build._writable_folder())
+    owner = os.getuid()
+    (temporary / f"infoscc_ops_{owner}").rename(temporary / f"infoscc_ops_{owner + 1}")
+    monkeypatch.setattr(os, "getuid", lambda: owner + 1)
+    with pytest.raises(RuntimeError, match="no private folder of this user"):
+        ops.build._writable_folder()
+
+
+def replace_by_link(folder):
+    folder.rename(folder.with_suffix(".other"))
+    folder.symlink_to(folder.with_suffix(".other"))
+
+
+def replace_by_file(folder):
+    folder.unlink()
+    folder.write_text("")
+
+
+@pytest.mark.skipif(shutil.which("c++") is None, reason="needs a C++ compiler")
+def test_builds_where_home_cannot_be_written(tmp_path):
+    """The fast op, not the reference, and one line that says where; the second process builds nothing."""
+    copy_one_op(tmp_path)
+    (tmp_path / "home").write_text("")
+    (tmp_path / "tmp").mkdir()
+    env = dict(HOME=str(tmp_path / "home"), TORCH_EXTENSIONS_DIR="", XDG_CACHE_HOME="", TMPDIR=str(tmp_path / "tmp"))
+    for compiled in (1, 0):
+        out, err = process(tmp_path, **env).communicate(timeout=300)
+        assert "cpp runs\nwarnings: []" in out and err.count("cannot be written (Not a directory): using") == 1, (
+            out + err
+        )
+        assert err.count("Compiling") == compiled
+    (folder,) = (tmp_path / "tmp").glob("infoscc_ops_*")
+    assert len(list(folder.glob("*.so"))) == 1
+
+
+def test_a_library_in_a_read_only_folder_is_taken(temporary, tmp_path, monkeypatch):
+    """As where an administrator built it."""
+    built = Path(ops.build.library()._name)
+    path = tmp_path / "extensions" / "infoscc_ops" / built.name
+    path.parent.mkdir(parents=True)
+    shutil.copy(built, path)
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "extensions"))
+    monkeypatch.setattr(ops.build, "_writable_folder", lambda: pytest.fail("it looked for another folder"))
+    assert ops.build.library.__wrapped__()._name == str(path)
+
+
 def test_key_follows_source_processor_and_version(tmp_path, monkeypatch):
     source = tmp_path / "a.cpp"
     source.write_text("int a;")
@@ -454,8 +550,9 @@ needs_triton = pytest.mark.skipif(ops.build.triton is None, reason="needs Triton
 @needs_triton
 @pytest.mark.skipif(CUDA or ops.build.INTERPRET, reason="the Triton tests run in this process")
 def test_triton_under_its_interpreter():
+    pytest_quietly = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
     run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-k", "triton and not test_triton"],
+        [*pytest_quietly, __file__, str(ROOT / "tests" / "test_tsne.py"), "-k", "triton and not test_triton"],
         env=os.environ | {"TRITON_INTERPRET": "1"},
         capture_output=True,
         text=True,
@@ -469,28 +566,32 @@ import triton, triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 import ops
-bias, subspace = sys.modules["ops.bias_lrelu"], sys.modules["ops.subspace_lrelu"]
+bias, subspace, tsne = (sys.modules[f"ops.{name}"] for name in ("bias_lrelu", "subspace_lrelu", "tsne"))
 ptxas = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin", "ptxas")
 tile = {"SLOPE": 0.2, "ROWS": 64, "COLS": 16, "LAST": True}
 flat = {"SLOPE": 0.2, "ROWS": 1, "COLS": 1024, "LAST": False}
 mix = {"K": 7, "SLOPE": 0.2, "IMAGES": 32}
-kernels = {  # kernel, warps, constants, how many batch-sized tensors are read
+kernels = {  # kernel, warps, constants, how many large tensors are read
     "bias forward, channels_last": (bias._forward_kernel, 4, tile, 1),
     "bias forward, NCHW": (bias._forward_kernel, 4, flat, 1),
     "bias backward, channels_last": (bias._masked_kernel, 4, tile | {"bias": None, "ACC": tl.float32, "LOOPS": 4}, 2),
     "bias backward, NCHW": (bias._masked_kernel, 4, flat | {"bias": None, "ACC": tl.float32, "LOOPS": 4}, 2),
     "subspace forward": (subspace._forward_kernel, 4, mix | {"LAST": True, "PLACES": 128}, 1),
     "subspace backward": (subspace._backward_kernel, 1, mix | {"PLACES": 64, "part_coef": None}, 2),
+    "t-SNE": (tsne._forces_kernel, 4, {"WHICH": 1, "ROWS": tsne._ROWS, "COLS": tsne._COLS}, 1),
 }
-big = {"x", "y", "g", "dx", "h", "dh", "maps"}
+big = {"x", "y", "g", "dx", "h", "dh", "maps", "p"}
 for target, dtype, size in ((80, "fp32", 4), (90, "fp32", 4), (90, "bf16", 2)):
     for name, (kernel, warps, constants, reads) in kernels.items():
+        if name == "t-SNE" and dtype != "fp32":
+            continue
         signature, values, hints = {}, {}, {}
         for i, argument in enumerate(kernel.arg_names):
             if argument in constants:
                 signature[argument], values[(i,)] = "constexpr", constants[argument]
             else:
-                pointer = argument in big or argument.startswith("part") or argument in ("bias", "coef")
+                small = ("bias", "coef", "attract", "repel", "kernel")
+                pointer = argument in big or argument.startswith("part") or argument in small
                 signature[argument] = ("*" + dtype if argument in big else "*fp32") if pointer else "i32"
                 if argument != "B":
                     hints[(i,)] = [["tt.divisibility", 16]]
@@ -506,14 +607,14 @@ for target, dtype, size in ((80, "fp32", 4), (90, "fp32", 4), (90, "bf16", 2)):
         print(json.dumps({
             "name": f"{name}, {dtype}, sm_{target}", "rc": log.returncode, "log": log.stderr,
             "loads": ptx.count("ld.global.v4.b32"), "stores": ptx.count("st.global.v4.b32"),
-            "vectors": elements * size // (32 * warps * 16), "reads": reads,
+            "vectors": elements * size // (32 * warps * 16), "reads": reads, "writes": name != "t-SNE",
         }))
 """
 
 
 @needs_triton
 def test_triton_ahead_of_time_for_sm_80_and_sm_90(tmp_path):
-    """No spills, and every batch-sized tensor moves in 16-byte pieces: as many as a thread's share of a tile takes."""
+    """No spills, and every large tensor moves in 16-byte pieces: as many as a thread's share of a tile takes."""
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"PYTHONPATH": str(ROOT)}
     env |= {"CUDA_VISIBLE_DEVICES": "", "TRITON_CACHE_DIR": str(tmp_path)}
     script = tmp_path / "ahead.py"
@@ -521,7 +622,7 @@ def test_triton_ahead_of_time_for_sm_80_and_sm_90(tmp_path):
     run = subprocess.run([sys.executable, str(script)], env=env, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr[-3000:]
     results = [json.loads(line) for line in run.stdout.splitlines()]
-    assert len(results) == 18
+    assert len(results) == 20
     for r in results:
         assert r["rc"] == 0 and "0 bytes spill stores, 0 bytes spill loads" in r["log"], r
-        assert r["loads"] >= r["reads"] * r["vectors"] and r["stores"] >= r["vectors"] > 0, r
+        assert r["loads"] >= r["reads"] * r["vectors"] > 0 and r["stores"] >= r["writes"] * r["vectors"], r

@@ -1,14 +1,18 @@
-"""The training step against the plain baseline of bench.py: with the same numbers, the same losses and updates."""
+"""The training step against the plain baseline: with the same numbers, the same losses and updates."""
 
 import copy
 import importlib
 import json
+import subprocess
+import sys
+from pathlib import Path
 
-import bench
 import pytest
 import torch
-from click.testing import CliRunner
 
+from bench.baseline import PlainDecoder, both_losses, build, plain_discriminator, take_discriminator
+
+ROOT = Path(__file__).resolve().parent.parent
 conv2d = importlib.import_module("ops.conv2d")  # ops.conv2d is the function
 
 
@@ -27,54 +31,58 @@ def of_gradients(network):
     return gradients
 
 
+def as_plain(network, disc):
+    """Our decoder or discriminator as the baseline writes it, with the same weights."""
+    if hasattr(network, "generator"):
+        plain = PlainDecoder(32, 3)
+        plain.take(network)
+    else:
+        plain = plain_discriminator(disc, 32)
+        take_discriminator(plain, network)
+    return plain
+
+
 @pytest.mark.parametrize("convolutions", ["usual", "winograd"])
 @pytest.mark.parametrize(("disc", "loss"), [("global", "lsgan"), ("patch", "hinge"), ("global", "ns")])
 def test_same_losses_and_updates_as_the_plain_step(float64, disc, loss, convolutions, monkeypatch):
     """Losses and gradients to 1e-9 in float64, and the weights after one Adam step of each update: as float64 runs, and
     with the convolutions of float32."""
-    ours, plain = (bench.build(side, 32, 8, disc, "resnet18", loss) for side in ("ours", "plain"))
+    ours, plain = sides = tuple(build(side, 32, 8, disc, "resnet18", loss) for side in ("ours", "plain"))
     if convolutions == "winograd":
         monkeypatch.setattr(conv2d, "_FAST", (torch.float64,))
         with torch.no_grad():  # else cut-out images give zeros before the leaky ReLUs, and roundings choose their sides
             for p in ours.D.parameters():
                 p.add_(0.01 * torch.randn_like(p))
-        plain.D = bench.plain_discriminator(ours.D)
-        plain.opt_d = torch.optim.Adam(plain.D.parameters(), lr=1e-4, betas=(0.5, 0.99))
+        plain.take(ours)
     real, y = torch.rand(8, 3, 32, 32) * 2 - 1, torch.eye(3)[torch.arange(8) % 3]
     for update in ("regularise", "discriminate", "penalise", "generate"):
         arguments = (real, y) if update in ("discriminate", "penalise") else ()
         orthogonality = ours.decoder.orthogonality().item()
-        losses = bench.both_losses((ours, plain), update, arguments)
+        losses = both_losses(sides, update, arguments)
         if update == "penalise":
             losses[0] *= ours.options["r1"]
         if update == "generate":
             losses[0] += 100 * orthogonality
         assert losses[0] == pytest.approx(losses[1], rel=1e-9), update
-        if update in ("regularise", "generate"):
-            found, wanted = bench.PlainDecoder(32, 3), plain.decoder
-            found.take(of_gradients(ours.decoder))
-        else:
-            found, wanted = bench.plain_discriminator(of_gradients(ours.D)), plain.D
+        network = "decoder" if update in ("regularise", "generate") else "D"
+        found, wanted = as_plain(of_gradients(getattr(ours, network)), disc), getattr(plain, network)
         gradients = [torch.zeros_like(q) if q.grad is None else q.grad for q in wanted.parameters()]
         scale = max(g.abs().max().item() for g in gradients)
         for p, g in zip(found.parameters(), gradients, strict=True):
             torch.testing.assert_close(p, g, rtol=1e-9, atol=1e-9 * scale)
-    check = bench.PlainDecoder(32, 3)
-    check.take(ours.decoder)
-    for p, q in zip(check.parameters(), plain.decoder.parameters(), strict=True):
-        torch.testing.assert_close(p, q, rtol=1e-7, atol=1e-9)
-    for p, q in zip(bench.plain_discriminator(ours.D).parameters(), plain.D.parameters(), strict=True):
-        torch.testing.assert_close(p, q, rtol=1e-7, atol=1e-9)
+    for network in ("decoder", "D"):
+        found, wanted = as_plain(getattr(ours, network), disc), getattr(plain, network)
+        for p, q in zip(found.parameters(), wanted.parameters(), strict=True):
+            torch.testing.assert_close(p, q, rtol=1e-7, atol=1e-9)
 
 
-def test_the_benchmark_prints_and_saves_every_kind_of_row(tmp_path, monkeypatch):
-    rows = [
-        dict(what="alone", note="3 s"),
-        dict(what="a ratio", ratio=2.5),
-        dict(what="both", ratio=1, spread=[0.5, 2]),
-    ]
-    monkeypatch.setattr(bench, "collect", lambda only, quick: rows)
-    result = CliRunner().invoke(bench.main, ["--out", str(tmp_path / "b.json")])
-    alone, ratio, both, _ = result.output.splitlines()
-    assert alone.endswith("3 s") and ratio.endswith("2.50x") and both.endswith("1.00x [0.50, 2.00]")
-    assert json.loads((tmp_path / "b.json").read_text())["rows"] == rows
+def test_the_benchmark_prints_what_it_saves(tmp_path):
+    """One group of it as users run it; a side compared with itself is as fast as itself."""
+    command = [sys.executable, "-m", "bench", "--quick", "--only", "data", "--out", str(tmp_path / "b.json")]
+    printed = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout.splitlines()
+    rows = json.loads((tmp_path / "b.json").read_text())["rows"]
+    assert len(rows) == 3 and len(printed) == 4
+    for row, line in zip(rows, printed, strict=False):
+        assert row["images_per_second"] == pytest.approx(1 / row["ours"])
+        assert line.startswith(row["what"]) and f"{row['ratio']:.2f}x" in line and line.endswith(row["note"])
+    assert rows[0]["ratio"] == 1 and rows[0]["spread"] == [1, 1] and rows[0]["against"] == "ImageFolder"

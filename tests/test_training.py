@@ -9,6 +9,7 @@ from pathlib import Path
 import click
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import copy_run
 
 import metrics
@@ -73,6 +74,27 @@ def test_damaged_checkpoints(tmp_path, content):
         training.load(tmp_path / "a.pt", "gan")
 
 
+def test_uint8_and_float_undo_each_other():
+    levels = torch.arange(256, dtype=torch.uint8).view(1, 16, 16, 1).expand(1, 16, 16, 3)
+    x = training.to_float(levels)
+    assert x.shape == (1, 3, 16, 16) and x.is_contiguous(memory_format=torch.channels_last)
+    assert x.min() == -1 and x.max() == 1
+    assert torch.equal(training.to_uint8(x), levels)
+    assert torch.equal(training.to_uint8(x + 0.003), levels) and training.to_uint8(3 + 0 * x).min() == 255
+
+
+def test_atomic_leaves_the_old_file_or_the_whole_new_one(tmp_path):
+    path = tmp_path / "a.json"
+    path.write_text("old")
+    with pytest.raises(KeyboardInterrupt), training.atomic(path) as temporary:
+        temporary.write_text("ne")
+        raise KeyboardInterrupt
+    assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
+    with training.atomic(path) as temporary:
+        temporary.write_text("new")
+    assert path.read_text() == "new" and list(tmp_path.iterdir()) == [path]
+
+
 def test_what_has_no_value_is_null(tmp_path):
     training.write_options(tmp_path / "a.json", {"x": [1.5, math.nan], "y": {"z": math.nan}})
     read = json.loads((tmp_path / "a.json").read_text(), parse_constant=lambda name: pytest.fail(name))
@@ -126,3 +148,52 @@ def test_cuda_devices_have_a_number(monkeypatch):
             monkeypatch.setenv("LOCAL_RANK", local_rank)
         assert training.start(device).device == metrics.start(device, 8).device == torch.device("cuda", number)
     assert chosen == [0, 0, 0, 0, 2, 2, 1, 1]
+
+
+# Information.
+
+
+def h2(p: float) -> float:
+    """Entropy of a coin in bits."""
+    return -p * math.log2(p) - (1 - p) * math.log2(1 - p)
+
+
+def test_information_of_a_discrete_channel():
+    joint = torch.tensor([[30, 5, 5], [2, 20, 8], [10, 10, 10]])  # counts of (y, e)
+    y, e = (v.flatten() for v in torch.meshgrid(torch.arange(3), torch.arange(3), indexing="ij"))
+    y, e = y.repeat_interleave(joint.flatten()), e.repeat_interleave(joint.flatten())
+    logits = (joint.double() / joint.sum(0)).log().T[e]
+    p = joint.double() / joint.sum()
+    expected = (p * (p / p.sum(0) / p.sum(1, keepdim=True)).log2()).sum().item()
+    h_y = training.entropy_bits(F.one_hot(y))
+    assert h_y == pytest.approx(-(p.sum(1) * p.sum(1).log2()).sum().item())
+    assert training.information_bits(logits, F.one_hot(y).float(), "one-hot", h_y) == pytest.approx(expected, abs=1e-9)
+
+
+def test_entropy_and_information_in_known_cases():
+    y = torch.eye(4).repeat(25, 1)
+    assert training.entropy_bits(y) == pytest.approx(2)
+    assert training.entropy_bits(torch.eye(2)[[0, 0, 0, 1]]) == pytest.approx(0.811278, abs=1e-6)
+    assert training.information_bits(200 * y, y, "one-hot", 2) == pytest.approx(2)
+    assert training.information_bits(0 * y, y, "one-hot", 2) == pytest.approx(0, abs=1e-6)
+    # A binary symmetric channel that is wrong one time in ten: 1 - h(0.1).
+    y = torch.tensor([[0.0], [1.0]]).repeat(50, 1)
+    seen = torch.where(torch.arange(100)[:, None] < 10, 1 - y, y)
+    found = training.information_bits((2 * seen - 1) * math.log(9), y, "multi-label", training.entropy_bits(y))
+    assert found == pytest.approx(1 - h2(0.1), rel=1e-4)
+
+
+def test_information_of_attributes_uses_their_joint_entropy():
+    rows = torch.tensor([[0, 0]] * 45 + [[1, 1]] * 45 + [[0, 1]] * 5 + [[1, 0]] * 5).float()
+    joint = training.entropy_bits(rows)
+    assert joint == pytest.approx(1 + h2(0.1))  # not 2, the sum of both entropies
+
+    def bits(logits):
+        return training.information_bits(logits, rows, "multi-label", joint)
+
+    assert bits((2 * rows - 1) * 100) == pytest.approx(joint)
+    # E knows the first attribute alone, so the second with error 0.1: 1 bit in all.
+    first = rows[:, :1]
+    assert bits(torch.cat([(2 * first - 1) * 100, (2 * first - 1) * math.log(9)], 1)) == pytest.approx(1, abs=1e-6)
+    # A guess that knows nothing gives no more than nothing.
+    assert bits(torch.zeros(100, 2)) == pytest.approx(joint - 2)

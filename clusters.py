@@ -1,0 +1,113 @@
+"""Internal attributes (section 2.2 of the paper): clusters of the encoder's embeddings in place of labels.
+
+k-means on the L2-normalised embeddings of the training images; K is given, or chosen by the silhouette. `classifier.py
+--attributes clusters:K|auto` calls this; the functions need numpy, scikit-learn and pictures, and nothing of ours.
+"""
+
+import csv
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+KS = range(3, 16)  # that 'auto' chooses from: the numbers of clusters that the authors published for AFHQ
+DIMENSIONS = 64  # of the principal components in which k-means runs: as good as all of them, and ten times as fast
+SILHOUETTES = 5000  # images that the silhouette is measured on: it takes their pairs
+
+
+def cluster(h: dict, spec: str, seed: int, folder: Path) -> dict[str, np.ndarray]:
+    """Clusters of the embeddings: {split: int64 [N]}, numbered from 0, the largest first.
+
+    h: {split: [N, features]} with a 'train', where the clusters are found; the other splits go to the nearest centre.
+    spec: 'clusters:K', or 'clusters:auto', which takes the K of 3 to 15 with the highest mean silhouette (Rousseeuw
+    1987) and draws it as k.png in `folder`. Raises click.UsageError for fewer images than twice the clusters.
+    """
+    import click
+    from sklearn.cluster import KMeans  # slow to import
+    from sklearn.decomposition import PCA
+    from sklearn.metrics import silhouette_score
+    from sklearn.preprocessing import normalize
+
+    x = {split: normalize(np.asarray(v, np.float64)) for split, v in h.items()}
+    n, value = len(x["train"]), spec.removeprefix("clusters:")
+    if n < 2 * (KS[0] if value == "auto" else int(value)):
+        raise click.UsageError(f"--attributes {spec}: there are only {n} training images")
+    pca = PCA(min(DIMENSIONS, n, x["train"].shape[1]), random_state=seed).fit(x["train"])
+    x = {split: pca.transform(v) for split, v in x.items()}
+
+    def fit(k: int) -> KMeans:
+        return KMeans(k, n_init=4, random_state=seed).fit(x["train"])
+
+    folder.mkdir(parents=True, exist_ok=True)
+    if value == "auto":
+        found = {k: fit(k) for k in KS if 2 * k <= n}
+        sample = dict(sample_size=min(SILHOUETTES, n), random_state=seed)
+        silhouette = {k: silhouette_score(x["train"], model.labels_, **sample) for k, model in found.items()}
+        best = max(silhouette, key=silhouette.get)
+        model = found[best]
+        plot(silhouette, best, folder / "k.png")
+    else:
+        model = fit(int(value))
+    order = np.bincount(model.labels_, minlength=model.n_clusters).argsort()[::-1].argsort()
+    return {split: order[model.predict(v)] for split, v in x.items()}
+
+
+def plot(silhouette: dict[int, float], best: int, path: Path) -> None:
+    """Draw the criterion over K."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6, 4))
+    axes = figure.subplots()
+    axes.plot(list(silhouette), list(silhouette.values()), "o-")
+    axes.axvline(best, ls=":")
+    axes.set(xlabel="clusters K", ylabel="mean silhouette", title=f"clusters:auto chooses K = {best}")
+    figure.savefig(path, dpi=100)
+
+
+def write(found: dict[str, np.ndarray], h: np.ndarray, sets: dict, folder: Path) -> None:
+    """Write assignments.csv, and for each cluster a picture of 64 of its training images, most typical first.
+
+    h: embeddings [N, features] of the training images. sets: {split: Dataset}.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    for old in folder.glob("cluster*.png"):
+        old.unlink()
+    with open(folder / "assignments.csv", "w", newline="") as file:
+        table = csv.writer(file)
+        table.writerow(["index", "split", "cluster"])
+        table.writerows((i, split, c) for split, v in found.items() for i, c in enumerate(v.tolist()))
+    h = np.asarray(h) / np.linalg.norm(h, axis=1, keepdims=True).clip(1e-12)
+    for c in np.unique(found["train"]):
+        rows = np.flatnonzero(found["train"] == c)
+        distance = np.linalg.norm(h[rows] - h[rows].mean(0), axis=1)
+        rows = rows[distance.argsort()][np.linspace(0, len(rows) - 1, min(64, len(rows))).astype(int)]
+        contact_sheet(sets["train"].images, rows).save(folder / f"cluster{c:02d}.png")
+
+
+def contact_sheet(images: np.ndarray, rows: np.ndarray, side: int = 8) -> Image.Image:
+    """Picture of images[rows] (uint8 [n, S, S, 3]), side x side of them, white where there are fewer."""
+    tiles = images[rows[: side * side]]
+    tiles = np.concatenate([tiles, np.full((side * side - len(tiles), *tiles.shape[1:]), 255, np.uint8)])
+    s = tiles.shape[1]
+    return Image.fromarray(tiles.reshape(side, side, s, s, 3).swapaxes(1, 2).reshape(side * s, side * s, 3))
+
+
+def agreement(clusters: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+    """Purity, normalised mutual information and adjusted Rand index of two labelings [N], each at most 1."""
+    from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
+    from sklearn.metrics.cluster import contingency_matrix
+
+    purity = contingency_matrix(labels, clusters).max(0).sum() / len(clusters)
+    nmi, ari = normalized_mutual_info_score(labels, clusters), adjusted_rand_score(labels, clusters)
+    return {"purity": float(purity), "nmi": float(nmi), "ari": float(ari)}
+
+
+def agreements(clusters: np.ndarray, ds) -> dict[str, dict]:
+    """`agreement` of the clusters of a Dataset's images with every label that is known, hidden ones too."""
+    known = {name: value for name, (value, _) in ds.hidden.items()}
+    labels = np.asarray(ds.labels)
+    if ds.label_kind == "one-hot":
+        known["label"] = labels.argmax(1)
+    else:
+        known |= dict(zip(ds.label_names, labels.T, strict=True))
+    return {name: agreement(clusters, value) for name, value in known.items()}

@@ -1,0 +1,621 @@
+"""Source layouts: finds the images and labels of a folder or zip, whatever its layout. It decodes no image for that.
+
+    cat/*.png dog/*.png ...                   class folders, alone or below train/ and val/ (or test/)
+    *.png labels.csv                          a header, then file names and a class, or several columns of 0 and 1
+    img_align_celeba/ list_attr_celeba.txt    CelebA, tables as .txt or .csv, with or without list_eval_partition
+    CelebA-HQ-img/ CelebAMask-HQ-attri...txt  CelebAMask-HQ
+    00000/*.png dataset.json                  StyleGAN's layout
+    train-images-idx3-ubyte.gz ...            the IDX files of Fashion-MNIST and MNIST
+
+`locate` finds a source, `recognise` tells whether it is one of the data sets with a preset, and `scan` makes one
+listing of its images and labels (`Source`). What is wrong with a source is a click.ClickException of one line, which
+names the file and the line in it.
+"""
+
+import csv
+import functools
+import hashlib
+import io
+import json
+import os
+import re
+import unicodedata
+import zipfile
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+
+import numpy as np
+
+from files import MAX_TABLE, SUFFIXES, UNREADABLE, fail, list_files, read, read_idx
+
+PRESETS = {"critters": 32, "afhq": 256, "celeba": 128, "fashion-mnist": 32}  # data sets with a name: usual image size
+SPLITS = {"train": "train", "training": "train", "test": "test", "testing": "test"}  # folder name -> split
+SPLITS |= dict.fromkeys(("val", "valid", "validation", "dev", "eval", "evaluation"), "val")
+FASHION = ["T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot"]
+CELEBA = {  # the attribute sets of the paper's tables 1 to 3
+    "celeba5": "Bald,Eyeglasses,Mustache,Wearing_Hat,Wearing_Necktie",
+    "celeba10": "Bald,Black_Hair,Blond_Hair,Brown_Hair,Double_Chin,Eyeglasses,Gray_Hair,Mustache,Wearing_Hat,"
+    "Wearing_Necktie",
+    "celeba15": "Bald,Blurry,Chubby,Double_Chin,Eyeglasses,Goatee,Gray_Hair,Mustache,Narrow_Eyes,Pale_Skin,"
+    "Receding_Hairline,Rosy_Cheeks,Sideburns,Wearing_Hat,Wearing_Necktie",
+}
+UNDERSTOOD = (
+    "class folders (also below train/ and val/), labels.csv, CelebA (img_align_celeba/ with list_attr_celeba), "
+    "CelebAMask-HQ, StyleGAN's dataset.json, or Fashion-MNIST's idx files"
+)
+PICTURES = (".heic", ".heif", ".hif", ".jxl", ".svg", ".psd", ".ico", ".exr", ".hdr")  # which are not read, but named
+PICTURES += (".arw", ".cr2", ".cr3", ".dng", ".nef", ".orf", ".raf", ".raw", ".rw2")
+MAX_LINE = 2**20  # characters of a line in a table: room for thousands of attributes
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Finding a source. `root` is a folder or a zip; names in it are relative, with forward slashes.
+
+
+def data_folder(preset: str) -> Path:
+    """Where a preset's files are looked for: data/<preset>, or $INFOSCC_DATA/<preset>."""
+    return Path(os.path.expanduser(os.environ.get("INFOSCC_DATA") or "data")) / preset
+
+
+def locate(data: str) -> tuple[str, Path | None]:
+    """Name (for runs/<name>) and root of a preset or path; critters, which are drawn, have the root None."""
+    if data == "critters":
+        return data, None
+    root = data_folder(data) if data in PRESETS else Path(os.path.expanduser(data))
+    if data in PRESETS and not root.exists() and root.with_name(root.name + ".zip").is_file():
+        root = root.with_name(root.name + ".zip")
+    if not os.path.exists(root):  # unlike Path.exists, it takes names that no file can have
+        if data not in PRESETS:
+            where = os.path.abspath(root)
+            fail(f"--data: there is no folder or zip {where}; the data sets with a name are {', '.join(PRESETS)}")
+        files = "four ...-ubyte.gz files" if data == "fashion-mnist" else "images"
+        fetch = f"python dataset.py --data {data} --download ($INFOSCC_DATA names another folder than data/)"
+        fail(f"{root} does not exist: put the {files} there, or have them fetched: {fetch}")
+    if root.is_file() and not zipfile.is_zipfile(root):
+        fail(f"--data {data} is a file but not a zip: expected a folder or zip of {UNDERSTOOD}")
+    # A name for folders: of the path's last part, with nothing in it that a shell or a file system would mind.
+    name = data if data in PRESETS else root.resolve().stem if root.is_file() else root.resolve().name
+    return re.sub(r"[^\w.-]+", "_", name) or "data", root
+
+
+def preset_of(data: str, preset: str | None = None) -> str:
+    """The preset for --data and --preset: the one that is asked for ('none': none), or the name, or what lies there."""
+    if preset not in (None, "none", *PRESETS):
+        fail(f"--preset {preset}: there is no such preset; they are {', '.join(PRESETS)} and none")
+    if preset:
+        return preset.replace("none", "")
+    return data if data in PRESETS else recognise(locate(data)[1])
+
+
+def recognise(root: Path | None) -> str:
+    """Which of PRESETS lies at `root`, or ''. It looks at names and at the first lines of CelebA's table only."""
+    if root is None:
+        return "critters"
+    root, files, folders = list_files(root)
+    base = base_names(files)
+    if idx_name("train-images-idx3-ubyte", base):
+        return "fashion-mnist" if idx_classes(root, base) == FASHION else ""
+    if found := find_celeba(base):
+        folder, table = found
+        names, _ = celeba_header(root, table, read_rows(root, table))
+        complete = set(CELEBA["celeba5"].split(",")) <= set(names)  # other data comes in this layout as well
+        return "celeba" if folder == "img_align_celeba" and complete else ""
+    if {"labels.csv", "dataset.json"} & set(base):
+        return ""
+    # AFHQ: the class folders cat, dog and wild, and no others, in a train folder beside another split.
+    pairs = [f.split("/")[-2:] for f in folders if "/" in f]
+    train = {name for split, name in pairs if SPLITS.get(split.lower()) == "train"}
+    other = {name for split, name in pairs if SPLITS.get(split.lower()) in ("val", "test")}
+    return "afhq" if train == {"cat", "dog", "wild"} and other else ""
+
+
+def base_names(files: list[str]) -> dict[str, str]:
+    """The files of a source by their names without folders; of two that are called the same, the first."""
+    return {name.rpartition("/")[2]: name for name in reversed(files)}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What a source holds, from its names and tables.
+
+
+@dataclass
+class Source:
+    """Every image of a source in order, with its split and its labels.
+
+    keys        [N] file names below the root; (IDX file, index) or (split, index) where images are no files
+    splits      [N] of 'train', 'val', 'test', or None if the source has no splits
+    classes     names of the classes, and class_of int [N]; both empty without classes
+    attributes  names of the attributes, and values [N, len(attributes)] of 0 or 1; empty without attributes
+    tables      the files that the labels come from
+    notes       what a user should know about the labels, a line each
+    absent      how many lines of the tables name an image that is not there; they are left out
+    hidden      {name: (int [N], names)}, known for evaluation alone
+    """
+
+    keys: list
+    splits: list[str] | None = None
+    classes: list[str] = field(default_factory=list)
+    class_of: list[int] = field(default_factory=list)
+    attributes: list[str] = field(default_factory=list)
+    values: list[list[int]] = field(default_factory=list)
+    tables: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    absent: int = 0
+    hidden: dict[str, tuple[np.ndarray, list[str]]] = field(default_factory=dict)
+
+
+def scan(root: Path, files: list[str], folders: list[str]) -> Source:
+    """Find the layout of a source and read its labels. `root`, `files` and `folders` are as list_files gives them."""
+    # Layouts with files of a name of their own come first: nothing else looks like them.
+    base = base_names(files)
+    images = [name for name in files if name.lower().endswith(SUFFIXES)]
+    unread = unread_pictures(files)
+    if idx_name("train-images-idx3-ubyte", base):
+        source = scan_idx(root, base)
+    elif found := find_celeba(base):
+        source = scan_celeba(root, images, base, *found)
+    else:
+        top = find_top(images, files, folders)
+        if top + "dataset.json" in files:
+            source = scan_json(root, images, top)
+        elif top + "labels.csv" in files:
+            source = scan_csv(root, images, top)
+        else:
+            hints = [hint for hint in (unread, unused_tables(files, [])) if hint]
+            source = scan_folders(root, images, folders, top, "".join(f"; {hint}" for hint in hints))
+    check_names(root, source)
+    complete_splits(root, source)
+    source.notes += [hint for hint in (unread, unused_tables(files, source.tables)) if hint]
+    if len(source.classes) == 1 and not source.attributes:
+        source.notes.append(f"{source.classes[0]} is the only class, so the labels tell nothing")
+    return source
+
+
+def unread_pictures(files: list[str]) -> str:
+    """What to say about pictures in formats that are not read, if there are any."""
+    found = sorted({PurePosixPath(name).suffix.lower() for name in files if name.lower().endswith(PICTURES)})
+    return f"{', '.join(found)} files are not read: convert them to PNG or JPEG" if found else ""
+
+
+def unused_tables(files: list[str], used: list[str]) -> str:
+    """What to say about files that look like tables of labels but are not read, if there are any."""
+    known = ("list_", "identity_celeba", "celeba-hq-to-celeba", "celebamask-hq-pose")  # of CelebA: they hold no labels
+    ends = (".csv", ".tsv", ".json", ".jsonl", ".parquet", ".xlsx")
+    found = []
+    for name in set(files) - set(used):
+        base = name.rpartition("/")[2].lower()
+        text = base.endswith(".txt") and any(word in base for word in ("label", "attr", "anno", "class"))
+        if (base.endswith(ends) or text) and not base.startswith(known):
+            found.append(name)
+    if not found:
+        return ""
+    which = f"{min(found)} and {len(found) - 1} more tables are" if len(found) > 1 else f"{found[0]} is"
+    return f"{which} not used: a table of labels is called labels.csv or dataset.json and lies above all images"
+
+
+def find_top(images: list[str], files: list[str], folders: list[str]) -> str:
+    """The folder in which the layout begins, with a slash at its end: downloads often wrap it in other folders."""
+    with_images = {name.rpartition("/")[0] for name in images}
+    with_table = {n.rpartition("/")[0] for n in files if n.rpartition("/")[2] in ("dataset.json", "labels.csv")}
+    top = ""
+    while True:
+        # Go into a folder that is alone, as long as it is a wrapping and not yet a part of the layout.
+        inside = [f for f in folders if f.startswith(top) and "/" not in f[len(top) :]]
+        if top[:-1] in with_images | with_table or len(inside) != 1:
+            return top
+        if inside[0][len(top) :].lower() in SPLITS:
+            return top
+        if inside[0] in with_images - with_table:  # a class folder that is the only one
+            return top
+        top = inside[0] + "/"
+
+
+def check_names(root: Path, source: Source) -> None:
+    """Refuse label names that options and tables could not name."""
+    for name, times in [*Counter(source.classes).items(), *Counter(source.attributes).items()]:
+        if times > 1 or not name or (source.attributes and "," in name):
+            fail(f"{root}: label name {name!r} is {'used twice' if times > 1 else 'empty or has a comma'}")
+        if not name.isprintable():
+            fail(f"{root}: label name {name!r} has characters that cannot be shown, or is not UTF-8: rename it")
+
+
+def complete_splits(root: Path, source: Source) -> None:
+    """Make sure that there are images to train on and to validate on.
+
+    Without val, test becomes val. Without either, a tenth of each class is held out: the images whose names have the
+    lowest hashes, so that the choice depends on nothing but the names.
+    """
+    splits = np.array(source.splits or ["train"] * len(source.keys), dtype=object)
+    class_of = np.array(source.class_of, np.int64)
+    if "val" not in splits:
+        splits[splits == "test"] = "val"
+    if "val" not in splits:
+        digests = np.array([hashlib.sha256(json.dumps(key).encode()).hexdigest() for key in source.keys])
+        for c in range(len(source.classes) or 1):
+            members = np.flatnonzero(class_of == c) if source.classes else np.arange(len(source.keys))
+            # At least one, so that val knows every class; a class of one image is for training.
+            held_out = 0 if len(members) < 2 else max(1, round(len(members) / 10))
+            splits[members[np.argsort(digests[members])[:held_out]]] = "val"
+    if "train" not in splits or "val" not in splits:
+        fail(f"{root}: no images are left for train or val; each class needs at least two")
+    if source.classes and (missing := set(class_of.tolist()) - set(class_of[splits == "train"].tolist())):
+        fail(f"{root}: class {source.classes[min(missing)]} has no training images: add some or remove it")
+    source.splits = splits.tolist()
+
+
+def scan_folders(root: Path, images: list[str], folders: list[str], top: str, hints: str) -> Source:
+    """Class folders, alone or in folders that name a split. hints: what to add where images or labels are missed."""
+    # Folders as tuples of names, and which of those at the top name a split.
+    below = [tuple(nfc(f[len(top) :]).split("/")) for f in folders if f.startswith(top)]
+    first = [p[0] for p in below if len(p) == 1]
+    inner = {f: {p[1] for p in below if len(p) == 2 and p[0] == f} for f in first}
+    splits = {f: SPLITS[f.lower()] for f in first if f.lower() in SPLITS}
+    # A class can be called "train" as well, so a name alone makes no split: it takes a train folder that is the only
+    # folder or has another split beside it, or no folder but splits, all of them with folders in them.
+    split = "train" in splits.values() and (len(splits) > 1 or len(first) == 1)
+    split = split or (0 < len(splits) == len(first) and all(inner.values()))
+    # A folder beside splits would be lost without a word, or its images be a class called "train".
+    other = [f for f in first if f not in splits and (split or any(inner[f] & inner[s] for s in splits))]
+    if other:
+        fail(f"{root / top / min(other)} is neither train, val nor test: rename it or move it away")
+    if not images:
+        fail(f"{root} holds no images: expected {UNDERSTOOD}{hints}")
+    at = 1 if split else 0  # the place of the class in a path
+    parts = [tuple(nfc(name[len(top) :]).split("/")) for name in images]
+    for name, p in zip(images, parts, strict=True):
+        if len(p) < at + 2:
+            fail(f"{root / name} has no label, as it is in no class folder: understood are {UNDERSTOOD}{hints}")
+    # Classes are folders, not what images are in: an empty one is a mistake that would shift all class numbers.
+    found = {p for p in below if len(p) == at + 1}
+    for p in sorted(found - {p[: at + 1] for p in parts}):
+        fail(f"class folder {root / top / '/'.join(p)} has no images: add some or remove it{hints}")
+    classes = sorted({p[at] for p in found})
+    train = {p[at] for p in found if not split or splits[p[0]] == "train"}
+    if set(classes) - train:
+        fail(f"class {min(set(classes) - train)} of {root / top} has no folder in train/")
+    index = {c: i for i, c in enumerate(classes)}
+    return Source(images, [splits[p[0]] for p in parts] if split else None, classes, [index[p[at]] for p in parts])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Tables. A row is (where, cells); `where` names file and line in messages.
+
+
+def nfc(name: str) -> str:
+    """The composed form of a name: macOS writes an accented letter as two characters, others as one."""
+    return unicodedata.normalize("NFC", name)
+
+
+def read_rows(root: Path, table: str) -> Iterator[tuple[str, list[str]]]:
+    """The rows of a .csv, or of a file with spaces between the columns; empty lines are left out.
+
+    The columns of a .csv end at commas, or at tabs or semicolons if its first line has more of those.
+    """
+    place = root / table
+    try:
+        raw = read(root, table, MAX_TABLE)
+        text = nfc(raw.decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        fail(f"{place} line {raw[: error.start].count(10) + 1} is not UTF-8: save the table as UTF-8")
+    except UNREADABLE as error:
+        fail(f"{place} cannot be read: {getattr(error, 'strerror', None) or error}")
+    if max(map(len, io.StringIO(text)), default=0) > MAX_LINE:
+        fail(f"{place} has a line of more than {MAX_LINE:,} characters: it is no table of labels")
+    if not table.lower().endswith(".csv"):
+        yield from ((f"{place} line {i}", line.split()) for i, line in enumerate(io.StringIO(text), 1) if line.strip())
+        return
+    # Excel writes semicolons in countries where the comma is the decimal sign.
+    end = max(",\t;", key=text.lstrip()[:4096].split("\n")[0].count)
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=end, skipinitialspace=True, strict=True)
+    try:
+        for row in reader:
+            if cells := [cell.strip() for cell in row] if any(row) else []:
+                yield f"{place} line {reader.line_num}", cells
+    except csv.Error as error:
+        fail(f"{place} line {reader.line_num} cannot be read: {error}")
+
+
+def matcher(images: list[str], top: str = "") -> Callable[[str], list[str]]:
+    """A function that lists the images a table may mean by a name.
+
+    That is the one of this path below `top`, or else all whose paths end like that ("0.png" for "images/0.png").
+    """
+    paths = {nfc(name[len(top) :]): name for name in images}
+
+    @functools.cache  # made only when a name is no path: it takes some hundred bytes for each image
+    def ends() -> dict[str, list[str]]:
+        result: dict[str, list[str]] = {}
+        for name in images:
+            parts = nfc(name).split("/")
+            for i in range(len(parts)):
+                result.setdefault("/".join(parts[i:]), []).append(name)
+        return result
+
+    def find(name: str) -> list[str]:
+        name = nfc(name).replace("\\", "/").removeprefix("./")  # Windows and find(1) write them so
+        return [paths[name]] if name in paths else ends().get(name, [])
+
+    return find
+
+
+def by_image(
+    place: Path,
+    rows: Iterable,
+    images: list[str],
+    find: Callable,
+    columns: int,
+    convert: Callable,
+    subset: bool = False,
+) -> tuple[dict, int]:
+    """Read the rows of a table: ({image: convert(cells, where)}, number of rows that name no image).
+
+    Fails unless every image has exactly one row, with so many columns of labels. subset: rows may name no image.
+    """
+    # Rows are read one at a time, so memory grows with the images that are there and not with the table.
+    result, absent = {}, 0
+    for where, (name, *cells) in rows:
+        found = find(name)
+        if not found and subset:
+            absent += 1
+            continue
+        if not found:
+            fail(f"{where}: there is no image {name} (the first one there is {images[0] if images else 'none'})")
+        if len(found) > 1:
+            fail(f"{where}: {name} may be {found[0]} or {found[1]}: give more of the path")
+        if len(cells) != columns:
+            fail(f"{where}: {len(cells)} values, but there are {columns} names")
+        if found[0] in result:
+            fail(f"{where}: {name} is there twice")
+        result[found[0]] = convert(cells, where)
+    for image in images:
+        if image not in result:
+            fail(f"{place} has no line for the image {image}")
+    return result, absent
+
+
+def binary(cells: list[str], where: str) -> list[int]:
+    """Attribute values, 0 and 1 or -1 and 1, as 0 and 1."""
+    try:
+        return [{"0": 0, "1": 1, "-1": 0}[c] for c in cells]
+    except KeyError as error:
+        fail(f"{where}: {error.args[0]!r} is not an attribute value (0 or 1, or -1 or 1)")
+
+
+def from_columns(table: str, keys: list[str], splits: list | None, names: list[str], values: list) -> Source:
+    """The source of a table with a column of 0 and 1 for each of `names`."""
+    source = Source(keys, splits, attributes=names, values=values, tables=[table])
+    if len(names) > 1 and all(sum(row) == 1 for row in values):
+        source.classes, source.class_of = list(names), [row.index(1) for row in values]
+        source.notes = [
+            f"in {table} every row has exactly one 1, so columns are classes, unless --attributes names them"
+        ]
+    return source
+
+
+def scan_csv(root: Path, images: list[str], top: str) -> Source:
+    """labels.csv: a header, then file names and a class, or several attributes, and perhaps a column `split`."""
+    table = top + "labels.csv"
+    place, rows, find = root / table, read_rows(root, table), matcher(images, top)
+    where, header = next(rows, (f"{place} line 1", [""]))
+    # The first column has the file names; of the others, one may be the split.
+    split_at = next((i for i, h in enumerate(header[1:]) if h.lower() == "split"), None)
+    names = [h for i, h in enumerate(header[1:]) if i != split_at]
+    if not names or find(header[0]):
+        fail(f"{where}: expected a header: file name, then the names of the labels")
+
+    def convert(cells: list[str], where: str) -> tuple:
+        split = cells.pop(split_at).lower() if split_at is not None else "train"
+        if split not in SPLITS:
+            fail(f"{where}: {split!r} is not a split: train, val or test")
+        if cells == [""]:
+            fail(f"{where}: the class is missing")
+        return SPLITS[split], cells[0] if len(names) == 1 else binary(cells, where)
+
+    found, _ = by_image(place, rows, images, find, len(header) - 1, convert)
+    splits = [split for split, _ in found.values()] if split_at is not None else None
+    labels = [label for _, label in found.values()]
+    if len(names) > 1:
+        return from_columns(table, list(found), splits, names, labels)
+    numbers = all(c.isdecimal() and len(c) < 20 for c in labels)  # then 9 comes before 10
+    classes = sorted(set(labels), key=lambda c: (int(c), c) if numbers else (0, c))
+    index = {c: i for i, c in enumerate(classes)}
+    return Source(list(found), splits, classes, [index[c] for c in labels], tables=[table])
+
+
+def find_celeba(base: dict[str, str]) -> tuple[str, str] | None:
+    """The folder of the images and the table of the attributes of CelebA or CelebAMask-HQ, if that is the layout."""
+    for name in ("list_attr_celeba.txt", "list_attr_celeba.csv"):
+        if name in base:
+            return "img_align_celeba", base[name]
+    table = base.get("CelebAMask-HQ-attribute-anno.txt")
+    return ("CelebA-HQ-img", table) if table else None
+
+
+def celeba_header(root: Path, table: str, rows: Iterator) -> tuple[list[str], str]:
+    """Take the header from CelebA's table: names of the attributes, and in a .txt the announced number of images."""
+    where, first = next(rows, (f"{root / table} line 1", []))
+    if table.lower().endswith(".csv"):
+        if len(first) < 2:
+            fail(f"{where}: expected a header: file name, then the names of the attributes")
+        return first[1:], ""
+    _, names = next(rows, (where, []))
+    if len(first) != 1 or not first[0].isdecimal() or not names:
+        fail(f"{where}: expected the number of images, then a line of attribute names")
+    return names, first[0]
+
+
+def scan_celeba(root: Path, images: list[str], base: dict[str, str], folder: str, table: str) -> Source:
+    """CelebA or CelebAMask-HQ: the images in `folder`, labelled by `table`, split by list_eval_partition if there.
+
+    Lines without an image are counted and left out: many people keep a part of the images with the full table.
+    """
+    images = [name for name in images if folder in name.split("/")[:-1]]
+    if not images:
+        fail(f"{root} has CelebA's annotations, but no images in {folder}/: unpack them there")
+    place, rows, find = root / table, read_rows(root, table), matcher(images)
+    names, announced = celeba_header(root, table, rows)
+    if announced:  # a table that was cut off while it was copied shows here
+        count = sum(1 for _ in read_rows(root, table)) - 2
+        if announced != str(count):
+            fail(f"{place} line 1: announces {announced} images, but {count} lines follow the names")
+    found, absent = by_image(place, rows, images, find, len(names), binary, subset=True)
+    source = Source(list(found), None, attributes=names, values=list(found.values()), tables=[table], absent=absent)
+    if absent:
+        lines = f"{absent:,} of {absent + len(found):,} rows"
+        source.notes.append(f"{lines} in {table} have no image in {folder}/ (--strict refuses that)")
+    if table := base.get("list_eval_partition.txt") or base.get("list_eval_partition.csv"):
+
+        def convert(cells: list[str], where: str) -> str:
+            if cells[0] not in ("0", "1", "2"):
+                fail(f"{where}: {cells[0]!r} is not a partition: 0 train, 1 val, 2 test")
+            return ("train", "val", "test")[int(cells[0])]
+
+        rows = read_rows(root, table)
+        if table.lower().endswith(".csv"):
+            next(rows, None)  # its header; the .txt has none
+        partition, _ = by_image(root / table, rows, images, find, 1, convert, subset=True)
+        source.splits = [partition[image] for image in found]
+        source.tables.append(table)
+    return source
+
+
+def scan_json(root: Path, images: list[str], top: str) -> Source:
+    """StyleGAN's dataset.json: {"labels": [[file name, class or list of 0 and 1], ...]}, perhaps with "label_names"."""
+    table = top + "dataset.json"
+    place = root / table
+    try:
+        content = json.loads(read(root, table, MAX_TABLE))
+    except json.JSONDecodeError as error:
+        fail(f"{place} line {error.lineno} column {error.colno}: this is not JSON ({error.msg})")
+    except (*UNREADABLE, RecursionError) as error:
+        fail(f"{place} cannot be read: {getattr(error, 'strerror', None) or error}")
+    pairs, names = (content.get("labels"), content.get("label_names")) if isinstance(content, dict) else (None, None)
+    if not isinstance(pairs, list) or not pairs or not all(is_pair(pair) for pair in pairs):
+        fail(f'{place} has no labels in StyleGAN\'s form: {{"labels": [["00000/img.png", 3], ...]}}')
+    if names is not None and not (isinstance(names, list) and names and all(isinstance(n, str) for n in names)):
+        fail(f"{place}: label_names must be a list of names")
+    named, kind = names is not None, type(pairs[0][1])
+    numbers = {label for _, label in pairs if type(label) is int}
+    if not named:  # the names are the numbers of the classes, or of the places in the lists
+        most = max(numbers) + 1 if kind is int else len(pairs[0][1]) if kind is list else 0
+        names = [str(i) for i in range(min(most, 2**16))]  # more classes than that are a mistake, reported below
+    names = [nfc(name) for name in names]
+    if kind is int and min(numbers) == 1 and (not named or max(numbers) == len(names)):
+        fail(f"{place}: classes are counted from 1 to {max(numbers)}, but must be from 0: subtract 1 from each label")
+
+    def convert(cells: list, where: str) -> int | list[int]:
+        label = cells[0]
+        if kind not in (int, list) or type(label) is not kind or (kind is int and not 0 <= label < len(names)):
+            needed = f"a class from 0 to {len(names) - 1}" if kind is int else "a class, or a list of 0 and 1"
+            fail(f"{where}: {label!r:.60} is no label: needed is {needed}, and all of one kind")
+        if kind is int:
+            return label
+        if not label or len(label) != len(names):
+            fail(f"{where}: {len(label)} values, but there are {len(names)} labels")
+        return binary([f"{v:g}" if isinstance(v, float) else str(v) for v in label], where)
+
+    rows = ((f"{place}: entry {i}", pair) for i, pair in enumerate(pairs))
+    found, _ = by_image(place, rows, images, matcher(images, top), 1, convert)
+    # StyleGAN knows no splits, but where all images are in folders of such names, they are meant.
+    tops = {name[len(top) :].split("/")[0].lower() for name in found}
+    splits = [SPLITS[name[len(top) :].split("/")[0].lower()] for name in found] if tops <= set(SPLITS) else None
+    if kind is list:
+        return from_columns(table, list(found), splits, names, list(found.values()))
+    if not named and (gaps := set(range(len(names))) - set(found.values())):
+        fail(f"{root}: class {min(gaps)} has no training images: add some or remove it")
+    return Source(list(found), splits, names, list(found.values()), tables=[table])
+
+
+def is_pair(value: object) -> bool:
+    """Whether an entry of "labels" has a file name and one label."""
+    return isinstance(value, list) and len(value) == 2 and isinstance(value[0], str)
+
+
+def idx_name(name: str, base: dict[str, str]) -> str | None:
+    """The IDX file of this name, gzipped or not."""
+    return base.get(name) or base.get(name + ".gz")
+
+
+def idx_classes(root: Path, base: dict[str, str]) -> list[str]:
+    """Names of the ten classes: other sets come under the same file names, so what their folder is called tells."""
+    folders = (root.resolve() / idx_name("train-images-idx3-ubyte", base)).parts
+    return [str(i) for i in range(10)] if {"mnist", "kmnist", "qmnist"} & {p.lower() for p in folders} else FASHION
+
+
+def scan_idx(root: Path, base: dict[str, str]) -> Source:
+    """The four IDX files of Fashion-MNIST, MNIST and their like; their test images become val."""
+    read_idx.cache_clear()  # the files may have changed
+    keys, splits, labels, tables = [], [], [], []
+    for part, split in (("train", "train"), ("t10k", "val")):
+        names = (f"{part}-images-idx3-ubyte", f"{part}-labels-idx1-ubyte")
+        for name in names:
+            if not idx_name(name, base):
+                fail(f"{root}: {name} is missing")
+        images, numbers = (idx_name(name, base) for name in names)
+        x, y = read_idx(root, images), read_idx(root, numbers)
+        if x.ndim != 3 or y.ndim != 1 or 0 in x.shape:
+            fail(f"{root / images} and {numbers} hold no list of images and no list of labels")
+        if len(x) != len(y):
+            fail(f"{root / numbers}: {len(y)} labels, but {root / images} has {len(x)} images")
+        if y.max(initial=0) > 9:
+            fail(f"{root / numbers}: label {y.max()} is not one of the ten classes")
+        keys += [(images, i) for i in range(len(x))]
+        splits += [split] * len(x)
+        labels += y.tolist()
+        tables += [images, numbers]
+    return Source(keys, splits, idx_classes(root, base), labels, tables=tables)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Clusters.
+
+
+def read_clusters(tables: str, dataset) -> tuple[dict[str, np.ndarray], list[str]]:
+    """The clusters that tables give to the images of a dataset.Dataset: ({split: int64 [N]} in 0..K-1, K names).
+
+    tables: FILE.csv for all splits, or TRAIN.csv,VAL.csv. The header has the columns img and cluster. Each row has the
+    path of an image (all of it, or its end: the part below train/ or val/, or the file name) and a whole number. Rows
+    for images that are not there are left out. Raises click.ClickException unless every image has one row.
+    """
+    paths = [tables] if os.path.isfile(os.path.expanduser(tables)) else tables.split(",")
+    train, val = (dataset.part(split).names for split in ("train", "val"))
+    held_out = set(val)  # val may be a part of train
+    wanted = [[name for name in train if name not in held_out], val]
+    if len(paths) != 2:
+        wanted = [[*wanted[0], *wanted[1]]]
+    if len(paths) > 2:
+        fail(f"{tables}: expected one table for all images, or two, for train and val")
+    cluster_of: dict[str, int] = {}
+    for path, images in zip(paths, wanted, strict=True):
+        file = Path(os.path.expanduser(path.strip()))
+        if not file.is_file() or file.suffix.lower() != ".csv":
+            fail(f"{path} is not a .csv file: expected a table with the header img,cluster")
+        found, _ = by_image(file, cluster_rows(file), images, matcher(images), 1, cluster_number, subset=True)
+        cluster_of |= found
+    # Numbers may have gaps; a cluster that training has no image of could not be learned.
+    ids = sorted({cluster_of[name] for name in train})
+    if other := {cluster_of[name] for name in val} - set(ids):
+        fail(f"{tables}: no training image has the cluster {min(other)}, but some of val do")
+    index = {number: i for i, number in enumerate(ids)}
+    clusters = {s: np.array([index[cluster_of[n]] for n in names]) for s, names in (("train", train), ("val", val))}
+    return clusters, [f"cluster{number}" for number in ids]
+
+
+def cluster_rows(file: Path) -> Iterator[tuple[str, list[str]]]:
+    """Image and cluster of each row of a table of clusters, whatever other columns it has."""
+    rows = read_rows(file.parent, file.name)
+    where, header = next(rows, (f"{file} line 1", []))
+    if not {"img", "cluster"} <= set(header):
+        fail(f"{where}: expected a header with the columns img and cluster")
+    for where, row in rows:
+        if len(row) != len(header):
+            fail(f"{where}: {len(row)} values, but there are {len(header)} columns")
+        yield where, [row[header.index("img")], row[header.index("cluster")]]
+
+
+def cluster_number(cells: list[str], where: str) -> int:
+    """The number of a cluster."""
+    if not re.fullmatch("[0-9]{1,9}", cells[0]):
+        fail(f"{where}: {cells[0]!r} is not the number of a cluster: a whole number from 0")
+    return int(cells[0])

@@ -1,0 +1,142 @@
+"""A trained network, rewritten for speed: freeze(network, shape) computes the same function with less work.
+
+For networks that are only looked through, such as an encoder that passes a gradient on to a generator. Batch norms
+disappear into the convolutions before them. On the CPU, convolutions run by `conv2d` or as something cheaper still.
+"""
+
+import collections
+import copy
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import fx, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
+
+from .conv2d import conv2d
+
+
+def freeze(network: nn.Module, shape: Sequence[int]) -> nn.Module:
+    """A copy of `network` for inference and for gradients with respect to its input; its parameters get none.
+
+    network: any that torch.fx can trace. shape: (C, H, W) of the inputs that the copy will get. Freeze it on the device
+    and in the dtype that it will run in. It is fastest for inputs in channels_last.
+
+    The copy has the same class and attributes and is in eval mode. Batch norms are folded into the convolutions before
+    them, and memory is channels_last. On the CPU the usual convolutions (square, no groups, no dilation) run by
+    `conv2d`, 7x7 stems at stride 2 on blocks of 2x2 pixels, and convolutions of maps of at most four pixels as matrix
+    products. Results differ by rounding only.
+
+    Raises torch.fx.proxy.TraceError if the network cannot be traced. The copy raises ValueError for inputs of another
+    size where a matrix product stands for a convolution.
+    """
+    frozen = copy.deepcopy(network).eval().requires_grad_(False)
+    _fold_batch_norms(frozen)
+    reference = next(frozen.parameters(), torch.empty(0))  # tells device and dtype
+    if reference.device.type == "cpu":
+        for name, shapes in _input_shapes(frozen, reference.new_zeros(1, *shape)).items():
+            frozen.set_submodule(name, _for_cpu(frozen.get_submodule(name), shapes))
+    return frozen.to(memory_format=torch.channels_last)
+
+
+def _fold_batch_norms(network: nn.Module) -> None:
+    """Replace each batch norm that alone reads a convolution's result: scale and shift go into the convolution."""
+    nodes = fx.symbolic_trace(network).graph.nodes
+    calls = collections.Counter(node.target for node in nodes if node.op == "call_module")
+    modules = dict(network.named_modules())
+    for node in nodes:
+        norm = modules.get(node.target) if node.op == "call_module" else None
+        if type(norm) is not nn.BatchNorm2d or not norm.track_running_stats:
+            continue
+        before = node.args[0]
+        conv = modules.get(before.target) if before.op == "call_module" else None
+        # A convolution that others read too, or that serves in two places, must keep its own result.
+        if type(conv) is nn.Conv2d and len(before.users) == 1 and calls[before.target] == calls[node.target] == 1:
+            network.set_submodule(before.target, fuse_conv_bn_eval(conv, norm))
+            network.set_submodule(node.target, nn.Identity())
+
+
+def _input_shapes(network: nn.Module, x: torch.Tensor) -> dict[str, set[torch.Size]]:
+    """The (C, H, W) that each usual convolution of the network meets when it sees x, by the convolution's name."""
+    shapes: dict[str, set[torch.Size]] = {}
+    hooks = []
+    for name, layer in network.named_modules():
+        if type(layer) is nn.Conv2d and _is_usual(layer):
+            note = shapes.setdefault(name, set()).add
+            hooks.append(layer.register_forward_pre_hook(lambda _, inputs, note=note: note(inputs[0].shape[1:])))
+    with torch.no_grad():
+        network(x)
+    for hook in hooks:
+        hook.remove()
+    return shapes
+
+
+def _is_usual(conv: nn.Conv2d) -> bool:
+    """Whether conv2d can run it."""
+    same = all(isinstance(pair, tuple) and pair[0] == pair[1] for pair in (conv.kernel_size, conv.stride, conv.padding))
+    return same and conv.groups == 1 and conv.dilation == (1, 1) and conv.padding_mode == "zeros"
+
+
+def _for_cpu(conv: nn.Conv2d, shapes: set[torch.Size]) -> nn.Module:
+    """The fastest module for a convolution that meets inputs of these shapes."""
+    C, k = conv.in_channels, conv.kernel_size[0]
+    if len(shapes) == 1:
+        (shape,) = shapes
+        _, H, W = shape
+        if min(4, k * k) >= H * W:  # on 2x2 maps most taps of a 3x3 kernel meet nothing but padding
+            return _MapLinear(conv, shape)
+        if (C, k, conv.stride[0], conv.padding[0]) == (3, 7, 2, 3) and H % 2 == W % 2 == 0:
+            return _StemConv(conv)
+    return _Conv(conv.weight, conv.bias, conv.stride[0], conv.padding[0])
+
+
+# Their weights are buffers: nothing trains them, and `.to()` moves them.
+
+
+class _Conv(nn.Module):
+    """A convolution by `conv2d`."""
+
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None, stride: int, padding: int):
+        super().__init__()
+        self.register_buffer("weight", weight.detach())
+        self.register_buffer("bias", None if bias is None else bias.detach())
+        self.stride, self.padding = stride, padding
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return conv2d(x, self.weight, self.bias, self.stride, self.padding)
+
+
+class _StemConv(_Conv):
+    """A 7x7 convolution of images at stride 2, as a 4x4 convolution at stride 1 of blocks of 2x2 pixels.
+
+    Pixels get a fourth channel of zeros, so that blocks have 16: that fills vectors and lets Winograd's method in.
+    """
+
+    def __init__(self, conv: nn.Conv2d):
+        blocks = F.pixel_unshuffle(F.pad(conv.weight, (1, 0, 1, 0, 0, 1)), 2)
+        super().__init__(blocks, conv.bias, stride=1, padding=0)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        # In front, three pixels of padding and one where the kernel grew; behind, even sides never read the third.
+        return super().forward(F.pixel_unshuffle(F.pad(x, (4, 2, 4, 2, 0, 1)), 2))
+
+
+class _MapLinear(nn.Module):
+    """A convolution of maps of one size as the matrix [out places, in places] that it is."""
+
+    def __init__(self, conv: nn.Conv2d, shape: torch.Size):
+        super().__init__()
+        C, H, W = self.shape = shape
+        # The columns of the matrix are the images of the unit vectors.
+        units = torch.eye(H * W * C, dtype=conv.weight.dtype).view(-1, H, W, C).permute(0, 3, 1, 2)
+        out = F.conv2d(units, conv.weight, None, conv.stride, conv.padding).permute(0, 2, 3, 1)
+        self.out_shape = out.shape[1:]
+        self.register_buffer("weight", out.flatten(1).T.contiguous())
+        bias = conv.weight.new_zeros(conv.out_channels) if conv.bias is None else conv.bias
+        self.register_buffer("bias", bias.repeat(out.shape[1] * out.shape[2]))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if x.shape[1:] != self.shape:
+            raise ValueError(f"the network was frozen for another size: a layer got {[*x.shape]}, not {[*self.shape]}")
+        y = F.linear(x.permute(0, 2, 3, 1).flatten(1), self.weight, self.bias)
+        return y.view(-1, *self.out_shape).permute(0, 3, 1, 2)

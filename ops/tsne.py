@@ -1,0 +1,144 @@
+"""The forces of one iteration of exact t-SNE: tsne_forces(p, y, dims, force), in one pass over P.
+
+With the affinities P of the data and the kernel q(y_i, y_j) of the points, t-SNE (van der Maaten and Hinton 2008) pulls
+by P and pushes by q / sum q. The op returns what both are made of. There are three implementations: the PyTorch
+reference, Triton for NVIDIA GPUs (below) and C++ for the CPU (tsne.cpp). None makes anything of size [N, N].
+"""
+
+import torch
+
+from .build import c_function, choose, tl, triton
+
+_KERNELS = {(2, "gradient"): 0, (2, "scikit-learn"): 0, (3, "gradient"): 1, (3, "scikit-learn"): 2}
+_BLOCK = 2**20  # elements of the reference's temporaries, 4 MB each
+
+
+@torch.no_grad()
+def tsne_forces(
+    p: torch.Tensor, y: torch.Tensor, dims: int = 3, force: str = "gradient", impl: str = "auto"
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(attract, repel, total) of the points y for the affinities p: sums over the other points j of every point i.
+
+    d_ij = y_i - y_j, v = dims - 1 are the degrees of freedom, q_ij = (1 + |d_ij|^2 / v)^(-(v + 1) / 2) is the kernel.
+
+        attract_i = sum_j p_ij w_ij d_ij,    repel_i = sum_j q_ij w_ij d_ij,    total = sum_ij q_ij over i != j.
+
+    w_ij = 1 / (1 + |d_ij|^2 / v) makes 2 (v + 1) / v (attract - repel / total) the gradient of KL(P || Q). With force
+    'scikit-learn' w_ij = q_ij, as that library has it: in the plane the same, in 3-D no gradient.
+
+    p: float32 [N, N], its diagonal is not used. y: float32 [3, N], its last row 0 if dims is 2. dims: 2 or 3. impl:
+    'auto' (Triton on CUDA, C++ on the CPU, the reference with one warning where that cannot run), 'ref' (float64
+    too), 'triton', 'cpp'.
+
+    Returns attract and repel [3, N] like y, and total, a float64 scalar on the device. No derivatives. The same input
+    gives the same bits.
+
+    Raises ValueError for shapes, dims or force that do not fit, TypeError for dtypes, RuntimeError with the reason if
+    the implementation asked for cannot run.
+    """
+    n = y.shape[-1]
+    if y.ndim != 2 or len(y) != 3 or p.shape != (n, n):
+        raise ValueError(f"tsne_forces needs p [N, N] and y [3, N], got {[*p.shape]} and {[*y.shape]}")
+    if (dims, force) not in _KERNELS:
+        raise ValueError(
+            f"tsne_forces knows dims 2 and 3, force 'gradient' and 'scikit-learn', got {dims} and {force!r}"
+        )
+    if p.dtype != y.dtype or y.dtype not in ((torch.float32, torch.float64) if impl == "ref" else (torch.float32,)):
+        raise TypeError(f"tsne_forces needs float32 tensors, got {p.dtype} and {y.dtype}")
+    impl = choose(impl, y.device.type)
+    if impl == "ref":
+        return _reference(p, y, dims, force)
+    p, y = p.contiguous(), y.contiguous()
+    attract, repel = torch.empty_like(y), torch.empty_like(y)
+    kernel = y.new_zeros(n, dtype=torch.float64 if impl == "cpp" else torch.float32)
+    if n == 0:
+        pass
+    elif impl == "triton":
+        with torch.cuda.device_of(y):
+            _triton_forces(p, y, attract, repel, kernel, _KERNELS[dims, force])
+    else:
+        pointers = (t.data_ptr() for t in (p, y, attract, repel, kernel))
+        c_function("tsne_forces", torch.float32, "pppppii")(*pointers, n, _KERNELS[dims, force])
+    return attract, repel, kernel.sum(dtype=torch.float64)
+
+
+def _reference(p, y, dims, force):
+    """The sums as they are defined, for a block of points i at a time."""
+    n, v = y.shape[1], dims - 1
+    attract, repel = torch.zeros_like(y), torch.zeros_like(y)
+    total = torch.zeros((), dtype=torch.float64, device=y.device)
+    block = max(1, _BLOCK // max(n, 1))
+    for start in range(0, n, block):
+        rows = slice(start, start + block)
+        d = [y[c, rows, None] - y[c] for c in range(dims)]
+        w = 1 / (1 + sum(di.square() for di in d) / v)
+        q = w * w.sqrt() if dims == 3 else w.clone()
+        q.diagonal(start).zero_()  # a point's kernel with itself is left out of the total
+        total += q.sum(dtype=torch.float64)
+        w = w if force == "gradient" else q
+        a, r = p[rows] * w, q * w
+        for c in range(dims):
+            attract[c, rows], repel[c, rows] = (a * d[c]).sum(1), (r * d[c]).sum(1)
+    return attract, repel, total
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Triton. A program walks along a few rows of P, tile by tile; the sums stay in registers until the end.
+
+_ROWS, _COLS = 4, 128  # 4 elements per thread: one 16-byte load of P, and 28 registers for the seven tiles of sums
+
+if triton is not None:
+
+    @triton.jit
+    def _forces_kernel(
+        p, y, attract, repel, kernel, n, WHICH: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr
+    ):  # fmt: skip
+        """Reads P once, 4 n^2 bytes, the minimum; y, which the cache holds, n / ROWS times.
+
+        attract and repel [3, n]; kernel [n] takes each point's sum over the others.
+        """
+        i = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+        x0 = tl.load(y + i, mask=i < n, other=0)[:, None]
+        x1 = tl.load(y + n + i, mask=i < n, other=0)[:, None]
+        x2 = tl.load(y + 2 * n + i, mask=i < n, other=0)[:, None]
+        total = tl.zeros([ROWS, COLS], dtype=tl.float32)
+        a0, a1, a2, r0, r1, r2 = total, total, total, total, total, total
+        for start in range(0, n, COLS):
+            j = start + tl.arange(0, COLS)
+            d0 = x0 - tl.load(y + j, mask=j < n, other=0)[None, :]
+            d1 = x1 - tl.load(y + n + j, mask=j < n, other=0)[None, :]
+            d2 = x2 - tl.load(y + 2 * n + j, mask=j < n, other=0)[None, :]
+            square = d0 * d0 + d1 * d1 + d2 * d2
+            if WHICH == 0:
+                w = 1 / (1 + square)
+                q = w
+            else:
+                root = tl.rsqrt(1 + 0.5 * square)
+                w = root * root
+                q = w * root
+                if WHICH == 2:
+                    w = q
+            others = (j[None, :] < n) & (i[:, None] != j[None, :])
+            q = tl.where(others, q, 0)
+            total += q
+            inside = (i[:, None] < n) & (j[None, :] < n)
+            a = tl.load(p + i[:, None].to(tl.int64) * n + j[None, :], mask=inside, other=0) * w
+            r = q * w
+            a0 += a * d0
+            a1 += a * d1
+            a2 += a * d2
+            r0 += r * d0
+            r1 += r * d1
+            r2 += r * d2
+        tl.store(kernel + i, tl.sum(total, 1), mask=i < n)
+        tl.store(attract + i, tl.sum(a0, 1), mask=i < n)
+        tl.store(attract + n + i, tl.sum(a1, 1), mask=i < n)
+        tl.store(attract + 2 * n + i, tl.sum(a2, 1), mask=i < n)
+        tl.store(repel + i, tl.sum(r0, 1), mask=i < n)
+        tl.store(repel + n + i, tl.sum(r1, 1), mask=i < n)
+        tl.store(repel + 2 * n + i, tl.sum(r2, 1), mask=i < n)
+
+
+def _triton_forces(p, y, attract, repel, kernel, which):
+    n = y.shape[1]
+    _forces_kernel[(triton.cdiv(n, _ROWS),)](p, y, attract, repel, kernel, n, which, _ROWS, _COLS)

@@ -1,0 +1,110 @@
+"""The house: imports point one way, and what the README says can be copied works on its own."""
+
+import ast
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+FILES = sorted(p.stem for p in ROOT.glob("*.py"))
+
+# What each file may import of ours, anywhere in it. Every name stands below those that import it.
+MAY_IMPORT = {
+    "training": set(),
+    "critters": set(),
+    "files": set(),
+    "layouts": {"files", "critters"},
+    "download": {"files", "layouts"},
+    "clusters": set(),
+    "dataset": {"files", "layouts", "download", "critters"},
+    "control": {"training"},
+    "encoder": {"training", "dataset"},
+    "classifier": {"training", "dataset", "encoder", "clusters"},
+    "gan": {"ops", "training", "dataset", "encoder", "classifier"},
+    "metrics": {"ops", "training", "dataset", "encoder", "classifier", "gan", "control"},
+    "explore": {"training", "dataset", "encoder", "gan", "metrics", "control"},
+}
+AT_THE_TOP = {"encoder": {"training"}, "classifier": {"training"}, "gan": {"ops", "training"}, "metrics": {"ops"}}
+
+
+def imported(tree: ast.AST) -> set[str]:
+    names = [alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names]
+    names += [node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and not node.level]
+    return {name.split(".")[0] for name in names} & {*FILES, "ops"}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_imports_point_one_way(name):
+    tree = ast.parse((ROOT / f"{name}.py").read_text())
+    assert imported(tree) <= MAY_IMPORT[name]
+    if name in AT_THE_TOP:  # the rest is for its command alone: a copy does without
+        functions = (ast.FunctionDef, ast.ClassDef)
+        top = ast.Module([node for node in tree.body if not isinstance(node, functions)], [])
+        assert imported(top) == AT_THE_TOP[name]
+    order = list(MAY_IMPORT)
+    assert all(order.index(other) < order.index(name) for other in MAY_IMPORT[name] - {"ops"})
+
+
+def test_the_image_reader_is_one():
+    """metrics.py works alone, so it repeats the reader of files.py: word for word."""
+    start, end = "# --- the image reader", "# --- end of the image reader"
+    texts = [(ROOT / name).read_text() for name in ("files.py", "metrics.py")]
+    blocks = [text[text.index(start) : text.index(end)].partition("\n")[2] for text in texts]
+    assert blocks[0] == blocks[1] and "def read_image" in blocks[0]
+
+
+def test_ops_import_nothing_of_ours():
+    for path in (ROOT / "ops").glob("*.py"):
+        assert not imported(ast.parse(path.read_text())) - {"ops"}, path
+
+
+# Files to copy together, and a program that uses them.
+COPIES = {
+    "ops": "from ops import bias_lrelu; print(bias_lrelu(torch.ones(2, 3), torch.zeros(3)).shape)",
+    "encoder training": """
+        import encoder
+        views = encoder.augment(torch.rand(8, 3, 32, 32) * 2 - 1)
+        net = encoder.Encoder("resnet18", "imagenet")
+        loss = encoder.nt_xent(*net.projection(net(views)).split(4), 0.5)
+        loss.backward()
+        print(loss.shape)
+        """,
+    "classifier training": """
+        import classifier
+        h, y = torch.randn(20, 5), torch.eye(2)[torch.arange(20) % 2]
+        options = dict(batch=8, lr=1e-3, weight_decay=0, seed=0)
+        print(classifier.fit(h, y, True, options, epochs=1, first=None, state={}).weight.shape)
+        """,
+    "gan ops training": """
+        import gan, training
+        run = training.Run(torch.device("cpu"), None, seed=0)
+        options = dict(size=32, batch=4, disc="patch", per_class=False, loss="lsgan", reg_every=0, reg_mode="separate",
+                       lr=1e-4, orth="penalty", r1=0.1, reg_clip=False, augment="color")
+        trainer = gan.Trainer(options, run, torch.eye(3), "one-hot")
+        trainer.iteration(0, torch.rand(4, 3, 32, 32) * 2 - 1, torch.eye(3)[[0, 1, 2, 0]])
+        print(trainer.ema(torch.eye(3), torch.randn(3, trainer.ema.latent_width)).shape)
+        """,
+    "metrics": """
+        import metrics
+        print(torch.tensor([metrics.tsne_chamfer(*torch.randn(2, 40, 8), 0, torch.device("cpu"))]).shape)
+        """,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("names", COPIES)
+def test_copies_work_alone(names, tmp_path):
+    for name in names.split():
+        if name == "ops":
+            shutil.copytree(ROOT / "ops", tmp_path / "ops")
+        else:
+            shutil.copy(ROOT / f"{name}.py", tmp_path)
+    lines = COPIES[names].splitlines()
+    (tmp_path / "program.py").write_text(
+        "import torch\n" + "\n".join(line[8:] if line[:8].isspace() else line for line in lines)
+    )
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    done = subprocess.run([sys.executable, "program.py"], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0 and "torch.Size" in done.stdout, done.stderr

@@ -1,0 +1,164 @@
+"""t-SNE's forces against their definition in float64, in every implementation.
+
+test_ops.py runs this file a second time under Triton's interpreter.
+"""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import ops.build
+from ops import tsne_forces
+
+CUDA = torch.cuda.is_available()
+DEVICE = "cuda" if CUDA else "cpu"
+IMPLS = ["ref"] + ["triton"] * (CUDA or ops.build.INTERPRET) + ["cpp"] * (not CUDA)
+KINDS = [(2, "gradient"), (2, "scikit-learn"), (3, "gradient"), (3, "scikit-learn")]
+
+impls = pytest.mark.parametrize("impl", IMPLS)
+
+
+def cloud(n, dims, seed=0, scale=3.0):
+    """Symmetric affinities [n, n] with sum 1 and points [3, n], float32."""
+    make = torch.Generator().manual_seed(seed)
+    p, y = torch.rand(n, n, generator=make) ** 4, torch.zeros(3, n)
+    y[:dims] = scale * torch.randn(dims, n, generator=make)
+    p = (p + p.T).fill_diagonal_(0)
+    return (p / p.sum().clamp(min=1e-30)).to(DEVICE), y.to(DEVICE)
+
+
+def definition(p, y, dims, force):
+    """The three sums pair by pair, in float64."""
+    p, y, v = p.double(), y.double(), dims - 1
+    d = y[:, :, None] - y[:, None, :]
+    w = 1 / (1 + d.square().sum(0) / v)
+    q = (w ** ((v + 1) / 2)).fill_diagonal_(0)
+    w = w if force == "gradient" else q
+    return (p * w * d).sum(2), (q * w * d).sum(2), q.sum()
+
+
+@impls
+@pytest.mark.parametrize(("dims", "force"), KINDS)
+def test_matches_the_definition(impl, dims, force):
+    """For numbers of points around the sizes of vectors and tiles; near points, and far ones."""
+    for n in (1, 2, 15, 16, 17, 131, 257):
+        for scale in (1e-4, 3.0, 100.0):
+            p, y = cloud(n, dims, n, scale)
+            got, want = tsne_forces(p, y, dims, force, impl), definition(p, y, dims, force)
+            for a, b in zip(got[:2], want, strict=False):
+                assert a.dtype == torch.float32 and a.shape == (3, n)
+                torch.testing.assert_close(a.double(), b, rtol=0, atol=1e-5 * b.abs().max().item())
+            assert got[2].dtype == torch.float64 and got[2].shape == ()
+            torch.testing.assert_close(got[2], want[2], rtol=1e-6, atol=0)
+
+
+@impls
+@pytest.mark.parametrize("dims", [2, 3])
+def test_gradient_of_the_divergence(impl, dims):
+    """2 (v + 1) / v (attract - repel / total) is what autograd makes of KL(P || Q)."""
+    p, y = cloud(97, dims)
+    leaf, v = y.double().requires_grad_(), dims - 1
+    distances = (leaf[:, :, None] - leaf[:, None, :]).square().sum(0)
+    log_q = torch.log1p(distances / v) * (-(v + 1) / 2)
+    q = log_q.exp() * (1 - torch.eye(97, dtype=torch.float64, device=DEVICE))
+    (torch.special.xlogy(p.double(), p.double()) - p.double() * (log_q - q.sum().log())).sum().backward()
+    attract, repel, total = tsne_forces(p, y, dims, impl=impl)
+    found = 2 * (v + 1) / v * (attract - repel / total)
+    torch.testing.assert_close(found.double(), leaf.grad, rtol=0, atol=1e-5 * leaf.grad.abs().max().item())
+
+
+@impls
+def test_two_points_by_hand(impl):
+    """At distance 2 in space: w = 1 / 3, q = 3^-1.5."""
+    y = torch.tensor([[0.0, 2.0], [0, 0], [0, 0]], device=DEVICE)
+    p = torch.tensor([[0.0, 0.5], [0.5, 0]], device=DEVICE)
+    for force, w in (("gradient", 1 / 3), ("scikit-learn", 3**-1.5)):
+        attract, repel, total = tsne_forces(p, y, 3, force, impl)
+        assert total.item() == pytest.approx(2 * 3**-1.5, rel=1e-6)
+        for found, pull in ((attract, 0.5 * w), (repel, 3**-1.5 * w)):
+            torch.testing.assert_close(found.cpu(), torch.tensor([[-2 * pull, 2 * pull], [0, 0], [0, 0]]))
+
+
+@impls
+def test_the_diagonal_is_not_used_and_strides_do_not_matter(impl):
+    p, y = cloud(40, 3)
+    want = tsne_forces(p, y, impl=impl)
+    wide = torch.zeros(40, 80, device=DEVICE)
+    wide[:, ::2] = p.clone().fill_diagonal_(7.0)
+    for a, b in zip(tsne_forces(wide[:, ::2], y.T.contiguous().T, impl=impl), want, strict=True):
+        assert torch.equal(a, b)
+
+
+@impls
+def test_no_points(impl):
+    attract, repel, total = tsne_forces(torch.zeros(0, 0, device=DEVICE), torch.zeros(3, 0, device=DEVICE), impl=impl)
+    assert attract.shape == repel.shape == (3, 0) and total.item() == 0
+
+
+class Largest(TorchDispatchMode):
+    """The most elements of any tensor that is made within it."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        if isinstance(out, torch.Tensor):
+            self.elements = max(self.elements, out.numel())
+        return out
+
+
+@pytest.mark.skipif(ops.build.INTERPRET, reason="the interpreter copies what the kernel reads")
+@impls
+def test_nothing_of_n_times_n_is_made(impl, monkeypatch):
+    monkeypatch.setattr(sys.modules["ops.tsne"], "_BLOCK", 2000)
+    p, y = cloud(300, 3)
+    tsne_forces(p, y, impl=impl)  # what is loaded the first time stays out
+    with Largest() as made:
+        tsne_forces(p, y, impl=impl)
+    assert made.elements <= (2000 if impl == "ref" else 3 * 300)
+
+
+@impls
+def test_same_bits_again(impl):
+    p, y = cloud(300, 3)
+    for a, b in zip(tsne_forces(p, y, impl=impl), tsne_forces(p, y, impl=impl), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.skipif(CUDA, reason="about CPU threads")
+def test_same_bits_for_any_number_of_threads():
+    p, y = cloud(301, 3)
+    results, before = [], torch.get_num_threads()
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            results.append(tsne_forces(p, y, impl="cpp"))
+    finally:
+        torch.set_num_threads(before)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+def test_arguments_are_checked():
+    p, y = cloud(8, 3)
+    for wrong in (
+        lambda: tsne_forces(p, y.T),
+        lambda: tsne_forces(p[:7], y),
+        lambda: tsne_forces(p, y, 4),
+        lambda: tsne_forces(p, y, 3, "push"),
+        lambda: tsne_forces(p, y, impl="c"),
+    ):
+        with pytest.raises(ValueError):
+            wrong()
+    for wrong in (lambda: tsne_forces(p.double(), y), lambda: tsne_forces(p.double(), y.double(), impl="cpp")):
+        with pytest.raises(TypeError, match="float32"):
+            wrong()
+    assert tsne_forces(p.double(), y.double(), impl="ref")[0].dtype == torch.float64
+    with pytest.raises(RuntimeError, match="C\\+\\+ ops need CPU tensors"):
+        tsne_forces(p.to("meta"), y.to("meta"), impl="cpp")
