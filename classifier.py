@@ -3,11 +3,12 @@
     python classifier.py --data critters
     python classifier.py --data celeba --attributes celeba5
     python classifier.py --data critters --attributes clusters:auto
+    python classifier.py --data afhq --attributes train_5.csv,val_5.csv
 
 The classifier is one linear layer on h = E(x), fitted by cross-entropy (classes) or binary cross-entropy (attributes that
 are on or off, weighted by their rarity). That maximises the bound on I(Y;E) = H(Y) - H(Y|E), equations (2) and (3) of
 the paper. y comes from the data set, or, with clusters:K, from clusters of the embeddings of the training images
-themselves. The results are `classifier.pt`, `classifier.json` and, for clusters, the pictures and the table in
+themselves, or from tables of clusters. The results are `classifier.pt`, `classifier.json` and, for clusters, the pictures and the table in
 `clusters/`.
 
 `training.py` beside this file is all that the layer and its training need.
@@ -26,7 +27,8 @@ from torch import nn
 
 import training
 
-PRESETS = {"": dict(epochs=200.0, batch=256, lr=3e-4, weight_decay=1e-6)}  # the published settings
+PRESETS = {"": dict(epochs=200, batch=256, lr=3e-4, weight_decay=1e-6, balance=True)}  # all but balance as published
+PAPER = {"": dict(balance=False)}
 STEPS = 3000  # at least: 200 epochs of a small data set are too few steps to converge
 
 
@@ -70,13 +72,13 @@ def fit(h, y, one_hot: bool, options: dict, epochs: int, first: Classifier | Non
 
     It is trained on standardised features, whatever their scale, and the standardisation is folded into W and b. A tenth
     of the images is held out to choose the epoch that is kept: the one with the least cross-entropy there, for each
-    attribute its own. Attributes (multi-label) are balanced by `pos_weight`. `first` gives the first weights; `state` is
-    what `save` was given before.
+    attribute its own. Attributes (multi-label) are balanced by `pos_weight` with options['balance']. `first` gives the
+    first weights; `state` is what `save` was given before.
     """
     n, batch = len(h), options["batch"]
     generator = torch.Generator().manual_seed(options["seed"])
     held, kept = torch.randperm(n, generator=generator).to(h.device).split([n // 10, n - n // 10])
-    weight = None if one_hot else pos_weight(y)
+    weight = pos_weight(y) if options["balance"] and not one_hot else None
     mean, std = h.mean(0), h.std(0, correction=0) + 1e-6
     x = (h - mean) / std
 
@@ -165,7 +167,7 @@ def evaluate(logits: torch.Tensor, y: torch.Tensor, names: list[str], one_hot: b
     return {"images": len(y), "overall": overall, "labels": labels, "bits": dict(h_y=h_y, h_y_given_e=h_y - mi, mi=mi)}
 
 
-def report(results: dict, one_hot: bool) -> None:
+def report(results: dict, one_hot: bool, balance: bool) -> None:
     """Print `evaluate`'s results as a table."""
     print(f"On {results['images']:,} validation images, in %:")
     print(f"{'':24s}{'rate':>8s}{'accuracy':>10s}{'majority':>10s}{'balanced':>10s}{'avg. prec.':>12s}")
@@ -176,7 +178,7 @@ def report(results: dict, one_hot: bool) -> None:
         print(f"{name:24s}{row[0]:>8s}{row[1]:>10s}{row[2]:>10s}{row[3]:>10s}{row[4]:>12s}")
     if one_hot:
         print("The row of a class is that class against the rest; 'balanced' of all classes is their mean recall.")
-    else:
+    elif balance:
         print("Positives were weighted by negatives / positives in training, so 0.5 is the balanced decision.")
     b = results["bits"]
     print(f"I(Y;E) >= H(Y) - H(Y|E) = {b['h_y']:.3f} - {b['h_y_given_e']:.3f} = {b['mi']:.3f} bits, equations (2), (3)")
@@ -189,8 +191,9 @@ def report(results: dict, one_hot: bool) -> None:
 # fmt: off
 OPTIONS = [
     click.option("--attributes", metavar="SPEC", help="class; names separated by commas; celeba5, celeba10, celeba15; clusters:K or clusters:auto (K from 3 to 15), found in the "
-                 "encoder's embeddings.  [default: classes if there are any, else all attributes; celeba: celeba5]"),
+                 "encoder's embeddings; TRAIN.csv,VAL.csv or one table for both: clusters of images, with the header img,cluster.  [default: classes if there are any, else all attributes; celeba: celeba5]"),
     click.option("--epochs", metavar="N", type=click.IntRange(1), help="Passes over the embeddings.  [default: 200, and at least 3,000 steps]"),
+    click.option("--balance/--no-balance", default=None, help="Let the images with and without an attribute weigh the same.  [default: balance; --protocol paper: no]"),
 ]
 # fmt: on
 
@@ -206,13 +209,15 @@ def main(**options):
     import clusters
     import dataset
     import encoder as stage1
+    import layouts
 
     # Resolve the options.
     given = options["epochs"]
-    options = training.by_data(PRESETS, options["data"], options | dict(lr=None, weight_decay=None))
+    options = training.resolve(PRESETS, PAPER, layouts.preset_of(options["data"], options["preset"]), options)
     spec = options["attributes"]
-    internal = (spec or "").startswith("clusters:")
-    if internal and not re.fullmatch(r"clusters:(auto|[2-9]|[1-9]\d)", spec):
+    tables = (spec or "").endswith(".csv")
+    internal = tables or (spec or "").startswith("clusters:")
+    if internal and not tables and not re.fullmatch(r"clusters:(auto|[2-9]|[1-9]\d)", spec):
         raise click.UsageError(f"--attributes {spec}: give clusters:auto, or clusters:K with K from 2 to 99")
     if options["dry_run"]:
         print(json.dumps(options, indent=2))
@@ -225,17 +230,18 @@ def main(**options):
     if options["size"]:
         training.check_same(checkpoint["data"], options, ["size"], outdir / "encoder.pt", remedy)
     options["size"] = checkpoint["data"]["size"]
-    run = training.start(options["device"], options["precision"], options["seed"])
+    run = training.start(options["device"], options["precision"], options["seed"], options["tf32"])
     if run.rank > 0:
         return  # seconds of work: for one process
-    ds = dataset.open_dataset(options["data"], options["size"], "train", None if internal else spec)
+    how = {name: checkpoint["data"][name] for name in ("squash", "train_on_all")} | {"preset": options["preset"]}
+    ds = dataset.open_dataset(options["data"], options["size"], "train", None if internal else spec, **how)
     sets = {"train": ds, "val": ds.part("val")}
     training.check_images(checkpoint["data"], ds, outdir / "encoder.pt", remedy)
     options["attributes"] = spec if internal else ds.attributes
     path, options["encoder"] = outdir / "classifier.pt", training.fingerprint(checkpoint["model"])
 
     # Go on from a checkpoint if it is of the same encoder and labels.
-    keys = ("encoder", "attributes", "batch", "seed", "smoke")
+    keys = ("encoder", "attributes", "balance", "batch", "seed", "smoke")
     state = training.resume(path, "classifier", options, ds, keys)
     weights = training.load(options["init"], "classifier")["model"] if options["init"] else None
 
@@ -258,18 +264,22 @@ def main(**options):
     results, assignments = {}, {}
     if internal:
         if state:
-            found = {split: v.numpy() for split, v in state["assignments"].items()}
+            found, names = {split: v.numpy() for split, v in state["assignments"].items()}, state["data"]["label_names"]
+        elif tables:
+            found, names = layouts.read_clusters(spec, ds)
         else:
             found = clusters.cluster(h, spec, run.seed, outdir / "clusters")
-            clusters.write(found, h["train"], sets, outdir / "clusters")
+            names = [f"cluster{i}" for i in range(found["train"].max() + 1)]
+        if not state:
+            clusters.write(found, h["train"], sets, names, outdir / "clusters")
         results["clusters"] = clusters.agreements(found["train"], ds)
-        k = int(found["train"].max()) + 1
+        k = len(names)
         labels = {split: torch.eye(k)[torch.from_numpy(v).long()].to(run.device) for split, v in found.items()}
         assignments = {"assignments": {split: torch.from_numpy(v).to(torch.uint8) for split, v in found.items()}}
-        data |= dict(attributes=f"clusters:{k}", label_names=[f"cluster{i}" for i in range(k)], label_kind="one-hot")
+        data |= dict(attributes=f"clusters:{k}", label_names=names, label_kind="one-hot")
     one_hot, names = data["label_kind"] == "one-hot", data["label_names"]
     config = dict(features=h["train"].shape[1], labels=len(names))
-    balance = torch.zeros(len(names)) if one_hot else pos_weight(labels["train"]).log().cpu()
+    balance = pos_weight(labels["train"]).log().cpu() if options["balance"] and not one_hot else torch.zeros(len(names))
 
     def save(classifier: Classifier, extra: dict, **more) -> None:
         content = dict(stage="classifier", config=config, model=classifier.state_dict(), data=data, options=options)
@@ -294,7 +304,7 @@ def main(**options):
     log.close()
     training.save(path, saved | {"results": results})
     training.write_options(outdir / "classifier.json", options | {"results": results})
-    report(results, one_hot)
+    report(results, one_hot, options["balance"])
     for name, v in results.get("clusters", {}).items():
         print(f"{len(names)} clusters against {name}: purity {v['purity']:.3f}  NMI {v['nmi']:.3f}  ARI {v['ari']:.3f}")
     print(f"Wrote {path}, {outdir / 'classifier.json'}" + (f" and {outdir / 'clusters'}/" if internal else ""))

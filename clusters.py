@@ -64,24 +64,26 @@ def plot(silhouette: dict[int, float], best: int, path: Path) -> None:
     figure.savefig(path, dpi=100)
 
 
-def write(found: dict[str, np.ndarray], h: np.ndarray, sets: dict, folder: Path) -> None:
-    """Write assignments.csv, and for each cluster a picture of 64 of its training images, most typical first.
+def write(found: dict[str, np.ndarray], h: np.ndarray, sets: dict, names: list[str], folder: Path) -> None:
+    """Write a table for each split, and for each cluster a picture of 64 of its training images, most typical first.
 
-    h: embeddings [N, features] of the training images. sets: {split: Dataset}.
+    `--attributes train.csv,val.csv` takes the tables back. h: embeddings [N, features] of the training images. sets:
+    {split: Dataset}. names: of the clusters, which name their pictures.
     """
     folder.mkdir(parents=True, exist_ok=True)
     for old in folder.glob("cluster*.png"):
         old.unlink()
-    with open(folder / "assignments.csv", "w", newline="") as file:
-        table = csv.writer(file)
-        table.writerow(["index", "split", "cluster"])
-        table.writerows((i, split, c) for split, v in found.items() for i, c in enumerate(v.tolist()))
+    for split, v in found.items():
+        with open(folder / f"{split}.csv", "w", newline="", encoding="utf-8") as file:
+            table = csv.writer(file)
+            table.writerow(["img", "cluster"])
+            table.writerows(zip(sets[split].names, v.tolist(), strict=True))
     h = np.asarray(h) / np.linalg.norm(h, axis=1, keepdims=True).clip(1e-12)
     for c in np.unique(found["train"]):
         rows = np.flatnonzero(found["train"] == c)
         distance = np.linalg.norm(h[rows] - h[rows].mean(0), axis=1)
         rows = rows[distance.argsort()][np.linspace(0, len(rows) - 1, min(64, len(rows))).astype(int)]
-        contact_sheet(sets["train"].images, rows).save(folder / f"cluster{c:02d}.png")
+        contact_sheet(sets["train"].images, rows).save(folder / f"{names[c]}.png")
 
 
 def contact_sheet(images: np.ndarray, rows: np.ndarray, side: int = 8) -> Image.Image:

@@ -22,37 +22,47 @@ import training
 # Attribute control accuracy.
 
 
-def questions(kind: str, real: Tensor, each: int, seed: int) -> tuple[Tensor, Tensor]:
+def questions(kind: str, real: Tensor, each: int, seed: int, published: bool = False) -> tuple[Tensor, Tensor]:
     """What to ask a generator for: y [N, Y], and for each image the label that it is asked for [N].
 
     one-hot: `each` images of every class. multi-label: `each` (even) for every attribute, half with it and half
-    without, the other attributes as they occur together in the rows of `real`.
+    without, the other attributes as they occur together in the rows of `real`. published: all with it, the other
+    attributes fair coins.
     """
-    asked = torch.arange(real.shape[1]).repeat_interleave(each)
+    asked, draw = torch.arange(real.shape[1]).repeat_interleave(each), np.random.default_rng([seed, 2])
     if kind == "one-hot":
         return torch.eye(real.shape[1])[asked], asked
-    y = real[torch.from_numpy(np.random.default_rng([seed, 2]).integers(0, len(real), len(asked)))].clone()
-    y[torch.arange(len(y)), asked] = (torch.arange(len(y)) % each < each // 2).float()
+    if published:
+        y = torch.from_numpy(draw.integers(0, 2, (len(asked), real.shape[1]))).float()
+    else:
+        y = real[torch.from_numpy(draw.integers(0, len(real), len(asked)))].clone()
+    on = torch.arange(len(y)) % each < (each if published else each // 2)
+    y[torch.arange(len(y)), asked] = on.float()
     return y, asked
 
 
-def control_accuracy(logits: Tensor, y: Tensor, asked: Tensor, kind: str, names: Sequence[str]) -> dict:
+def control_accuracy(
+    logits: Tensor, y: Tensor, asked: Tensor, kind: str, names: Sequence[str], balance: Tensor | float = 0.0,
+    published: bool = False,
+) -> dict:  # fmt: skip
     """The part of the images in which a classifier finds what was asked for, in [0, 1].
 
     one-hot: the largest logit is that of the class. multi-label: the sigmoid is above 0.5 exactly if y has the
-    attribute; beside it the number with the attribute on, off, and by the published code (on only, sigmoid above 0.2).
+    attribute; beside it the number with the attribute on, off, and by the published rule: on only, and the probability
+    above 0.2. Logits less `balance` [Y] mean probabilities at the real rates. published: `accuracy` is by this rule.
     `accuracy` is the mean over labels, `exact` counts images that are right in all attributes at once.
     """
     rows = torch.arange(len(y))
-    on, probability = y[rows, asked] > 0.5, logits.sigmoid()[rows, asked]
-    right = logits.argmax(1) == asked if kind == "one-hot" else (probability > 0.5) == on
+    on, score = y[rows, asked] > 0.5, logits[rows, asked]
+    found_on = (logits - balance).sigmoid()[rows, asked] > 0.2
+    right = logits.argmax(1) == asked if kind == "one-hot" else found_on == on if published else (score > 0) == on
     labels = {}
     for i, name in enumerate(names):
         its = asked == i
         found = {"accuracy": right[its]}
         if kind == "multi-label":
-            found |= {"on": right[its & on], "off": right[its & ~on], "published": probability[its & on] > 0.2}
-        labels[name] = {key: value.float().mean().item() for key, value in found.items()}
+            found |= {"on": right[its & on], "off": right[its & ~on], "published": found_on[its & on]}
+        labels[name] = {key: value.float().mean().item() for key, value in found.items() if len(value)}
     over = {key: float(np.mean([v[key] for v in labels.values()])) for key in ("accuracy", "published") if key in found}
     exact = {} if kind == "one-hot" else {"exact": ((logits > 0) == (y > 0.5)).all(1).float().mean().item()}
     return over | exact | {"labels": labels}
@@ -110,7 +120,8 @@ def train_judge(images, labels: Tensor, kind: str, seed: int, device: torch.devi
 
 def measure_accuracy(run, n: int, seed: int, steps: int) -> dict:
     """Attribute control accuracy of n generated images by the run's classifier and by an independent judge."""
-    y, asked = questions(run.kind, run.real, max(2, n // len(run.names) // 2 * 2), seed)
+    published, balance = run.protocol == "paper", run.net.balance
+    y, asked = questions(run.kind, run.real, max(2, n // len(run.names) // 2 * 2), seed, published)
     labels, results, judge = run.labels("train"), {"accuracy_n": len(y)}, None
     if labels is not None:
         judge, results["judge_real"] = load_judge(run, labels, seed, steps)
@@ -121,7 +132,7 @@ def measure_accuracy(run, n: int, seed: int, steps: int) -> dict:
         return torch.stack([own, judge.look(images)] if judge else [own], 1)
 
     own, *judged = run.look(run.generated(len(y), seed, y), logits).unbind(1)
-    found = control_accuracy(own, y, asked, run.kind, run.names)
+    found = control_accuracy(own, y, asked, run.kind, run.names, balance, published)
     results |= {f"accuracy_{key}".removesuffix("_accuracy"): value for key, value in found.items()}
     for scores in judged:
         found = control_accuracy(scores, y, asked, run.kind, run.names)
@@ -185,13 +196,11 @@ def measure_diversity(run, labels: Tensor, each: int, seed: int, notes: list[str
 
 def measure_information(run, n: int, seed: int) -> dict:
     """The chain of bounds on mutual information in bits: eqs. (1) and (6)-(7) from the logs, (2)-(5) measured here."""
-    on, prior = run.real.sum(0).clamp(1, len(run.real) - 1), 0.0
-    if run.kind == "multi-label":  # the classifier was balanced: subtract that for probabilities at the real rates
-        prior = ((len(run.real) - on) / on).log()
     h_y = training.entropy_bits(run.real)
 
     def bits(source, y: Tensor) -> float:
-        return training.information_bits(run.classify(run.embed(source)) - prior, y, run.kind, h_y)
+        logits = run.classify(run.embed(source)) - run.net.balance  # probabilities at the real rates
+        return training.information_bits(logits, y, run.kind, h_y)
 
     source = run.generated(n, seed)
     results = {"h_y_bits": h_y, "mi_generated_bits": bits(source, source.y), "information_n": n}

@@ -32,19 +32,25 @@ from ops import bias_lrelu, conv2d, conv_transpose2d, freeze, no_weight_gradient
 
 NOISE = 512  # width of the mapper's noise and of eps
 BASIS = 6  # basis vectors of a subspace
+BETAS = (0.5, 0.99)  # of both Adams
+ORTH = 100.0  # weight of the penalty that keeps the bases orthonormal
 R1_EVERY = 16  # iterations
 EMA_HALF_LIFE = 10_000  # images
 LOG_EVERY = 2_000  # images
 
-# Published: AFHQ at 256 px and CelebA at 128 px, 200,000 iterations. The row '' serves any other data.
-# r1 None: 10 (size / 256)^1/2, for patches 10 (size / 256)^2, found by trying: at 10, discriminators of small images are
-# flat; the global one learns slowly, the patch one does not keep the generator from saturated colours.
+# Settings by data, '' for any. r1 None: by size, see `set_by_size`.
 PRESETS = {
-    "":              dict(batch=32, lr=1e-4, kimg=200.0,   snap=50.0,  augment="color,translation,cutout", r1=None, reg_clip=True),
-    "critters":      dict(batch=16, lr=5e-4, kimg=60.0,    snap=10.0,  augment="none"),
-    "fashion-mnist": dict(batch=16, lr=5e-4, kimg=60.0,    snap=10.0,  augment="none"),
-    "afhq":          dict(kimg=6400.0,  snap=200.0, r1=10.0, reg_clip=False),
-    "celeba":        dict(batch=64, kimg=12800.0, snap=200.0, r1=10.0, reg_clip=False),
+    "":              dict(batch=32, lr=1e-4, kimg=200.0, snap=50.0, augment="color,translation,cutout", r1=None, reg_clip=True,
+                          r1_at="augmented", draw_y="data", reg_over="sum", start="he"),
+    "critters":      dict(batch=16, lr=5e-4, kimg=60.0, snap=10.0, augment="none"),
+    "fashion-mnist": dict(batch=16, lr=5e-4, kimg=60.0, snap=10.0, augment="none"),
+}  # fmt: skip
+
+# --protocol paper: the published settings, for AFHQ at 256 px and CelebA at 128 px; 200,000 iterations each.
+PAPER = {
+    "":       dict(batch=32, lr=1e-4, kimg=6400.0, snap=200.0, augment="color,translation,cutout", r1=10.0, reg_clip=False,
+                   r1_at="image", draw_y="uniform", reg_over="mean", start="torch"),
+    "celeba": dict(batch=64, kimg=12800.0),
 }  # fmt: skip
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -191,8 +197,6 @@ class Decoder(nn.Module):
         self.embed = nn.Linear(labels, labels) if labels else None
         self.mapper = nn.Linear(labels + NOISE, NOISE) if labels else None
         self.generator = Generator(size, orthonormal)
-        he_init(self)
-        self.generator.last.weight.data.mul_(0.5)  # keeps the first images out of tanh's saturation
 
     @property
     def latent_width(self) -> int:
@@ -261,21 +265,22 @@ class GlobalDiscriminator(nn.Module):
 
 
 class PatchDiscriminator(nn.Module):
-    """x [B, 3, size, size] -> a logit for each overlapping 70x70 patch, [B, 1, h, w] (pix2pix, Isola et al. 2017)."""
+    """x [B, 3, size, size] -> a logit for each of overlapping patches, [B, 1, h, w] (pix2pix, Isola et al. 2017).
+
+    `layers` convolutions halve the image, two more follow; patches are 70 px wide for 3 layers and 574 px for 6, the
+    published number for 256 px images, whose scores are then 2x2. Channels: 64 times 2^i, at most 512.
+    """
 
     batch_statistics = True
 
-    def __init__(self, size: int):
+    def __init__(self, size: int, layers: int):
         super().__init__()
-        if size < 32:
-            raise click.UsageError(f"--disc patch needs images of at least 32 px, not {size}: use --disc global")
-        self.layers = nn.Sequential(
-            ConvLrelu(3, 64, 4, 2, padding=1),
-            ConvNormLrelu(64, 128, stride=2),
-            ConvNormLrelu(128, 256, stride=2),
-            ConvNormLrelu(256, 512, stride=1),
-        )
-        self.score = nn.Conv2d(512, 1, 4, 1, 1)
+        widths = [64 * min(2**i, 8) for i in range(layers + 1)]
+        blocks: list[nn.Module] = [ConvLrelu(3, widths[0], 4, 2, padding=1)]
+        for i, (C, wider) in enumerate(itertools.pairwise(widths), 1):
+            blocks.append(ConvNormLrelu(C, wider, stride=2 if i < layers else 1))
+        self.layers = nn.Sequential(*blocks)
+        self.score = nn.Conv2d(widths[-1], 1, 4, 1, 1)
 
     def forward(self, x: Tensor, y: Tensor | None = None) -> Tensor:
         return full(conv2d(self.layers(x), self.score.weight, self.score.bias, padding=1))
@@ -295,12 +300,18 @@ class PerClass(nn.Module):
         return torch.cat(scores)[torch.cat(rows).argsort()]
 
 
-def build_discriminator(kind: str, size: int, classes: int = 0) -> nn.Module:
-    """kind 'global' or 'patch'; classes > 0: one discriminator per class."""
-    make = {"global": GlobalDiscriminator, "patch": PatchDiscriminator}[kind]
-    D = PerClass([make(size) for _ in range(classes)]) if classes else make(size)
-    he_init(D)
-    return D
+def patch_layers(size: int) -> int:
+    """The most layers of a PatchDiscriminator that leave at least 2x2 scores of images of `size`: 6 for 256 px."""
+    return int(math.log2(size)) - 2
+
+
+def build_discriminator(kind: str, size: int, layers: int | None = None, classes: int = 0) -> nn.Module:
+    """kind 'global' or 'patch', which has `layers`, by default `patch_layers`; classes > 0: one discriminator per class."""
+
+    def make() -> nn.Module:
+        return PatchDiscriminator(size, layers or patch_layers(size)) if kind == "patch" else GlobalDiscriminator(size)
+
+    return PerClass([make() for _ in range(classes)]) if classes else make()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -347,21 +358,33 @@ def augment(x: Tensor, policy: str, p: float = 0.6) -> Tensor:
 # Losses. Scores are logits of any shape; every loss is a mean.
 
 
+LOSSES = ("hinge", "hinge-v1", "ns", "lsgan", "lsgan-published")
+
+
 def loss_d(kind: str, real: Tensor, fake: Tensor) -> Tensor:
-    """Discriminator loss: hinge (Lim & Ye 2017), ns (Goodfellow et al. 2014) or lsgan (Mao et al. 2017, a=0, b=1)."""
-    if kind == "hinge":
+    """Discriminator loss: hinge (Lim & Ye 2017), ns (Goodfellow et al. 2014) or lsgan (Mao et al. 2017, a=0, b=1).
+
+    hinge-v1 has the hinge loss here; lsgan-published squares twice, as the published code does.
+    """
+    if kind in ("hinge", "hinge-v1"):
         return F.relu(1 - real).mean() + F.relu(1 + fake).mean()
     if kind == "ns":
         return F.softplus(-real).mean() + F.softplus(fake).mean()
+    if kind == "lsgan-published":
+        return (real - 1).pow(4).mean() + fake.pow(4).mean()
     return 0.5 * (real - 1).square().mean() + 0.5 * fake.square().mean()
 
 
 def loss_g(kind: str, fake: Tensor) -> Tensor:
-    """Generator loss that goes with `loss_d` (lsgan: c=1)."""
+    """Generator loss that goes with `loss_d` (lsgan: c=1); hinge-v1 stops where D is fooled, as EigenGAN's default."""
     if kind == "hinge":
         return -fake.mean()
+    if kind == "hinge-v1":
+        return F.relu(1 - fake).mean()
     if kind == "ns":
         return F.softplus(-fake).mean()
+    if kind == "lsgan-published":
+        return (fake - 1).pow(4).mean()
     return 0.5 * (fake - 1).square().mean()
 
 
@@ -372,11 +395,14 @@ def loss_y(kind: str, logits: Tensor, y: Tensor) -> Tensor:
     return F.binary_cross_entropy_with_logits(full(logits), y, reduction="sum") / len(y)
 
 
-def r1_penalty(D: nn.Module, x: Tensor, y: Tensor | None) -> Tensor:
-    """E ||grad_x sum D(x)||^2 on the (augmented) real images x (Mescheder et al. 2018, without their 1/2)."""
+def r1_penalty(D: nn.Module, x: Tensor, y: Tensor | None, through=None) -> Tensor:
+    """E ||grad_x sum D(x)||^2 on real images x (Mescheder et al. 2018, without their 1/2).
+
+    through: an augmentation of x that the gradient goes through; without it, x is what D sees.
+    """
     x = x.detach().requires_grad_()
     with no_weight_gradients():
-        (gradient,) = torch.autograd.grad(D(x, y).sum(), x, create_graph=True)
+        (gradient,) = torch.autograd.grad(D(through(x) if through else x, y).sum(), x, create_graph=True)
     return gradient.square().sum(dim=(1, 2, 3)).mean()
 
 
@@ -418,28 +444,40 @@ class Trainer:
         self.labels = None if labels is None else labels.to(run.device)
         self.entropy = 0.0 if labels is None else training.entropy_bits(self.labels)  # H(Y)
         torch.manual_seed(run.seed)  # the same weights in every process
-        width = 0 if labels is None else labels.shape[1]
-        nets = (
-            Decoder(options["size"], width, options["orth"] == "exact"),
-            build_discriminator(options["disc"], options["size"], width if options["per_class"] else 0),
-        )
-        self.decoder, self.D = (n.to(run.device, memory_format=torch.channels_last) for n in nets)
-        if width and not self.D.batch_statistics:
+        width, classes = (0, 0) if labels is None else (labels.shape[1], labels.shape[1] * options["per_class"])
+        decoder = Decoder(options["size"], width, options["orth"] == "exact")
+        if options["start"] == "he":
+            he_init(decoder)
+            decoder.generator.last.weight.data.mul_(0.5)  # keeps the first images out of tanh's saturation
+        D = build_discriminator(options["disc"], options["size"], options["disc_layers"], classes)
+        if options["start"] == "he":
+            he_init(D)
+        self.decoder, self.D = (n.to(run.device, memory_format=torch.channels_last) for n in (decoder, D))
+        if width and options["start"] == "he" and not self.D.batch_statistics:
             # From the start, eps follows y about as much as the 512 numbers of the noise; the 3 was found by trying. Not
             # against patches: their batch norm hides colours, which the regularisation would then drive into saturation.
             self.decoder.mapper.weight.data[:, :width].mul_((NOISE / 3) ** 0.5)
         self.ema = copy.deepcopy(self.decoder).requires_grad_(False).eval()
-        adam = dict(lr=options["lr"], betas=(0.5, 0.99), fused=True)
+        adam = dict(lr=options["lr"], betas=BETAS, fused=True)
         self.opt_g = torch.optim.Adam(self.decoder.parameters(), **adam)
         self.opt_d = torch.optim.Adam(self.D.parameters(), **adam)
         self.scaler_g, self.scaler_d = run.scaler(), run.scaler()
         self.batch = options["batch"] // run.world
 
-    def fake(self) -> tuple[Tensor, Tensor | None]:
-        """A batch of generated images, and the labels they were generated for: rows of the training labels."""
-        y = None
-        if self.labels is not None:
-            y = self.labels[torch.randint(len(self.labels), (self.batch,), device=self.run.device)]
+    def draw_y(self, how: str) -> Tensor | None:
+        """Labels to generate for. 'data': rows of the training labels; 'uniform': classes alike, fair coins."""
+        if self.labels is None:
+            return None
+        n, Y, device = self.batch, self.labels.shape[1], self.run.device
+        if how == "data":
+            return self.labels[torch.randint(len(self.labels), (n,), device=device)]
+        if self.kind == "one-hot":
+            return torch.eye(Y, device=device)[torch.randint(Y, (n,), device=device)]
+        return torch.randint(2, (n, Y), device=device).float()
+
+    def fake(self, how: str | None = None) -> tuple[Tensor, Tensor | None]:
+        """A batch of generated images, and the labels they were generated for, by default as --draw-y says."""
+        y = self.draw_y(how or self.options["draw_y"])
         latents = torch.randn(self.batch, self.decoder.latent_width, device=self.run.device)
         with self.run.autocast():
             return self.decoder(y, latents), y
@@ -478,7 +516,11 @@ class Trainer:
     def penalise(self, real: Tensor, y_real: Tensor | None) -> dict[str, Tensor]:
         """Lazy R1: its own forward pass, in fp32, and its own step of D's optimiser."""
         self.drop_gradients()
-        penalty = r1_penalty(self.D, augment(real, self.options["augment"]), y_real)
+        policy = self.options["augment"]
+        if self.options["r1_at"] == "image":
+            penalty = r1_penalty(self.D, real, y_real, through=lambda x: augment(x, policy))
+        else:
+            penalty = r1_penalty(self.D, augment(real, policy), y_real)
         self.step(self.options["r1"] * penalty, self.D, self.opt_d, self.scaler_d)
         return {"r1": penalty}
 
@@ -492,11 +534,11 @@ class Trainer:
             score = self.D(augmented, y)
         adversarial = loss_g(self.options["loss"], score)
         orthogonality = self.decoder.orthogonality()
-        loss = adversarial + (100 * orthogonality if self.options["orth"] == "penalty" else 0)
+        loss = adversarial + (ORTH * orthogonality if self.options["orth"] == "penalty" else 0)
         stats = {"loss_g": adversarial, "orthogonality": orthogonality}
         if joint:
             classification = self.classification(x, y)
-            loss, stats = loss + classification, stats | self.information(classification)
+            loss, stats = loss + self.weighed(classification), stats | self.information(classification)
         self.step(loss, self.decoder, self.opt_g, self.scaler_g)
         self.D.requires_grad_(True)
         return stats
@@ -509,8 +551,8 @@ class Trainer:
         of their common Adam it would all but stop the adversarial game.
         """
         self.drop_gradients()
-        loss = self.classification(*self.fake())
-        self.step(loss, self.decoder, self.opt_g, self.scaler_g, limit)
+        loss = self.classification(*self.fake("data"))  # whatever --draw-y says: eq. 4 has the real distribution of y
+        self.step(self.weighed(loss), self.decoder, self.opt_g, self.scaler_g, limit)
         return self.information(loss)
 
     def classification(self, x: Tensor, y: Tensor) -> Tensor:
@@ -518,6 +560,11 @@ class Trainer:
         with self.run.autocast():
             logits = self.classifier(self.encoder(x))
         return loss_y(self.kind, logits, y)
+
+    def weighed(self, classification: Tensor) -> Tensor:
+        """The loss as a step takes it: --reg-over mean divides the sum over attributes by their number."""
+        mean = self.kind == "multi-label" and self.options["reg_over"] == "mean"
+        return classification / self.labels.shape[1] if mean else classification
 
     def information(self, classification: Tensor) -> dict[str, Tensor]:
         """For the log: H(Y | E) in nats, and the lower bound of eq. 4 on I(Y; E) in bits, at most H(Y)."""
@@ -580,6 +627,7 @@ class Network:
     decoder: Decoder
     encoder: nn.Module | None
     classifier: nn.Module | None
+    balance: Tensor | None  # [Y], part of the classifier's logits that only makes up for how rare an attribute is
     data: dict  # what the images were: source, size, label names and kind, splits
     label_names: list[str]
     label_kind: str  # 'one-hot', 'multi-label' or 'none'
@@ -635,10 +683,11 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> Network:
     decoder.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
     encoder = frozen_encoder(stage1.build(state["encoder"]), data["size"], device) if state["encoder"] else None
     classifier = stage2.build(state["classifier"]).to(device) if state["classifier"] else None
+    balance = torch.tensor(state["classifier"]["balance"]) if state["classifier"] else None
     with torch.inference_mode():
         convolved = decoder.generator.convolved()
     return Network(
-        decoder, encoder, classifier, data, names, data["label_kind"] if labels else "none",
+        decoder, encoder, classifier, balance, data, names, data["label_kind"] if labels else "none",
         labels["rows"].float().repeat_interleave(labels["counts"], dim=0) if labels else None,
         data["size"], state["images_seen"], state["options"], convolved,
     )  # fmt: skip
@@ -706,14 +755,19 @@ def earlier_stages(outdir: Path, conditional: bool) -> tuple[dict | None, dict |
 # fmt: off
 OPTIONS = [
     click.option("--disc",          type=click.Choice(["global", "patch"]), default="global", help="Discriminator: one score per image, or one per patch."),
+    click.option("--disc-layers",   metavar="N", type=click.IntRange(1, 8), help="Layers of --disc patch that halve the image.  [default: as many as leave 2x2 scores; 6 at 256 px]"),
     click.option("--per-class",     is_flag=True, help="One discriminator for each class, D(x | y); one-hot labels only."),
-    click.option("--loss",          type=click.Choice(["hinge", "ns", "lsgan"]), default="hinge", help="Adversarial loss; ns: non-saturating."),
+    click.option("--loss",          type=click.Choice(LOSSES), default="hinge", help="Adversarial loss; ns: non-saturating; hinge-v1, lsgan-published: as the published code has them."),
     click.option("--reg-every",     metavar="N", type=click.IntRange(0), default=2, help="Iterations between classification regularisations; 0: never."),
     click.option("--reg-mode",      type=click.Choice(["separate", "joint"]), default="separate", help="Regularise by an update of its own, or in the adversarial one."),
+    click.option("--reg-over",      type=click.Choice(["sum", "mean"]), help="Add up an image's attributes in the regularisation, or average them.  [default: sum; --protocol paper: mean]"),
     click.option("--reg-clip/--no-reg-clip", default=None, help="Limit a regularisation's gradient to N times the adversarial one's norm.  [default: by data]"),
     click.option("--orth",          type=click.Choice(["penalty", "exact", "none"]), default="penalty", help="How the bases U are kept orthonormal."),
     click.option("--r1",            metavar="W", type=click.FloatRange(0), help="Weight of the gradient penalty, every 16th iteration; 0: none.  [default: by data and --disc]"),
+    click.option("--r1-at",         type=click.Choice(["augmented", "image"]), help="The gradient penalty is with respect to what D sees, or through the augmentation to the image.  [default: augmented; --protocol paper: image]"),
     click.option("--augment",       metavar="LIST|none", help="Of the discriminator's inputs: color,translation,cutout or some of them.  [default: by data]"),
+    click.option("--draw-y",        type=click.Choice(["data", "uniform"]), help="Labels of generated images: as they occur in the data, or classes alike and fair coins.  [default: data; --protocol paper: uniform]"),
+    click.option("--start",         type=click.Choice(["he", "torch"]), help="First weights: at He et al.'s scale, with smooth upsampling, or PyTorch's.  [default: he; --protocol paper: torch]"),
     click.option("--unconditional", is_flag=True, help="Vanilla EigenGAN: no labels, no regularisation; needs no earlier stage."),
     click.option("--lr",            metavar="RATE", type=click.FloatRange(0, min_open=True), help="Learning rate of both Adams.  [default: by data]"),
     click.option("--kimg",          metavar="KIMG", type=click.FloatRange(0, min_open=True), help="Length in thousands of real images.  [default: by data]"),
@@ -725,9 +779,33 @@ OPTIONS = [
 FREE = {"data", "kimg", "snap", "outdir", "precision", "device", "workers", "resume", "init", "dry_run"}
 
 
+def set_by_size(options: dict) -> None:
+    """Set the options whose default depends on the size of the images."""
+    patch, size = options["disc"] == "patch", options["size"]
+    if patch and options["disc_layers"] is None:
+        options["disc_layers"] = patch_layers(size)
+    if options["r1"] is None:
+        # Found by trying: at 10, discriminators of small images are flat; the global one then learns slowly, the patch
+        # one does not keep the generator from saturated colours.
+        options["r1"] = 10 * (size / 256) ** (2 if patch else 0.5)
+
+
+def default_options(size: int, **given) -> dict:
+    """What `Trainer` takes, for images of `size`: the defaults of the command for any data, and the options given."""
+    options = main.make_context("gan.py", []).params | {"size": size} | given
+    options = training.resolve(PRESETS, PAPER, "", options)
+    set_by_size(options)
+    return options
+
+
 def check_options(options: dict, given_clip: bool | None) -> None:
     """Raise click.UsageError for options that contradict each other."""
+    size, most = options["size"], patch_layers(options["size"]) if options["size"] else 8
+    patch = options["disc"] == "patch"
     for bad, why in (
+        (patch and most < 3, f"--disc patch needs images of at least 32 px, not {size}: use --disc global"),
+        (patch and (options["disc_layers"] or 1) > most, f"--disc-layers: images of {size} px are enough for {most}"),
+        (options["disc_layers"] and not patch, "--disc-layers goes with --disc patch"),
         (options["per_class"] and options["unconditional"], "--per-class needs labels, --unconditional has none"),
         (options["unconditional"] and options["reg_mode"] == "joint", "--reg-mode joint needs labels"),
         (given_clip and options["reg_mode"] == "joint", "--reg-clip limits a regularisation of its own, not a joint one"),
@@ -749,26 +827,37 @@ def main(**options):
     import classifier as stage2
     import dataset
     import encoder as stage1
+    import layouts
 
     # Resolve the options.
     smoke = {"batch": 8, "kimg": 0.256, "snap": 0.128} if options["smoke"] else {}
     options |= {name: value for name, value in smoke.items() if options[name] is None}
     given_clip = options["reg_clip"]
-    options = training.by_data(PRESETS, options["data"], options)
-    check_options(options, given_clip)
+    preset = layouts.preset_of(options["data"], options["preset"])
+    options = training.resolve(PRESETS, PAPER, preset, options)
     outdir = training.out_folder(options)
+    options["size"] = options["size"] or layouts.PRESETS.get(preset)
+    check_options(options, given_clip)
+    if options["size"]:
+        set_by_size(options)
     if options["dry_run"]:
-        return click.echo(json.dumps(options, indent=2))
+        constants = dict(
+            noise=NOISE, basis=BASIS, betas=BETAS, orth_weight=ORTH, r1_every=R1_EVERY, ema_half_life=EMA_HALF_LIFE
+        )
+        return click.echo(json.dumps(options | constants, indent=2))
 
     # Set up the device, the earlier stages and the data.
-    run = training.start(options["device"], options["precision"], options["seed"])
+    run = training.start(options["device"], options["precision"], options["seed"], options["tf32"])
     if options["batch"] % run.world:
         raise click.UsageError(f"--batch {options['batch']} must be a multiple of the {run.world} processes")
     conditional = not options["unconditional"]
     encoder_pt, classifier_pt = earlier_stages(outdir, conditional)
+    how = {"preset": options["preset"]}
+    if encoder_pt:
+        how |= {name: encoder_pt["data"][name] for name in ("squash", "train_on_all")}
     size = options["size"] or (encoder_pt["data"]["size"] if encoder_pt else None)
     attributes = classifier_pt["data"]["attributes"] if classifier_pt else None
-    data = dataset.open_dataset(options["data"], size, "train")
+    data = dataset.open_dataset(options["data"], size, "train", **how)
     remedy = "give the same --data and --size to all stages, or run the earlier stages again"
     for checkpoint, file in ((encoder_pt, "encoder.pt"), (classifier_pt, "classifier.pt")):
         if checkpoint:
@@ -785,8 +874,8 @@ def main(**options):
             "--per-class: images with several attributes belong to no single class; use one-hot labels"
         )
     options |= {"size": data.size, "attributes": attributes}
-    if options["r1"] is None:
-        options["r1"] = 10 * (data.size / 256) ** (2 if options["disc"] == "patch" else 0.5)
+    check_options(options, given_clip)
+    set_by_size(options)
 
     # Build the networks.
     encoder = frozen_encoder(stage1.build(encoder_pt), data.size, run.device) if classifier_pt else None
@@ -829,7 +918,7 @@ def main(**options):
         "stage": "gan", "data": data.info(), "options": options, "entropy_bits": trainer.entropy,
         "labels": {"rows": rows.byte(), "counts": counts} if conditional else None,
         "encoder": {key: encoder_pt[key] for key in ("config", "model", "data")} if encoder_pt else None,
-        "classifier": {key: classifier_pt[key] for key in ("config", "model", "data")} if classifier_pt else None,
+        "classifier": {key: classifier_pt[key] for key in ("config", "model", "data", "balance")} if classifier_pt else None,
     }  # fmt: skip
     fixed = grid_inputs(trainer, options["seed"])
     snap = max(round(1000 * options["snap"]), options["batch"])

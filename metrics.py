@@ -52,7 +52,9 @@ WEIGHTS_URL = (
     "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/pt_inception-2015-12-05-6726825d.pth"
 )
 WEIGHTS_HASH = "6726825d"  # how the SHA-256 of the published file begins
-METRICS = ("fid", "is", "kid", "chamfer", "chamfer_sum", "accuracy", "diversity", "information")
+IMAGENET_URL = "https://download.pytorch.org/models/inception_v3_google-0cc3c7bd.pth"
+METRICS = ("fid", "is", "is_published", "kid", "chamfer", "chamfer_sum", "accuracy", "diversity", "information")
+OF_PAPER = {"fid", "is_published", "chamfer_sum", "accuracy"}  # what --protocol paper measures by default
 OF_FOLDERS = ("fid", "is", "kid", "chamfer")
 
 # --- the image reader: files.py has the same text ---
@@ -270,6 +272,14 @@ HEADS = {
 }
 
 
+def load_weights(net: nn.Module, weights: dict[str, Tensor]) -> None:
+    """Copy the weights. Raises ValueError with the reason in one line if they do not fit."""
+    try:
+        net.load_state_dict(weights)
+    except Exception as error:  # what is no dict of tensors raises nearly anything
+        raise ValueError(f"{str(error).splitlines()[-1].strip():.200}") from None
+
+
 class Inception(nn.Module):
     """The Inception v3 that FID is defined by: torchvision's with TensorFlow's pooling and 1,008 classes.
 
@@ -284,10 +294,7 @@ class Inception(nn.Module):
     def __init__(self, weights: dict[str, Tensor]):
         super().__init__()
         net = torchvision.models.inception_v3(num_classes=1008, aux_logits=False, weights=None, init_weights=False)
-        try:
-            net.load_state_dict(weights)
-        except Exception as error:
-            raise ValueError(f"{str(error).splitlines()[-1].strip():.200}") from None
+        load_weights(net, weights)
         net.eval().requires_grad_(False)
         self.classes = net.fc.weight  # of the logits, which IS takes without their bias
         self.convs: dict[str, tuple] = {}  # name: weight, bias, stride, padding
@@ -360,27 +367,29 @@ class Inception(nn.Module):
         return x, F.linear(x, self.classes)
 
 
-def published_weights() -> Path:
+def published_weights(url: str, option: str) -> Path:
     """The published weight file in torch's hub folder, downloaded and checked there the first time.
 
-    Raises click.ClickException if it can be neither found nor fetched, or is not what was published.
+    Its name ends with the first digits of its SHA-256. Raises click.ClickException if it can be neither found nor
+    fetched, or is not what was published.
     """
-    path = Path(torch.hub.get_dir()) / "checkpoints" / WEIGHTS_URL.rsplit("/", 1)[1]
+    path = Path(torch.hub.get_dir()) / "checkpoints" / url.rsplit("/", 1)[1]
+    digits = path.stem.rsplit("-", 1)[1]
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         timeout = socket.getdefaulttimeout()
         try:
             socket.setdefaulttimeout(15)  # seconds without an answer; torch.hub would wait for ever
-            torch.hub.download_url_to_file(WEIGHTS_URL, str(path), hash_prefix=WEIGHTS_HASH)
+            torch.hub.download_url_to_file(url, str(path), hash_prefix=digits)
         except (OSError, RuntimeError, ValueError) as error:
             raise click.ClickException(
-                f"the Inception weights are not on this machine and cannot be downloaded ({error}): fetch {WEIGHTS_URL} "
-                f"elsewhere and save it as {path}, or give it by --inception FILE, or use --features encoder|FILE"
+                f"the Inception weights are not on this machine and cannot be downloaded ({error}): fetch {url} "
+                f"elsewhere and save it as {path}, or give it by {option} FILE"
             ) from None
         finally:
             socket.setdefaulttimeout(timeout)
-    if not file_hash(path).startswith(WEIGHTS_HASH):
-        raise click.ClickException(f"{path} is not the published weight file (SHA-256 {WEIGHTS_HASH}...): delete it")
+    if not file_hash(path).startswith(digits):
+        raise click.ClickException(f"{path} is not the published weight file (SHA-256 {digits}...): delete it")
     return path
 
 
@@ -403,14 +412,8 @@ class InceptionFeatures:
     dims = 2048
 
     def __init__(self, file: str | None, how: str, device: torch.device):
-        path = Path(file) if file else published_weights()
-        try:
-            self.net = Inception(torch.load(path, map_location="cpu", weights_only=True)).to(device)
-        except Exception as error:  # damaged files raise nearly anything
-            why = "it is no file of tensors"
-            if isinstance(error, OSError | ValueError):
-                why = getattr(error, "strerror", None) or error
-            raise click.ClickException(f"{path} holds no weights of the FID Inception network: {why}") from None
+        net, path = inception_network(file, WEIGHTS_URL, "--inception", Inception)
+        self.net = net.to(device)
         self.hash = file_hash(path)[:16]
         self.published = self.hash.startswith(WEIGHTS_HASH)
         self.resize, self.device = how, device
@@ -418,6 +421,42 @@ class InceptionFeatures:
     def __call__(self, images: Tensor | list[Tensor]) -> tuple[Tensor, Tensor]:
         features, logits = self.net(resize(images, self.resize, self.device))
         return features, logits.double().log_softmax(1)
+
+
+def inception_network(file: str | None, url: str, option: str, build: Callable) -> tuple[nn.Module, Path]:
+    """build(weights) and the file they come from: `file`, given by `option`, or else the published one at `url`.
+
+    Raises click.ClickException if there are no weights, or others.
+    """
+    path = Path(file) if file else published_weights(url, option)
+    try:
+        return build(torch.load(path, map_location="cpu", weights_only=True)), path
+    except Exception as error:  # damaged files raise nearly anything
+        why = "it is no file of tensors"
+        if isinstance(error, OSError | ValueError):
+            why = getattr(error, "strerror", None) or error
+        raise click.ClickException(f"{path} holds no weights for {option}: {why}") from None
+
+
+class ImageNetClasses:
+    """log p(c|x) of the paper's IS: torchvision's ImageNet Inception v3 with its 1,000 classes.
+
+    Images in [-1, 1] go in as they are, bilinearly resized to 299 px.
+    """
+
+    def __init__(self, file: str | None, device: torch.device):
+        def build(weights: dict) -> nn.Module:
+            net = torchvision.models.inception_v3(weights=None, init_weights=False, transform_input=False)
+            load_weights(net, weights)
+            return net
+
+        self.net = inception_network(file, IMAGENET_URL, "--imagenet-inception", build)[0].to(device).eval()
+        self.device = device
+
+    @torch.inference_mode()
+    def __call__(self, images: Tensor) -> Tensor:
+        """uint8 [B, S, S, 3] -> float64 [B, 1000]."""
+        return self.net(resize(images, "torch", self.device)).double().log_softmax(1)
 
 
 class EncoderFeatures:
@@ -890,8 +929,10 @@ class Run:
         data = self.net.data
         self.clusters = bool(self.names) and str(data["attributes"]).startswith("clusters")
         attributes = None if self.clusters or not self.names else data["attributes"]
-        self.train = dataset.open_dataset(moved or data["data"], data["size"], "train", attributes)
+        how = {"preset": data["preset"] or "none"} | {name: data[name] for name in ("squash", "train_on_all")}
+        self.train = dataset.open_dataset(moved or data["data"], data["size"], "train", attributes, **how)
         self.images = {"train": self.train, "val": self.train.part("val")}
+        self.protocol = self.net.options["protocol"]
         remedy = "give the run's folder the data it was trained on, or train again"
         training.check_same(data, self.train.info(), ("fingerprint", "size"), path, remedy)
 
@@ -922,9 +963,19 @@ class Run:
         return torch.eye(len(self.names))[state["assignments"][split].long()]
 
     def generated(self, n: int, seed: int, y: Tensor | None = None) -> Generated:
-        """n images; y by default drawn from the labels of the training images as they occur together."""
+        """n images; y by default drawn from the labels of the training images as they occur together.
+
+        Under the paper's protocol, classes are drawn uniformly and attributes are fair coins, as its code does.
+        """
+        draw = np.random.default_rng([seed, 1])
         if y is None and self.real is not None:
-            y = self.real[torch.from_numpy(np.random.default_rng([seed, 1]).integers(0, len(self.real), n))]
+            Y = self.real.shape[1]
+            if self.protocol != "paper":
+                y = self.real[torch.from_numpy(draw.integers(0, len(self.real), n))]
+            elif self.kind == "one-hot":
+                y = torch.eye(Y)[torch.from_numpy(draw.integers(0, Y, n))]
+            else:
+                y = torch.from_numpy(draw.integers(0, 2, (n, Y))).float()
         return Generated(self.net, n, y, seed, self.training.to_uint8)
 
     def real_images(self, split: str, index: np.ndarray) -> Real:
@@ -954,6 +1005,18 @@ class Run:
                     value = entry.get(key, value if entry["images"] > images else None)
                     images = entry["images"]
         return value
+
+
+def measure_is_published(run: Run, n: int, seed: int, file: str | None) -> dict:
+    """IS as the paper has it: of n generated images, by ImageNet's classes, in one split."""
+    run.world.first(lambda: file or published_weights(IMAGENET_URL, "--imagenet-inception"))
+    network, score = ImageNetClasses(file, run.world.device), InceptionScore(n, splits=1)
+    for index, log_p in scan(run.generated(n, seed), network, run.world, "IS as published"):
+        score.add(index, log_p)
+    for i, other in enumerate(run.world.gather(score)):
+        if i != run.world.rank:
+            score.join(other)
+    return {"is_published": score.value()[0], "is_published_n": n}
 
 
 def measure_chamfer(run: Run, seeds: list[int], points: int, published: bool) -> dict:
@@ -995,11 +1058,13 @@ def chamfer_results(values: list[float], floors: list[float], points: int) -> di
 
 # How much is looked at by default. num: images a side for FID, IS and KID, with Inception `inception`; points: images a
 # side for chamfer, seeds: of it; control: images for attribute control and information; each: images of one y for
-# diversity; judge: its training steps.
+# diversity; judge: its training steps; imagenet: images for is_published.
 AMOUNTS = {
-    "gpu": dict(num=50_000, inception=50_000, points=6400, seeds=5, control=20_000, each=500, judge=600),
-    "cpu": dict(num=5000, inception=1000, points=500, seeds=3, control=1500, each=100, judge=600),
-    "smoke": dict(num=64, inception=64, points=64, seeds=1, control=60, each=8, judge=8),
+    "gpu": dict(
+        num=50_000, inception=50_000, points=6400, seeds=5, control=20_000, each=500, judge=600, imagenet=100_000
+    ),
+    "cpu": dict(num=5000, inception=1000, points=500, seeds=3, control=1500, each=100, judge=600, imagenet=100_000),
+    "smoke": dict(num=64, inception=64, points=64, seeds=1, control=60, each=8, judge=8, imagenet=64),
 }
 
 
@@ -1031,7 +1096,7 @@ def choose_features(option: str, inception: str | None, how: str, run: Run | Non
         return EncoderFeatures(network, classifier, kind, size, world.device)
     try:
         if inception is None:
-            world.first(published_weights)
+            world.first(lambda: published_weights(WEIGHTS_URL, "--inception"))
         features = InceptionFeatures(inception, how, world.device)
     except click.ClickException as error:
         if option == "inception" or inception or own is None:
@@ -1054,6 +1119,8 @@ def measure_fidelity(options: dict, amounts: dict, need: set, run: Run | None, w
     if options["features"] not in ("auto", "inception", "encoder"):
         results["features_file"] = options["features"]
     if run:
+        if run.protocol == "paper" and not options["smoke"]:
+            num = num or len(run.train)  # as many generated as real images
         num = num or amounts["inception" if features.name == "inception" else "num"]
         n = min(num, len(run.train))
         images = run.generated(num, seed)
@@ -1135,6 +1202,9 @@ def evaluate(options: dict, world: World) -> dict:
     """Run the command with its options; returns the results, keyed as in the JSON file."""
     began, slow, seed = time.time(), world.device.type == "cpu", options["seed"]
     run = Run(options["network"], world, options["data"]) if options["network"] else None
+    if run and options["protocol"]:
+        run.protocol = options["protocol"]
+    paper = run is not None and run.protocol == "paper"
     wanted = options["metrics"] and [m.strip() for m in options["metrics"].split(",")]
     wanted = wanted and ["fid" if m == "fd" else m for m in wanted]
     possible = [m for m in METRICS if run or m in OF_FOLDERS]
@@ -1155,11 +1225,13 @@ def evaluate(options: dict, world: World) -> dict:
     if run and run.clusters and need & {"accuracy", "diversity", "information"} and run.labels("train") is None:
         notes.append(f"no judge, no diversity, no I(Y;E): they need the clusters' {run.folder / 'classifier.pt'}")
     if not wanted:
+        need &= OF_PAPER if paper else need - {"is_published"}
         need -= {"kid"} if run else {"kid", "chamfer"} if is_stats(options["reference"] or "") else set()
-        need -= {"chamfer_sum"} if slow else set()  # an hour
+        need -= {"chamfer_sum"} if slow and not paper else set()  # an hour
     amounts = AMOUNTS["smoke" if options["smoke"] else "cpu" if slow else "gpu"]
     results: dict = {key: options[key] for key in ("network", "images", "reference") if options[key]}
     results |= {"seed": seed, "processes": world.size, "device": world.device.type}
+    results |= {"protocol": run.protocol} if run else {}
 
     if need & ({"fid", "is", "kid"} if run else {"fid", "is", "kid", "chamfer"}):
         results |= measure_fidelity(options, amounts, need, run, world, notes)
@@ -1172,6 +1244,9 @@ def evaluate(options: dict, world: World) -> dict:
             points = min(options["points"] or points, len(run.train) // 2)
             found = measure_chamfer(run, seeds, points, name == "chamfer_sum")
             results |= {name + key: value for key, value in found.items()} | {"seeds": seeds}
+        if "is_published" in need:
+            n = options["num"] or amounts["imagenet"]
+            results |= measure_is_published(run, n, seed, options["imagenet_inception"])
         n = options["num"] or amounts["control"]
         if "accuracy" in need:
             results |= control.measure_accuracy(run, n, seed, amounts["judge"])
@@ -1187,13 +1262,14 @@ LINES = (
     ("fid", "FID", "{:.4f}", "lower is better"),
     ("fd", "FD", "{:.4f}", "lower is better; by an encoder in place of Inception"),
     ("is", "IS", "{:.4f}", "+- {is_std:.4f} over 10 splits; by the network above"),
+    ("is_published", "IS as published", "{:.4f}", "ImageNet's classes, {is_published_n:,} images, one split"),
     ("kid", "KID", "{:.6f}", "+- {kid_std:.6f} over 100 subsets of {kid_subset:,}"),
     ("chamfer", "t-SNE Chamfer", "{:.3f}", "+- {chamfer_std:.3f}; mean both ways, {chamfer_n:,} + {chamfer_n:,} images, seeds {seeds}"),
     ("chamfer_floor", "  real against real", "{:.3f}", "+- {chamfer_floor_std:.3f}"),
     ("chamfer_sum", "t-SNE Chamfer, sum", "{:.1f}", "+- {chamfer_sum_std:.1f}; real to generated, {chamfer_sum_n:,} + {chamfer_sum_n:,} images, seeds {seeds}"),
     ("chamfer_sum_floor", "  real against real", "{:.1f}", "+- {chamfer_sum_floor_std:.1f}"),
     ("accuracy", "control accuracy", "{:.2%}", "by the run's own classifier, {accuracy_n:,} images"),
-    ("accuracy_published", "", "{:.2%}", "attribute on only, sigmoid above 0.2"),
+    ("accuracy_published", "", "{:.2%}", "as published: attribute on only, probability above 0.2"),
     ("accuracy_exact", "", "{:.2%}", "all attributes of an image at once"),
     ("accuracy_judge", "", "{:.2%}", "by an independent judge, right on {judge_real:.2%} of real images"),
     ("diversity", "diversity within one y", "{:.3f}", "of real images {diversity_real:.3f}, over {diversity_n:,} images"),
@@ -1262,6 +1338,8 @@ OPTIONS = [
     click.option("--json", "json_file", metavar="FILE", help="Write the results as one JSON object (several runs: keyed by file)."),
     click.option("--features", metavar="auto|inception|encoder|FILE", default="auto", help="Network of FID, IS and KID; FILE: an encoder.pt or gan.pt. auto: Inception if it can be had, else the run's encoder."),
     click.option("--inception", metavar="FILE", help="The Inception weights, if not to be downloaded."),
+    click.option("--imagenet-inception", metavar="FILE", help="Weights of torchvision's Inception v3, for is_published, if not to be downloaded."),
+    click.option("--protocol", type=click.Choice(["paper", "ours"]), help="paper: FID of as many generated as real images, IS, Chamfer and control accuracy as published.  [default: the run's]"),
     click.option("--resize", type=click.Choice(["torch", "tf", "clean"]), default="torch", help="To 299 px as pytorch-fid, torch-fidelity or clean-fid does."),
     click.option("--num", metavar="N", type=click.IntRange(2), help="Images a side.  [default: folders all; runs 50,000, on CPUs 5,000, with Inception 1,000]"),
     click.option("--points", metavar="N", type=click.IntRange(32), help="Images a side for Chamfer.  [default: 6,400; chamfer on CPUs 500]"),

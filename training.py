@@ -40,11 +40,14 @@ VERSION = 2  # of the checkpoint format
 OPTIONS = [
     click.option("--data",      metavar="NAME|PATH", default="critters", help="critters, afhq, celeba, fashion-mnist, or a path to a folder or zip."),
     click.option("--outdir",    metavar="DIR", help="Where results go.  [default: runs/<data name>]"),
+    click.option("--preset",    metavar="NAME|none", help="Settings of critters, afhq, celeba or fashion-mnist.  [default: those of the data, where it is recognised]"),
+    click.option("--protocol",  type=click.Choice(["paper", "ours"]), help="paper: every setting as published; each can still be overridden by its own option.  [default: paper for afhq and celeba]"),
     click.option("--size",      metavar="PIXELS", type=click.IntRange(16, 1024), help="Image size, a power of two.  [default: by data]"),
     click.option("--batch",     metavar="N", type=click.IntRange(2), help="Images per step, over all processes.  [default: by data]"),
     click.option("--init",      metavar="FILE", help="Checkpoint to take the network's first weights from."),
     click.option("--seed",      metavar="N", type=click.IntRange(0, 2**32 - 1), default=0, help="Seed of everything random."),
     click.option("--precision", type=click.Choice(["auto", "fp32", "bf16", "fp16"]), default="auto", help="auto: bf16 where a GPU has it or a CPU multiplies matrices in it (AMX); else fp16 on GPUs, fp32 on CPUs (the encoder's below 64 px always)."),
+    click.option("--tf32/--no-tf32", default=False, help="Let GPUs multiply fp32 matrices in TF32: faster, and 1,000 times less exact."),
     click.option("--device",    metavar="DEVICE", default="auto", help="cpu, cuda, cuda:1; auto: cuda if there is one."),
     click.option("--workers",   metavar="N", type=click.IntRange(0), default=1, help="Threads that prepare batches; 0: none."),
     click.option("--resume/--no-resume", default=True, help="Go on from the checkpoint in the output folder, or start over."),
@@ -90,10 +93,18 @@ def with_options(own: list[Callable]) -> Callable:
     return decorate
 
 
-def by_data(presets: dict[str, dict], data: str, options: dict) -> dict:
-    """Fill in the options left at None from the row of `presets` named like the data, or its row '' for any other."""
-    row = presets[""] | presets.get(data, {})
-    return {name: row.get(name) if value is None else value for name, value in options.items()}
+def resolve(presets: dict[str, dict], paper: dict[str, dict], preset: str, options: dict) -> dict:
+    """Fill in the options left at None, and add the settings that have no option.
+
+    They come from the row '' of `presets`, which serves any data, then from the row of the preset; under --protocol
+    paper the rows of `paper` go before both. The preset itself and the protocol become part of the options.
+    """
+    protocol = options["protocol"] or ("paper" if preset in ("afhq", "celeba") else "ours")
+    row = presets[""] | presets.get(preset, {})
+    if protocol == "paper":
+        row |= paper[""] | paper.get(preset, {})
+    given = {name: value for name, value in options.items() if value is not None}
+    return dict.fromkeys(options) | row | given | {"preset": preset or "none", "protocol": protocol}
 
 
 def out_folder(options: dict) -> Path:
@@ -199,8 +210,10 @@ def cpu_has_amx() -> bool:
     return bool(capabilities.get("amx_bf16"))
 
 
-def start(device: str = "auto", precision: str = "auto", seed: int = 0) -> Run:
+def start(device: str = "auto", precision: str = "auto", seed: int = 0, tf32: bool = False) -> Run:
     """Set up the device, the precision, the processes of torchrun and the seeds.
+
+    fp32 means fp32 on GPUs too, unless tf32 is asked for; both of PyTorch's switches are set, whatever they were.
 
     Raises click.ClickException for a device or precision that this machine does not have.
     """
@@ -211,6 +224,7 @@ def start(device: str = "auto", precision: str = "auto", seed: int = 0) -> Run:
     if dev.type == "cuda":
         torch.cuda.set_device(dev)
         torch.backends.cudnn.benchmark = True
+        torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = tf32
         if precision == "auto":
             precision = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
     elif precision == "auto" and cpu_has_amx():

@@ -271,8 +271,8 @@ def build(side: str, size: int, batch: int, disc: str, backbone: str, loss: str 
 
     disc: 'global' or 'patch'. backbone: of the frozen encoder, with an ImageNet stem and random weights.
     """
-    options = dict(size=size, batch=batch, disc=disc, per_class=False, loss=loss, reg_every=2, reg_mode="separate")
-    options |= dict(orth="penalty", r1=10.0, reg_clip=False, augment="color,translation,cutout", lr=1e-4)
+    layers = 3 if disc == "patch" else None  # pix2pix's discriminator, as `plain_discriminator` has it
+    options = gan.default_options(size, batch=batch, disc=disc, disc_layers=layers, loss=loss, r1=10.0, reg_clip=False)
     torch.manual_seed(0)
     resnet = getattr(torchvision.models, backbone)()
     features, resnet.fc = resnet.fc.in_features, nn.Identity()

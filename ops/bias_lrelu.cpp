@@ -1,6 +1,6 @@
 // Fused bias + leaky ReLU on the CPU. A tensor is seen as [outer, C, inner]: NCHW is [B, C, H*W], channels_last and [B, C] are [B*H*W, C, 1].
-// Backward goes by a bit an element, whether y > 0, so that it moves a third less than with y. Every sum is cut into pieces that depend on the
-// shape alone and added in a fixed order: the same input gives the same bits on any number of threads.
+// The backward pass reads one bit per element, whether y > 0, instead of y: a third less memory traffic.
+// Sums are cut into pieces that depend on the shape alone and are added in a fixed order: the same bits on any number of threads.
 
 #include <algorithm>
 #include <cstdint>
@@ -11,10 +11,11 @@
 
 namespace {
 
-constexpr int64_t kTile = 1024;   // elements in work together
-constexpr int64_t kTask = 16384;  // elements that make it worth waking a thread
+constexpr int64_t kTile = 1024;   // elements processed together: a tile's buffers fit the first-level cache
+constexpr int64_t kTask = 16384;  // elements per thread; by rule of thumb, fewer are not worth waking one for
 
-// Elements of a tile, whole words of signs: of a map where inner > 1, else of whole rows of C channels, so that short rows fill vectors too.
+// Elements of a tile, always whole words of signs. Where inner > 1 it is part of a map; else it is whole rows of C channels, so that rows shorter
+// than a vector fill vectors together.
 inline int64_t tile_size(int64_t C, int64_t inner) {
   const int64_t rows = inner > 1 ? kTile : kWord / std::gcd(C, kWord) * C;
   return std::max<int64_t>(1, kTile / rows) * rows;
@@ -29,14 +30,15 @@ void repeat(const A* bias, int64_t C, A* tile, int64_t n) {
   }
 }
 
-// Whether a result is streamed: one that no cache would hold, since the lines of its long runs are fetched ahead, and whose tiles start with lines.
+// Whether to stream a result past the cache: if it is too large for a cache and its tiles start on cache lines. The limit is four times that of the
+// other ops, because these runs are long and the processor fetches their lines ahead.
 template <class T>
 bool is_streamed(const T* y, int64_t total, int64_t inner) {
   return total * int64_t(sizeof(T)) >= 4 * kStream && on_line(y) && (inner == 1 || inner * sizeof(T) % kLine == 0);
 }
 
-// y = lrelu(x + bias): reads x once, writes y once. x and y may be the same. positive takes the signs of y, 32 a word, for channels_last in the
-// order of memory, for NCHW each of its outer * C rows in words of its own; null: not wanted.
+// y = lrelu(x + bias): reads x once, writes y once; y may be x. positive receives the signs of y, 32 per word, unless it is null. For channels_last
+// they are in the order of memory; for NCHW each of the outer * C rows starts a new word.
 template <class T>
 void forward(const T* x, const acc_t<T>* bias, T* y, uint32_t* positive, int64_t outer, int64_t C, int64_t inner, acc_t<T> slope) {
   using A = acc_t<T>;
@@ -74,8 +76,8 @@ void forward(const T* x, const acc_t<T>* bias, T* y, uint32_t* positive, int64_t
   }
 }
 
-// dx = (g + bias) * (y > 0 ? 1 : slope), db = sum of dx over all but the channel: reads g once, writes dx once. bias may be null (zero), db may be
-// null (not wanted); positive as `forward` left it.
+// dx = (g + bias) * (y > 0 ? 1 : slope), db = sum of dx over all but the channel: reads g once, writes dx once. A null bias is zero, a null db is
+// not wanted; positive is what `forward` wrote.
 template <class T>
 void masked(const T* g, const uint32_t* positive, const acc_t<T>* bias, T* dx, acc_t<T>* db, int64_t outer, int64_t C, int64_t inner,
             acc_t<T> slope) {
@@ -88,7 +90,7 @@ void masked(const T* g, const uint32_t* positive, const acc_t<T>* bias, T* dx, a
   std::vector<A> part(pieces * C, A(0));
 #pragma omp parallel if (total >= 2 * kTask)
   {
-    // Tiles are added up place by place; what a place's sums belong to is told apart at the end.
+    // Tiles are added place by place, which keeps vectors full; the places are sorted into channels at the end.
     const Buffer<A> in(size), out(size), sums(size);
     const Buffer<T> rounded(size);
     A* sum = sums.data;

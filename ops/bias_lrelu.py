@@ -1,9 +1,11 @@
 """Fused bias + leaky ReLU: bias_lrelu(x, bias, slope) in one pass over x, and its gradients in one pass each.
 
-Implementations: the PyTorch reference, Triton for NVIDIA GPUs (below), C++ for the CPU (bias_lrelu.cpp). The gradients
-take the sign of the output for the sign of what went into the leaky ReLU, so x is not kept: Triton keeps the output,
-C++ a bit an element. Two kernels serve all orders: the derivative of the backward pass is the backward pass with a bias
-on its input, and the derivative of that is the backward pass again.
+There are three implementations: the PyTorch reference, Triton for NVIDIA GPUs (below) and C++ for the CPU
+(bias_lrelu.cpp). A leaky ReLU does not change signs, so the sign of its output tells the slope, and x need not be kept
+for the gradient: Triton keeps the output, C++ one bit per element.
+
+Two kernels serve all orders. The derivative of the backward pass is the backward pass with a bias added to its input,
+and the derivative of that is the backward pass again.
 """
 
 import torch
@@ -15,15 +17,16 @@ from .build import DTYPES, acc_dtype, as_dtype, c_function, choose, dense, empty
 def bias_lrelu(
     x: torch.Tensor, bias: torch.Tensor, slope: float = 0.2, impl: str = "auto", inplace: bool = False
 ) -> torch.Tensor:
-    """y = lrelu(x + bias), bias added to every channel, lrelu(v) = v if v > 0 else slope * v.
+    """y = lrelu(x + bias), with one bias per channel; lrelu(v) = v if v > 0 else slope * v.
 
     x: [B, C, H, W], NCHW or channels_last, or [B, C]; float32, bfloat16, float16 (all computed in float32) or float64;
     any strides, B may be 0. bias: [C], any floating dtype. slope: at least 0. impl: 'auto' (Triton on CUDA, C++ on the
-    CPU, the reference with one warning where that cannot run), 'ref', 'triton', 'cpp'. inplace: the fused ones may
-    write y over x, which must be no leaf and needed by no other gradient (a convolution's does without its output).
+    CPU, the reference with one warning where that cannot run), 'ref', 'triton', 'cpp'. inplace: the fused
+    implementations may write y over x. Then x must not be a leaf, and no other gradient may need it; the gradient of a
+    convolution does not need its output.
 
-    Returns y in the shape, dtype and memory format of x. Differentiable to any order in x and bias, every order fused.
-    No atomics: the same input gives the same bits. Under torch.compile one operator of the graph.
+    Returns y in the shape, dtype and memory format of x. Differentiable to any order with respect to x and bias, and
+    every order is fused. No atomics: the same input gives the same bits. torch.compile sees a single operator.
 
     Raises ValueError for shapes and TypeError for dtypes that do not fit, RuntimeError with the reason if the
     implementation asked for cannot run.
@@ -54,8 +57,8 @@ def _view(x: torch.Tensor) -> tuple[int, int, int]:
     return x.numel() // max(C * inner, 1), C, inner
 
 
-# Gradients. m = (y > 0 ? 1 : slope) is constant almost everywhere: through the backward pass only g has a derivative.
-# `positive` is what m is known by: y for Triton, a bit an element for C++.
+# Gradients. The slope m = (y > 0 ? 1 : slope) is constant almost everywhere, so the backward pass has a derivative with
+# respect to g alone. `positive` tells m: it is y for Triton, and one bit per element for C++.
 
 
 class _BiasLrelu(torch.autograd.Function):
@@ -82,8 +85,11 @@ class _BiasLrelu(torch.autograd.Function):
 
 
 class _Backward(torch.autograd.Function):
-    """dx = g * m, db = sum of dx over all but the channel. By x and bias the derivative is zero: a penalty like R1 goes
-    no further down from here, and the bias, if given, gets its zeros, which Adam counts."""
+    """dx = g * m, db = sum of dx over all but the channel.
+
+    Its derivative with respect to x and bias is zero. So a penalty like R1 sends no gradient below this point. The
+    bias, if given, gets zeros and not None: Adam then counts the step for it, as it does with PyTorch's own ops.
+    """
 
     @staticmethod
     def forward(ctx, g, positive, bias, slope, impl):
@@ -122,7 +128,7 @@ class _DoubleBackward(torch.autograd.Function):
         return dx, db if ctx.bias else None, None, None, None
 
 
-# What runs: eager calls go straight to it, torch.compile sees one operator of known shape.
+# What runs. Eager calls go straight to it and save the operator's overhead, torch.compile needs the operator.
 
 
 def _forward(*arguments):
@@ -134,7 +140,7 @@ def _masked(*arguments):
 
 
 def _run_forward(x, bias, slope, impl, keep, y=None):
-    """y, and its signs if they are to be kept (C++), else a tensor without elements."""
+    """y and, for C++ with `keep`, its signs; else a tensor without elements in their place."""
     y = torch.empty_like(x) if y is None else y
     signs = _empty_signs(x, impl, keep)
     if x.numel() == 0:
@@ -187,7 +193,8 @@ _masked_op = torch.library.custom_op("infoscc::bias_lrelu_masked", _run_masked, 
 _masked_op.register_fake(_empty_gradients)
 
 
-# Triton. Memory is a matrix [rows, cols], channels_last [B*H*W, C] or NCHW [B*C, H*W]; a tile of it has 1024 elements.
+# Triton. Memory is seen as a matrix [rows, cols]: channels_last is [B*H*W, C], NCHW is [B*C, H*W]. A tile of it has
+# 1024 elements: with 128 threads that is 8 per thread, two 16-byte accesses in float32 and one in bfloat16.
 
 if triton is not None:
 
@@ -195,8 +202,8 @@ if triton is not None:
     def _forward_kernel(
         x, bias, y, rows, cols, C, SLOPE: tl.constexpr, LAST: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr
     ):
-        """Moves 2 n elements, reading x and writing y once: the minimum. The bias comes from the cache."""
-        across = tl.cdiv(cols, COLS)  # tiles; one axis of programs for both, since the second ends at 65,535
+        """Reads x and writes y once: 2 n elements, the minimum. The bias comes from the cache."""
+        across = tl.cdiv(cols, COLS)  # tiles per row; a single grid axis, because CUDA ends the second at 65,535
         r = ((tl.program_id(0) // across) * ROWS + tl.arange(0, ROWS))[:, None]
         c = ((tl.program_id(0) % across) * COLS + tl.arange(0, COLS))[None, :]
         at = r.to(tl.int64) * cols + c
@@ -210,11 +217,11 @@ if triton is not None:
         g, y, bias, dx, part, rows, cols, C, ACC: tl.constexpr, SLOPE: tl.constexpr, LAST: tl.constexpr,
         ROWS: tl.constexpr, COLS: tl.constexpr, LOOPS: tl.constexpr
     ):  # fmt: skip
-        """Moves 3 n elements, reading g and y and writing dx once: the minimum. The sums add their parts, written and
-        read once: for NCHW B C, for channels_last n / (4 ROWS) and ROWS = 1024 / C.
+        """Reads g and y and writes dx once: 3 n elements, the minimum. The partial sums of the bias gradient are
+        written and read once more: B C elements for NCHW, n / (4 ROWS) for channels_last, where ROWS = 1024 / C.
 
-        A program walks down LOOPS tiles for channels_last and writes the sums of its columns, part [row programs, C];
-        for NCHW it walks along its rows and writes their sums, part [B, C]. What is left of the sum is torch.sum.
+        For channels_last a program walks down LOOPS tiles and writes the sums of its columns to part [row programs, C].
+        For NCHW it walks along its rows and writes their sums to part [B, C]. torch.sum adds the parts.
         """
         acc = tl.zeros([ROWS, COLS], dtype=ACC)
         for i in range(LOOPS):
@@ -261,6 +268,7 @@ def _triton_forward(x, bias, y, slope):
 def _triton_masked(g, y, bias, dx, db, slope):
     rows, cols, last, ROWS, COLS = _tiles(y)
     tiles, C = triton.cdiv(rows, ROWS), y.shape[1]
+    # At most 1024 programs, so that few parts are left to add; at least 4 tiles each, so that parts stay a small share.
     LOOPS = max(4, triton.cdiv(tiles, 1024)) if last else triton.cdiv(cols, COLS)
     grid = (triton.cdiv(tiles, LOOPS), triton.cdiv(cols, COLS)) if last else (tiles, 1)
     part = None if db.numel() == 0 else db.new_empty(grid[0] if last else rows // C, C)

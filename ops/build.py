@@ -43,7 +43,7 @@ INTERPRET = os.environ.get("TRITON_INTERPRET", "0") == "1"
 FLAGS = ["-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fopenmp"]
 if platform.machine() in ("x86_64", "AMD64"):
     FLAGS.append("-mprefer-vector-width=512")  # the compiler's default is 256, even where there is AVX-512
-LOCK_SECONDS = 120  # a build takes up to a minute on a slow machine
+LOCK_SECONDS = 120  # a build took 20 s on two busy cores
 
 
 # ---------------------------------------------------------------------------------------------------------------------

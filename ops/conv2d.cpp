@@ -1,13 +1,13 @@
-// Convolutions on the CPU, channels last, as matrix products of pixels by channels, in Winograd's way where that saves work (Winograd 1980; Lavin &
-// Gray 2016): an output tile of M x M pixels then costs (M + R - 1)^2 multiplications a pair of channels in place of M^2 R^2. With
-// Y = A'[(G w G') . (B' x B)]A there is one matrix product of tiles by channels for each of the (M + R - 1)^2 places; the gradient by the kernel is the
-// transpose of the same. M = R = 1 is the usual convolution.
+// Convolutions of channels_last tensors on the CPU, as matrix products of pixels by channels, by Winograd's method where that saves work (Winograd
+// 1980; Lavin & Gray 2016). For a kernel of R x R, a tile of M x M output pixels then costs (M + R - 1)^2 multiplications per pair of channels instead
+// of M^2 R^2. In Y = A'[(G w G') . (B' x B)]A the product . is elementwise over the (M + R - 1)^2 places of a tile and a matrix product of tiles by
+// channels at each place. The gradient with respect to the kernel is the transpose of the same. M = R = 1 is the usual convolution.
 //
-// A kernel of 3x3 or 4x4 at stride 2 is the sum of four phases, 2x2 kernels on the even or odd rows and columns of the input, whose channels stand side
-// by side. Its transpose gives the four parities of the output's row and column a 2x2 kernel each.
+// At stride 2 a kernel is the sum of four phases: kernels of half the size on the even or odd rows and columns of the input, whose channels stand side
+// by side. A transposed convolution has four parities instead: each combination of even or odd output rows and columns has its own half-size kernel.
 //
-// Layout of what is transformed: [place][channels / L][rows][L], a row a tile, L a vector. Places are an odd number of vectors apart, for they are
-// written together and would else share a set of the cache.
+// Transformed data is laid out as [place][channels / L][rows][L], with one row per tile and L elements per vector. Places are an odd number of vectors
+// apart: they are written together, and at a power of two they would compete for the same set of the cache.
 
 #include <algorithm>
 #include <cstdint>
@@ -22,14 +22,15 @@
 
 namespace {
 
-constexpr int64_t kRows = kVector == 64 ? 8 : 4;  // of a matrix product in registers, two vectors each
-constexpr int64_t kChunk = 16;      // tiles transformed together, channels of kernels likewise
-constexpr int64_t kDeep = 64;       // input channels whose large kernels are in work together
-constexpr int64_t kMost = 2048;     // channels
+constexpr int64_t kRows = kVector == 64 ? 8 : 4;  // rows of a matrix product held in registers, two vectors each: half of 32 or of 16 registers
+constexpr int64_t kChunk = 16;      // tiles, or channels of kernels, that are transformed together
+constexpr int64_t kDeep = 64;       // input channels of large kernels that are processed together
+constexpr int64_t kMost = 2048;     // most channels, as many as `zeros` has; conv2d.py knows it too
 
+// A pixel of padding.
 template <class T> const T zeros[kMost] = {};
 
-// Bytes that stay in a second-level cache, three quarters of it.
+// Bytes that can be expected to stay in the second-level cache: three quarters of it.
 const int64_t kCache = [] {
   int64_t size = 0;
 #if defined(_SC_LEVEL2_CACHE_SIZE)
@@ -38,7 +39,7 @@ const int64_t kCache = [] {
   return std::clamp<int64_t>(size ? size : 1 << 20, 1 << 18, 1 << 21) / 4 * 3;
 }();
 
-// Toom and Cook's matrices: A and G evaluate polynomials of M and R coefficients at N - 1 points and infinity, B interpolates; the denominators are
+// Toom and Cook's matrices. A and G evaluate polynomials of M and R coefficients at N - 1 points and at infinity, B interpolates; the denominators are
 // in G.
 template <int M, int R> struct Toom {
   static constexpr int N = M + R - 1;
@@ -66,7 +67,7 @@ template <int M, int R> struct Toom {
 };
 template <int M, int R> constexpr Toom<M, R> toom{};
 
-// n vectors, `apart` elements from one to the next, in registers: compilers would read them again for every product.
+// Loads n vectors, `apart` elements from one to the next, into registers. Without the asm compilers would load them again for every product.
 template <int n, class T> inline INLINE void load(V<T>* to, const T* from, int64_t apart) {
   UNROLL for (int i = 0; i < n; i++) {
     to[i] = *(const V<T>*)(from + i * apart);
@@ -76,7 +77,7 @@ template <int n, class T> inline INLINE void load(V<T>* to, const T* from, int64
   }
 }
 
-// out[i * step] = sum_j m(i, j) in[j], for a matrix that the compiler knows
+// out[i * step] = sum_j m(i, j) in[j], for a matrix that is known at compile time.
 template <int I, int J, class T, class F> inline INLINE void product(F m, const V<T>* in, V<T>* out, int64_t step) {
   UNROLL for (int i = 0; i < I; i++) {
     V<T> v{};
@@ -86,7 +87,7 @@ template <int I, int J, class T, class F> inline INLINE void product(F m, const 
   }
 }
 
-// out(i, j, sum_kl m(i, k) in(k, l) m(j, l)): J x J -> I x I
+// out(i, j, sum_kl m(i, k) in(k, l) m(j, l)), that is m in m': J x J -> I x I.
 template <int I, int J, class T, class F, class In, class Out> inline INLINE void both_sides(F m, In in, Out out) {
   V<T> half[I][J], row[I];
   UNROLL for (int j = 0; j < J; j++) {
@@ -100,7 +101,7 @@ template <int I, int J, class T, class F, class In, class Out> inline INLINE voi
   }
 }
 
-// c (+)= v u: n of v's rows, K channels, by W vectors
+// c = v u, or c += v u with `more`: n rows and K channels of v, by W vectors of u.
 template <class T, int W> void gemm(const T* v, int64_t v_rows, const T* u, T* c, int64_t c_rows, int64_t n, int64_t K, bool more) {
   constexpr int rows = W == 1 ? 2 * kRows : kRows;
   for (int64_t r = 0; r < n; r += rows) {
@@ -123,7 +124,7 @@ template <class T, int W> void gemm(const T* v, int64_t v_rows, const T* u, T* c
   }
 }
 
-// u (+)= v' h: the sum over n rows, `channels` of v's by W vectors of h's
+// u = v' h, or u += v' h with `more`: the sum over n rows of `channels` channels of v by W vectors of h.
 template <class T, int W>
 void outer(const T* v, int64_t v_rows, const T* h, int64_t h_rows, int64_t n, T* u, int64_t channels, bool more) {
   constexpr int wide = kVector < 64 ? 4 : W == 1 && L<T> > 8 ? 16 : 8;
@@ -144,10 +145,12 @@ void outer(const T* v, int64_t v_rows, const T* h, int64_t h_rows, int64_t n, T*
   }
 }
 
+// Rows rounded up to what the matrix products process at a time.
 int64_t padded(int64_t rows) { return (rows + 2 * kRows - 1) / (2 * kRows) * 2 * kRows; }
 
-// As conv2d.py passes it. kernel: R. in, out: strides, one of them 1. For the even and the odd of the strided rows (columns alike): tiles from q on see
-// input rows from in q + offset on and meet the kernel's rows taps, -1 for none. by_*: the kernel's strides, k input channel, n output channel.
+// What conv2d.py passes. kernel: R. in, out: strides in the input and in the output, one of which is 1. QH, QW: output rows and columns per parity.
+// offset and taps are for the even and for the odd of the strided rows, and for columns likewise: output row q reads input rows from in * q + offset
+// on, and these meet the kernel's rows taps; -1 is no tap. by_*: the kernel's strides; k is the input channel, n the output channel.
 struct Shape {
   int64_t kernel, B, H, W, C, OH, OW, N, in, out, QH, QW, by_k, by_n, by_row, by_column, offset[2], taps[2][4];
 };
@@ -155,7 +158,7 @@ struct Shape {
 template <class T, int M, int R> struct Convolution : Shape {
   static constexpr int A = M + R - 1, P = A * A;
   int64_t across, down, tiles, K, phases, parities, width, panels, deep, threads;
-  bool shared;  // all parities of the output see the same input
+  bool shared;  // whether all parities of the output read the same input, which is then transformed once
 
   explicit Convolution(const Shape& s) : Shape(s) {
     across = (QW + M - 1) / M, down = (QH + M - 1) / M, tiles = B * across * down;
@@ -166,17 +169,17 @@ template <class T, int M, int R> struct Convolution : Shape {
     threads = omp_get_max_threads();
   }
 
-  // Tiles of which the transformed inputs and outputs fill half of the cache.
+  // The number of tiles whose transformed inputs and outputs fill half of the cache.
   int64_t fitting(int64_t least) const {
     return std::clamp<int64_t>(kCache / 2 / (P * (K + N) * int64_t(sizeof(T))) / (2 * kRows) * 2 * kRows, least, 8 * kRows);
   }
 
-  // Where the kernel has the tap i, j of phase p for parity o, -1 if it has none.
+  // The offset in the kernel of tap i, j of phase p for parity o, or -1 if there is none.
   int64_t tap(int64_t o, int64_t p, int i, int j) const {
     const int64_t q = in > 1 ? p : o, r = taps[q / 2][i], c = taps[q % 2][j];
     return r < 0 || c < 0 ? -1 : r * by_row + c * by_column;
   }
-  // Whether u is 0 at a place: infinity's, for want of a last tap.
+  // Whether u is 0 at a place: at infinity, where only the last tap counts, if there is no last tap.
   bool empty(int64_t o, int64_t p, int64_t a) const {
     const int64_t q = in > 1 ? p : o;
     return (a / A == A - 1 && taps[q / 2][R - 1] < 0) || (a % A == A - 1 && taps[q % 2][R - 1] < 0);
@@ -185,7 +188,7 @@ template <class T, int M, int R> struct Convolution : Shape {
   struct Tile { int64_t b, y, x; };
   Tile tile(int64_t t) const { return {t / (across * down), t / across % down * M, t % across * M}; }
 
-  // m in m' of tiles t0 .. t1; pixel(tile, i, j) is where a tile's pixel lies
+  // m in m' of tiles t0 .. t1; pixel(tile, i, j) is the address of a tile's pixel.
   template <int I, int J, class F, class Pixel>
   void transform(F m, Pixel pixel, int64_t t0, int64_t t1, int64_t channels, T* to, int64_t rows, int64_t apart) const {
     for (int64_t s = t0; s < t1; s += kChunk) {
@@ -204,7 +207,7 @@ template <class T, int M, int R> struct Convolution : Shape {
         }
     }
   }
-  // B' x B, as rows from `row` on
+  // B' x B of tiles t0 .. t1, written as rows from `row` on.
   void inputs(const T* x, int64_t t0, int64_t t1, int64_t o, T* v, int64_t rows, int64_t row, int64_t apart) const {
     for (int64_t p = 0; p < phases; p++) {
       const int64_t q = in > 1 ? p : o, dy = offset[q / 2], dx = offset[q % 2];
@@ -215,7 +218,7 @@ template <class T, int M, int R> struct Convolution : Shape {
       transform<A, A>([](int i, int j) { return toom<M, R>.B[i][j]; }, pixel, t0, t1, C, v + p * C * rows + row * L<T>, rows, apart);
     }
   }
-  // A g A' of the output's gradient (not of a transposed convolution, whose kernels' gradient is that of the convolution)
+  // A g A' of the output's gradient. Not for transposed convolutions: conv2d.py writes their kernels' gradient as that of a convolution.
   void gradients(const T* g, int64_t t0, int64_t t1, T* h, int64_t rows, int64_t row, int64_t apart) const {
     const auto pixel = [&](const Tile& t, int i, int j) {
       const int64_t r = t.y + i, c = t.x + j;
@@ -224,7 +227,7 @@ template <class T, int M, int R> struct Convolution : Shape {
     transform<A, M>([](int i, int j) { return toom<M, R>.A[i][j]; }, pixel, t0, t1, N, h + row * L<T>, rows, apart);
   }
 
-  // y = A' m A + bias, PAST the cache or not, of tiles t0 .. t1, n channels from n0 on
+  // y = A' m A + bias of tiles t0 .. t1 and n channels from n0 on, stored PAST the cache or not. Stored past it, all vectors of a line together.
   template <bool PAST>
   void outputs(const T* m, int64_t rows, int64_t apart, int64_t t0, int64_t t1, int64_t o, int64_t n0, int64_t n, const T* bias, T* y) const {
     for (int64_t t = t0; t < t1; t++) {
@@ -252,7 +255,7 @@ template <class T, int M, int R> struct Convolution : Shape {
     }
   }
 
-  // u[place][k][width] = G w G' of channels k0 .. k1 and n0 .. n0 + width
+  // u[place][k][width] = G w G' of input channels k0 .. k1 and output channels n0 .. n0 + width.
   void kernels(const T* w, int64_t o, int64_t k0, int64_t k1, int64_t n0, T* u, int64_t apart) const {
     T piece[R * R][kChunk * 2 * L<T>];
     for (int64_t k = k0; k < k1; k += kChunk) {
@@ -269,7 +272,7 @@ template <class T, int M, int R> struct Convolution : Shape {
                             [&](int i, int j, V<T> v) INLINE { *(V<T>*)(u + (i * A + j) * apart + (k - k0) * width + q) = v; });
     }
   }
-  // w = G' u G of the `channels` channels from k0 on; u is the sum of `parts`
+  // w = G' u G of `channels` input channels from k0 on, where u is the sum of `parts` parts.
   void kernels_back(const T* u, int64_t apart, int64_t parts, int64_t part, int64_t o, int64_t k0, int64_t channels, int64_t n0, T* w) const {
     T piece[R * R][kChunk * 2 * L<T>];
     for (int64_t k = 0; k < channels; k += kChunk) {
@@ -302,7 +305,7 @@ template <class T, int M, int R> struct Convolution : Shape {
     const auto write = past ? &Convolution::outputs<true> : &Convolution::outputs<false>;
     const int64_t u_apart = K * width + L<T>, u_panel = P * u_apart, u_all = parities * panels * u_panel;
     if (u_all * int64_t(sizeof(T)) <= std::max<int64_t>(kCache, P * tiles * K * sizeof(T))) {
-      // The kernels are the lesser part: transformed once; each thread takes tiles of its own to the end.
+      // Many tiles and small kernels: transform the kernels once; then each thread takes tiles of its own from input to output.
       const int64_t block = std::min(fitting(2 * kRows), padded((tiles + threads - 1) / threads));
       const int64_t blocks = (tiles + block - 1) / block, v_apart = block * K + L<T>, m_apart = block * N + L<T>;
       Buffer<T> u(u_all), scratch(threads * P * (v_apart + m_apart));
@@ -335,8 +338,8 @@ template <class T, int M, int R> struct Convolution : Shape {
       }
       return;
     }
-    // The inputs are the lesser part: transformed once; each thread takes output channels of its own to the end, and a few input channels at a time,
-    // so that what it transforms of the kernels does not leave its cache.
+    // Few tiles and large kernels: transform the inputs once; then each thread takes output channels of its own. It goes through a few input channels
+    // at a time, so that the kernels that it transforms stay in its cache.
     const int64_t rows = padded(tiles), v_apart = rows * K + L<T>, d_apart = deep * width + L<T>, m_apart = rows * width + L<T>;
     Buffer<T> v(P * v_apart), scratch(threads * P * (d_apart + m_apart));
 #pragma omp parallel num_threads(threads)
@@ -367,7 +370,7 @@ template <class T, int M, int R> struct Convolution : Shape {
     const auto add = width == L<T> ? outer<T, 1> : outer<T, 2>;
     const int64_t u_apart = K * width + L<T>, u_panel = P * u_apart, u_all = panels * u_panel;
     if (u_all * int64_t(sizeof(T)) <= std::max<int64_t>(kCache, P * tiles * (K + N) * sizeof(T) / 2)) {
-      // As above: each thread goes through its own tiles and has its own sum.
+      // Many tiles and small kernels, as above: each part of the tiles has its own sum, and the sums are added in a fixed order.
       const int64_t block = fitting(4 * kRows), blocks = (tiles + block - 1) / block, v_apart = block * K + L<T>, h_apart = block * N + L<T>, parts = std::min(threads, blocks);
       Buffer<T> u(parts * u_all), scratch(parts * P * (v_apart + h_apart));
 #pragma omp parallel for schedule(static) num_threads(parts)

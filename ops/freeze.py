@@ -41,7 +41,7 @@ def freeze(network: nn.Module, shape: Sequence[int]) -> nn.Module:
 
 def _fold_batch_norms(network: nn.Module) -> None:
     """Replace each batch norm that alone reads a convolution's result: scale and shift go into the convolution."""
-    nodes = fx.symbolic_trace(network).graph.nodes
+    nodes = fx.Tracer().trace(network).nodes  # symbolic_trace's GraphModule would keep the unfolded weights alive
     calls = collections.Counter(node.target for node in nodes if node.op == "call_module")
     modules = dict(network.named_modules())
     for node in nodes:

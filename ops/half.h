@@ -1,5 +1,5 @@
-// bfloat16 and float16 whose conversions are integer arithmetic without branches, so that the compiler vectorises the
-// loops around them: `get` widens to what is computed in, `put` rounds to the nearest, ties to even, and keeps NaN.
+// bfloat16 and float16. Their conversions are integer arithmetic without branches, so that the compiler can vectorise the loops around them. `get`
+// widens to the type that is computed in; `put` rounds to the nearest value, ties to even, and keeps NaN.
 
 #pragma once
 

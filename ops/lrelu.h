@@ -1,5 +1,5 @@
-// Leaky ReLU and its gradient, 32 elements at a time. The gradient goes by the signs of the output, a bit an element: all that it needs of an
-// activation, in a 32nd of the memory.
+// Leaky ReLU and its gradient, 32 elements at a time. The gradient needs only the signs of the output: one bit per element, a 32nd of the memory
+// that the output takes in float32.
 
 #pragma once
 
@@ -9,11 +9,12 @@
 #include "half.h"
 #include "vector.h"
 
-constexpr int64_t kWord = 32;  // elements of a word of signs
+constexpr int64_t kWord = 32;  // signs in a word
 
+// n rounded up to whole words.
 inline int64_t whole(int64_t n) { return (n + kWord - 1) / kWord * kWord; }
 
-// Bit i: v[i] > 0.
+// A word whose bit i tells whether v[i] > 0.
 template <class A> inline INLINE uint32_t signs(V<A> v) {
 #if defined(__AVX512F__)
   if constexpr (std::is_same_v<A, float>) return _mm512_cmp_ps_mask((__m512)v, _mm512_setzero_ps(), _CMP_GT_OQ);
@@ -25,7 +26,7 @@ template <class A> inline INLINE uint32_t signs(V<A> v) {
   return bits;
 }
 
-// up where bit i is set, else down.
+// up[i] where bit i is set, else down[i].
 template <class A> inline INLINE V<A> by_sign(uint32_t bits, V<A> up, V<A> down) {
 #if defined(__AVX512F__)
   if constexpr (std::is_same_v<A, float>) return (V<A>)_mm512_mask_blend_ps(__mmask16(bits), (__m512)down, (__m512)up);
@@ -36,12 +37,13 @@ template <class A> inline INLINE V<A> by_sign(uint32_t bits, V<A> up, V<A> down)
   return ((V<I>{} + I(bits)) & bit) != 0 ? up : down;
 }
 
+// Stores a vector, PAST the cache or not.
 template <bool PAST, class A> inline INLINE void put_vector(A* to, V<A> v) {
   if (PAST) stream_vector(to, &v);
   else *(V<A>*)to = v;
 }
 
-// y[i] = lrelu(of(i)), PAST the cache or not, for n elements, a multiple of 32; of(i) is a vector. words takes the signs of y; null: not wanted.
+// y[i] = lrelu(of(i)) for n elements, a multiple of 32; of(i) is the vector at i. words receives the signs of y, unless it is null.
 template <bool PAST, class A, class F>
 inline INLINE void activate(A* y, uint32_t* words, int64_t n, A slope, F of) {
   for (int64_t i = 0; i < n; i += kWord) {
@@ -55,7 +57,7 @@ inline INLINE void activate(A* y, uint32_t* words, int64_t n, A slope, F of) {
   }
 }
 
-// out[i] = of(i) * (1 or slope, by words), likewise; also(i, v) sees each vector too.
+// out[i] = of(i) * (1 where the sign in words is set, else slope), likewise; each vector v at i is also passed to also(i, v).
 template <bool PAST, class A, class F, class G>
 inline INLINE void mask(A* out, const uint32_t* words, int64_t n, A slope, F of, G also) {
   for (int64_t i = 0; i < n; i += kWord) {
@@ -68,10 +70,10 @@ inline INLINE void mask(A* out, const uint32_t* words, int64_t n, A slope, F of,
   }
 }
 
-// Whether n elements of type T can be read and written where they are; if not, they pass through buffers of what is computed in.
+// Whether n elements of type T can be computed where they are. If not, they pass through buffers of the type that is computed in.
 template <class T> inline bool in_place(int64_t n) { return std::is_same_v<T, acc_t<T>> && n % kWord == 0; }
 
-// from, or its n elements widened into a buffer and padded with zeros.
+// from itself if it can be read where it is; else its n elements, widened into the buffer and padded with zeros to whole words.
 template <class T> inline const acc_t<T>* widened(const T* from, acc_t<T>* buffer, int64_t n) {
   if (in_place<T>(n)) return reinterpret_cast<const acc_t<T>*>(from);
 #pragma omp simd
@@ -80,7 +82,8 @@ template <class T> inline const acc_t<T>* widened(const T* from, acc_t<T>* buffe
   return buffer;
 }
 
-// out = v, rounded to T, for n elements. past: past the cache, out then starting a line; `rounded` is scratch of as many elements, on lines.
+// out = v, rounded to T, for n elements. With `past` they are streamed past the cache; then out must start on a cache line, and `rounded` is scratch
+// memory for n elements that does too.
 template <class T> inline void store(T* out, const acc_t<T>* v, T* rounded, int64_t n, bool past) {
   T* to = past ? rounded : out;
 #pragma omp simd

@@ -1,7 +1,7 @@
 // Fused EigenGAN subspace modulation on the CPU: y[b, p] = lrelu(h[b, p] + sum_k coef[b, k] maps[k, p] + bias[c(p)]), p over the C*H*W places of
-// a map in memory order. Work is cut along p, so that a piece of the maps (or of their gradient) stays in the first-level cache while the whole
-// batch passes by: h is read once, the maps once. Backward goes by a bit an element, whether y > 0, so that it moves a quarter less than with y.
-// Every sum is added in an order that depends on the shape alone, not on the number of threads.
+// a map in the order of memory. Work is cut along p: a piece of the maps (or of their gradient) stays in the first-level cache while the whole batch
+// passes by, so h and the maps are read once. The backward pass reads one bit per element, whether y > 0, instead of y: a quarter less traffic.
+// Sums are added in an order that depends on the shape alone: the same bits on any number of threads.
 
 #include <algorithm>
 #include <cstdint>
@@ -11,42 +11,42 @@
 
 namespace {
 
-constexpr int64_t kPiece = 512;  // places in a piece, and elements from one buffered row to the next
-constexpr int64_t kTask = 16384;  // elements that make it worth waking a thread
-constexpr int64_t kMaps = 7;      // maps in one go
-constexpr int64_t kImages = 8;    // images in one go, where their gradients are summed
+constexpr int64_t kPiece = 512;   // places in a piece, and the distance of buffered rows: seven float maps are 14 KB of a 32 KB cache
+constexpr int64_t kTask = 16384;  // elements per thread; by rule of thumb, fewer are not worth waking one for
+constexpr int64_t kMaps = 7;      // maps combined in one loop: the six of a subspace and its origin
+constexpr int64_t kImages = 8;    // images whose gradients are summed in one loop
 
-// w[j] = c[j] in all lanes
+// w[j] = c[j] in every lane.
 template <int N, class A>
 inline INLINE void spread(const A* c, V<A>* w) {
   UNROLL for (int j = 0; j < N; j++) w[j] = V<A>{} + c[j];
 }
 
-// v + sum over j of w[j] x[j], for N rows of x at i
+// v + sum over j of w[j] x[j], for one vector of N rows of x, at i.
 template <int N, class A>
 inline INLINE V<A> combined(V<A> v, const V<A>* w, const A* x, int64_t i) {
   UNROLL for (int j = 0; j < N; j++) v += w[j] * *(const V<A>*)(x + j * kPiece + i);
   return v;
 }
 
-// out[i] = in[i] + sum over j of c[j] x[j][i] for n elements, a multiple of 32
+// out[i] = in[i] + sum over j of c[j] x[j][i] for n elements, a multiple of 32.
 template <int N, class A>
 inline void combine(A* out, const A* in, const A* c, const A* x, int64_t n) {
   V<A> w[N];
   spread<N>(c, w);
-  for (int64_t i = 0; i < n; i += 2 * L<A>) {  // two at a time, for neither waits for the other's sum
+  for (int64_t i = 0; i < n; i += 2 * L<A>) {  // two vectors at a time, since neither has to wait for the other's sum
     const V<A> v = combined<N>(*(const V<A>*)(in + i), w, x, i), u = combined<N>(*(const V<A>*)(in + i + L<A>), w, x, i + L<A>);
     *(V<A>*)(out + i) = v, *(V<A>*)(out + i + L<A>) = u;
   }
 }
 
-// Whether a result is streamed: a large one whose pieces start with lines of the cache.
+// Whether to stream a result past the cache: if it is large and its pieces start on cache lines.
 template <class T>
 bool is_streamed(const T* y, int64_t B, int64_t P) {
   return B * P * int64_t(sizeof(T)) >= kStream && on_line(y) && P * sizeof(T) % kLine == 0;
 }
 
-// positive [B, W] takes the signs of y, W words of 32 an image; null: not wanted. y may be h.
+// positive [B, W] receives the signs of y, W words of 32 per image, unless it is null. y may be h.
 template <class T>
 void forward(const T* h, const acc_t<T>* coef, const T* maps, const acc_t<T>* bias, T* y, uint32_t* positive, int64_t B, int64_t C, int64_t S,
              int64_t K, bool last, acc_t<T> slope) {
@@ -64,7 +64,7 @@ void forward(const T* h, const acc_t<T>* coef, const T* maps, const acc_t<T>* bi
 #pragma omp for schedule(static)
     for (int64_t p = 0; p < P; p += kPiece) {
       const int64_t n = std::min(kPiece, P - p);
-      for (int64_t i = 0, run; i < n; i += run) {  // places of consecutive channels, or of one
+      for (int64_t i = 0, run; i < n; i += run) {  // a run is consecutive channels of a pixel (last), or pixels of one channel
         const int64_t c = last ? (p + i) % C : (p + i) / S;
         run = std::min(n - i, last ? C - c : (c + 1) * S - p - i);
         if (last) std::copy(bias + c, bias + c + run, base + i);
@@ -74,7 +74,7 @@ void forward(const T* h, const acc_t<T>* coef, const T* maps, const acc_t<T>* bi
         for (int64_t i = 0; i < n; i++) m[k * kPiece + i] = get(maps[k * P + p + i]);
       for (int64_t b = 0; b < B; b++) {
         const A *c = coefs.data() + b * KK, *x = m, *sum = base;
-        for (int64_t g = 0; g + 1 < groups; g++, c += kMaps, x += kMaps * kPiece, sum = mixed)  // only for more maps than go at once
+        for (int64_t g = 0; g + 1 < groups; g++, c += kMaps, x += kMaps * kPiece, sum = mixed)  // runs only if there are more than kMaps maps
           combine<kMaps>(mixed, sum, c, x, whole(n));
         V<A> w[kMaps];
         spread<kMaps>(c, w);
@@ -94,7 +94,7 @@ void forward(const T* h, const acc_t<T>* coef, const T* maps, const acc_t<T>* bi
 }
 
 // dh = g * (y > 0 ? 1 : slope), dcoef[b, k] = <dh[b], maps[k]>, dmaps[k] = sum_b coef[b, k] dh[b], dbias[c] = sum of dh over all but the channel:
-// reads g once. dcoef, dmaps and dbias may be null (not wanted).
+// reads g once. Those of dcoef, dmaps and dbias that are null are not wanted.
 template <class T>
 void backward(const T* g, const uint32_t* positive, const acc_t<T>* coef, const T* maps, T* dh, acc_t<T>* dcoef, T* dmaps, acc_t<T>* dbias,
               int64_t B, int64_t C, int64_t S, int64_t K, bool last, acc_t<T> slope) {
@@ -102,7 +102,7 @@ void backward(const T* g, const uint32_t* positive, const acc_t<T>* coef, const 
   const int64_t P = C * S, W = (P + kWord - 1) / kWord, pieces = (P + kPiece - 1) / kPiece;
   std::vector<A> part(dcoef ? pieces * B * K : 0), places(dbias ? P : 0);
   const bool past = is_streamed(dh, B, P);
-  // Row k of sums is dmaps[k], row K, whose weights are ones, what dbias is the sum of.
+  // Row k of sums becomes dmaps[k]. Row K has ones for weights: its sum over places is dbias.
   const int64_t first = dmaps ? 0 : K, end = dbias ? K + 1 : K, BB = (B + kImages - 1) / kImages * kImages;
   std::vector<A> weights((K + 1) * BB);  // padded with zeros to whole groups of images
   for (int64_t k = 0; k <= K; k++)
@@ -132,7 +132,7 @@ void backward(const T* g, const uint32_t* positive, const acc_t<T>* coef, const 
           else mask<false>((A*)to, words, n, slope, of, keep);
         }
         std::fill(d + images * kPiece, d + kImages * kPiece, A(0));
-        // What was just written is in the first-level cache: the sums read it from there.
+        // The sums come right after, while d is still in the first-level cache.
         for (int64_t k = first; k < end; k++) combine<kImages>(sums + k * kPiece, sums + k * kPiece, weights.data() + k * BB + b, d, whole(n));
         if (dcoef)
           for (int64_t j = 0; j < images; j++)

@@ -1,10 +1,12 @@
 """Fused EigenGAN subspace modulation: subspace_lrelu(h, coef, maps, bias, slope), one pass forward and one backward.
 
-A generator block adds conv(phi_b) to its activations, phi_b = U (L * z_b) + mu. The convolution is linear, so
-conv(phi_b) = sum_k coef[b, k] maps[k], with maps the convolved columns of U L and mu, without bias, and coef = [z, 1]:
-K convolutions in place of B. This op does the sum, the bias and the activation. Implementations: the PyTorch
-reference, Triton for NVIDIA GPUs (below), C++ for the CPU (subspace_lrelu.cpp). For the gradients Triton keeps the
-output, C++ only its signs, a bit an element.
+A generator block of EigenGAN (He et al. 2021, eq. 1) adds conv(phi_b) to its activations, phi_b = U (L * z_b) + mu. The
+convolution is linear, so conv(phi_b) = sum_k coef[b, k] maps[k], where maps are the convolved columns of U L and mu,
+without bias, and coef = [z, 1]. That takes K convolutions instead of B. This op computes the sum, the bias and the
+activation.
+
+There are three implementations: the PyTorch reference, Triton for NVIDIA GPUs (below) and C++ for the CPU
+(subspace_lrelu.cpp). For the gradients Triton keeps the output, C++ only its signs, one bit per element.
 """
 
 import torch
@@ -20,15 +22,15 @@ def subspace_lrelu(
     """y = lrelu(h + sum_k coef[b, k] maps[k] + bias), lrelu(v) = v if v > 0 else slope * v.
 
     h: [B, C, H, W], NCHW or channels_last; float32, bfloat16, float16 (all computed in float32) or float64; any
-    strides, B may be 0. coef: [B, K], maps: [K, C, H, W], bias: [C]; any floating dtype. maps are read in the dtype of
-    h and copied if their memory format is another one; coef and bias are read in the dtype computed in. slope: at
-    least 0. impl: 'auto' (Triton on CUDA, C++ on the CPU, the reference with one warning where that cannot run),
-    'ref', 'triton', 'cpp'. inplace: the fused ones may write y over h, which must be no leaf and needed by no other
-    gradient (a convolution's does without its output).
+    strides, B may be 0. coef: [B, K], maps: [K, C, H, W], bias: [C]; any floating dtype. maps are converted to the
+    dtype of h, and copied if their memory format differs from that of h; coef and bias are converted to the dtype of
+    the computation. slope: at least 0. impl: 'auto' (Triton on CUDA, C++ on the CPU, the reference with one warning
+    where that cannot run), 'ref', 'triton', 'cpp'. inplace: the fused implementations may write y over h. Then h must
+    not be a leaf, and no other gradient may need it; the gradient of a convolution does not need its output.
 
-    Returns y in the shape, dtype and memory format of h. Differentiable to any order in h, coef, maps and bias: the
-    first is fused and skips what needs no gradient, higher ones are composed of PyTorch ops. No atomics: the same input
-    gives the same bits. Under torch.compile one operator of the graph.
+    Returns y in the shape, dtype and memory format of h. Differentiable to any order with respect to h, coef, maps and
+    bias. The first order is fused and skips what needs no gradient; higher orders are composed of PyTorch ops. No
+    atomics: the same input gives the same bits. torch.compile sees a single operator.
 
     Raises ValueError for shapes and TypeError for dtypes that do not fit, RuntimeError with the reason if the
     implementation asked for cannot run.
@@ -68,7 +70,7 @@ def _mix(coef, maps):
     return out.permute(0, 3, 1, 2) if last else out
 
 
-# `positive` is what m = (y > 0 ? 1 : slope) is known by: y for Triton, a bit an element for C++.
+# Gradients. `positive` tells the slope m = (y > 0 ? 1 : slope): it is y for Triton, and one bit per element for C++.
 
 
 class _SubspaceLrelu(torch.autograd.Function):
@@ -110,7 +112,10 @@ class _Backward(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, gdh, gdcoef, gdmaps, gdbias):
-        """With q the gradient that reaches dh by all four outputs, dg = q * m; dcoef needs maps too, and dmaps coef."""
+        """dg = q * m, where q is the sum of what reaches dh through all four outputs.
+
+        dcoef also depends on maps, and dmaps on coef, so these two get gradients as well.
+        """
         g, positive, coef, maps = ctx.saved_tensors
         if ctx.impl == "cpp":
             ones = torch.ones_like(g, dtype=coef.dtype)
@@ -130,7 +135,7 @@ class _Backward(torch.autograd.Function):
         return (q * m).to(g.dtype), None, to_coef, to_maps, None, None, None, None, None
 
 
-# What runs: eager calls go straight to it, torch.compile sees one operator of known shape.
+# What runs. Eager calls go straight to it and save the operator's overhead, torch.compile needs the operator.
 
 
 def _forward(*arguments):
@@ -142,7 +147,7 @@ def _backward(*arguments):
 
 
 def _run_forward(h, coef, maps, bias, slope, impl, keep, y=None):
-    """y, and its signs if they are to be kept (C++), else a tensor without elements."""
+    """y and, for C++ with `keep`, its signs; else a tensor without elements in their place."""
     y = torch.empty_like(h) if y is None else y
     signs = _empty_signs(h, impl, keep)
     if h.numel() == 0:
@@ -219,7 +224,8 @@ _backward_op = torch.library.custom_op("infoscc::subspace_lrelu_backward", _run_
 _backward_op.register_fake(_empty_gradients)
 
 
-# Triton. A map is a row of P = C * H * W places in memory order, h a matrix [B, P]; a program works on a tile of it.
+# Triton. A map is a row of P = C * H * W places in the order of memory, and h a matrix [B, P]. A program works on a
+# tile of IMAGES x PLACES, so that it reads each map once for all its images.
 
 if triton is not None:
 
@@ -234,8 +240,8 @@ if triton is not None:
         h, coef, maps, bias, y, B, P, C, S, K: tl.constexpr, SLOPE: tl.constexpr, LAST: tl.constexpr,
         IMAGES: tl.constexpr, PLACES: tl.constexpr
     ):  # fmt: skip
-        """Moves (2 B + K ceil(B / 32)) P elements of h, y and maps. The minimum is (2 B + K) P: reached for B <= 32,
-        and for larger ones most of the repeated reads of maps come from the cache."""
+        """Moves (2 B + K ceil(B / 32)) P elements of h, y and maps. The minimum is (2 B + K) P: this reaches it for
+        B <= 32; for larger batches most of the repeated reads of maps should come from the cache."""
         b, p, at, inside = _tile(B, P, IMAGES, PLACES)
         base = tl.load(bias + (p % C if LAST else p // S), mask=p < P, other=0)
         v = tl.load(h + at, mask=inside, other=0).to(base.dtype) + base[None, :]
@@ -250,12 +256,12 @@ if triton is not None:
         g, y, coef, maps, dh, part_coef, part_maps, part_bias, B, P, K: tl.constexpr, SLOPE: tl.constexpr,
         IMAGES: tl.constexpr, PLACES: tl.constexpr
     ):  # fmt: skip
-        """Moves 3 B P elements of g, y and dh and K P of dmaps, the minimum, for B <= 32; with more images, partial
-        sums of dmaps are written and read, 2 K ceil(B / 32) P. dbias adds 2 ceil(B / 32) P, dcoef reads maps, K P,
-        and adds B K P / 32.
+        """For B <= 32, moves 3 B P elements of g, y and dh and K P of dmaps: the minimum. With more images, partial
+        sums of dmaps are written and read, 2 K ceil(B / 32) P elements. dbias adds 2 ceil(B / 32) P. dcoef reads maps,
+        K P, and adds B K P / 32.
 
-        part_maps [batch programs, K, P], part_bias [batch programs, P], part_coef [place programs, B, K]; None is not
-        wanted. What is left of the sums is torch.sum.
+        part_maps [batch programs, K, P], part_bias [batch programs, P], part_coef [place programs, B, K]; None where
+        the gradient is not wanted. torch.sum adds the parts.
         """
         b, p, at, inside = _tile(B, P, IMAGES, PLACES)
         d = tl.load(g + at, mask=inside, other=0).to(coef.dtype.element_ty)
@@ -289,7 +295,7 @@ def _triton_backward(g, y, coef, maps, dh, dcoef, dmaps, dbias, slope):
     part_coef = coef.new_empty(grid[0], B, K) if dcoef.numel() else None
     part_maps = (dmaps if grid[1] == 1 else coef.new_empty(grid[1], K, C * S)) if dmaps.numel() else None
     part_bias = coef.new_empty(grid[1], C * S) if dbias.numel() else None
-    # One warp: then the sums over images stay in a thread's registers but for one shuffle.
+    # With one warp the sums over images stay in the registers of a thread, except for one shuffle.
     _backward_kernel[grid](
         g, y, coef, maps, dh, part_coef, part_maps, part_bias, B, C * S, K, slope, IMAGES, PLACES, num_warps=1
     )

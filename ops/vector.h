@@ -1,6 +1,6 @@
-// Vectors of the processor's own size, in the portable notation of GCC and Clang; buffers whose rows of them start where cache lines do; and stores
-// that pass the cache by. A usual store first reads the line that it is about to overwrite; for results that no cache holds until they are read,
-// that is a third of the traffic of an elementwise pass.
+// Vectors as wide as the processor's registers, in the portable notation of GCC and Clang; buffers that start on cache lines; and streaming stores,
+// which bypass the cache. An ordinary store first reads the line that it is about to overwrite. For results that leave the cache before anybody reads
+// them that is wasted: a third of the memory traffic of an elementwise pass.
 
 #pragma once
 
@@ -19,8 +19,8 @@ constexpr int64_t kVector = 32;
 #else
 constexpr int64_t kVector = 16;
 #endif
-constexpr int64_t kLine = 64;         // bytes
-constexpr int64_t kStream = 1 << 21;  // bytes of a result from which on it is streamed
+constexpr int64_t kLine = 64;         // bytes of a cache line
+constexpr int64_t kStream = 1 << 21;  // results of at least this many bytes are streamed: the size of a large second-level cache
 
 template <class T> struct vec { typedef T type __attribute__((vector_size(kVector), aligned(sizeof(T)), may_alias)); };
 template <class T> using V = typename vec<T>::type;
@@ -29,7 +29,7 @@ template <class T> constexpr int64_t L = kVector / sizeof(T);
 #define INLINE __attribute__((always_inline))
 #define UNROLL _Pragma("GCC unroll 16")
 
-// n elements, uninitialised. Vectors of a std::vector would lie across two lines each, at up to twice the time.
+// Memory for n elements, uninitialised. In a std::vector each vector would lie across two cache lines, which takes up to twice the time.
 template <class T> struct Buffer {
   T* data;
   explicit Buffer(int64_t n) : data(static_cast<T*>(std::aligned_alloc(kLine, (n * sizeof(T) + kLine - 1) / kLine * kLine))) {}
@@ -39,8 +39,8 @@ template <class T> struct Buffer {
 
 inline bool on_line(const void* p) { return reinterpret_cast<uintptr_t>(p) % kLine == 0; }
 
-// One vector of kVector bytes, to an address that is a multiple of them. A line's vectors should follow each other: one that is left half written
-// while others follow goes to memory twice.
+// Stores one vector past the cache, to an address that is a multiple of kVector bytes. Write the vectors of a line one after the other: a line that is
+// left half written goes to memory twice.
 inline INLINE void stream_vector(void* to, const void* from) {
 #if defined(__AVX512F__)
   _mm512_stream_si512((__m512i*)to, _mm512_loadu_si512(from));
@@ -51,7 +51,7 @@ inline INLINE void stream_vector(void* to, const void* from) {
 #endif
 }
 
-// Makes them visible to other threads.
+// Makes streamed stores visible to other threads: call it before they read.
 inline void stream_end() {
 #if defined(__AVX__)
   _mm_sfence();

@@ -18,7 +18,7 @@ import dataset
 import encoder
 import training
 
-OPTIONS = dict(batch=256, lr=3e-3, weight_decay=1e-6, seed=0)
+OPTIONS = dict(batch=256, lr=3e-3, weight_decay=1e-6, balance=True, seed=0)
 CPU = training.Run(torch.device("cpu"), None, 0)
 
 
@@ -199,10 +199,10 @@ def test_clusters_become_the_labels(command, class_run, class_folder, tmp_path):
     assert state["data"]["attributes"] == "clusters:4" and state["data"]["label_kind"] == "one-hot"
     assert state["data"]["label_names"] == [f"cluster{i}" for i in range(4)] and state["config"]["labels"] == 4
     assert state["assignments"]["train"].dtype == torch.uint8 and "purity" in output and "NMI" in output
-    rows = list(csv.DictReader((out / "clusters" / "assignments.csv").read_text().splitlines()))
     for split, value in state["assignments"].items():
-        assert [int(r["cluster"]) for r in rows if r["split"] == split] == value.tolist()
-    assert len(rows) == 72 and len(list((out / "clusters").glob("cluster*.png"))) == 4
+        rows = list(csv.DictReader((out / "clusters" / f"{split}.csv").read_text().splitlines()))
+        assert [int(r["cluster"]) for r in rows] == value.tolist()
+    assert len(list((out / "clusters").glob("cluster*.png"))) == 4
     agreement = state["results"]["clusters"]["label"]
     assert 0 <= agreement["nmi"] <= 1
     del state["results"]  # as if killed before the end
@@ -218,6 +218,30 @@ def test_clusters_become_the_labels(command, class_run, class_folder, tmp_path):
     assert len(list((out / "clusters").glob("cluster*.png"))) == k
     again = command("classifier", *common[:-1], "--attributes", "clusters:auto").output
     assert "is finished" in again
+
+
+def test_tables_of_clusters(command, class_run, class_folder, tmp_path):
+    """What clusters:K wrote comes back; the published lists have the same form."""
+    out, tables = copy_run(class_run, tmp_path / "run"), tmp_path / "tables"
+    common = ("--data", class_folder, "--outdir", out, "--smoke", "--no-resume")
+    command("classifier", *common, "--attributes", "clusters:4")
+    first = state_of(out)["assignments"]
+    shutil.copytree(out / "clusters", tables)
+    command("classifier", *common, "--attributes", f"{tables}/train.csv,{tables}/val.csv")
+    state = state_of(out)
+    assert all(torch.equal(state["assignments"][split], first[split]) for split in ("train", "val"))
+    assert state["data"]["label_kind"] == "one-hot" and state["data"]["attributes"] == "clusters:4"
+    rows = (tables / "train.csv").read_text().splitlines()
+    (tables / "train.csv").write_text("\n".join(rows[:-1]))
+    line = command("classifier", *common, "--attributes", f"{tables}/train.csv,{tables}/val.csv", code=1).output
+    assert rows[-1].split(",")[0] in line.splitlines()[-1]
+
+
+def test_without_balance_rare_attributes_are_rarely_found():
+    (h, y), (hv, yv) = (channel(20000, 0.15, 0.01, seed) for seed in (0, 1))  # 8 % on
+    net = classifier.fit(h, y, False, OPTIONS | {"balance": False}, 20, None, {})
+    found = net(hv).sigmoid()
+    assert not (found > 0.5).any() and found.mean().item() == pytest.approx(yv.mean().item(), abs=0.05)
 
 
 def test_bad_input_is_one_line_and_loses_nothing(command, class_run, class_folder, attribute_folder, tmp_path):
@@ -257,11 +281,7 @@ def test_bad_input_is_one_line_and_loses_nothing(command, class_run, class_folde
 def test_dry_run_prints_the_published_settings(command, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     row = json.loads(command("classifier", "--data", "celeba", "--attributes", "celeba5", "--dry-run").output)
-    assert [row[k] for k in ("lr", "weight_decay", "batch", "epochs", "attributes")] == [
-        3e-4,
-        1e-6,
-        256,
-        200,
-        "celeba5",
-    ]
+    names = ("lr", "weight_decay", "batch", "epochs", "attributes", "balance", "protocol")
+    assert [row[k] for k in names] == [3e-4, 1e-6, 256, 200, "celeba5", False, "paper"]
+    assert json.loads(command("classifier", "--dry-run").output)["balance"]
     assert list(tmp_path.iterdir()) == []

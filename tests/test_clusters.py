@@ -18,6 +18,7 @@ class Pictures:
         self.labels, self.label_kind = labels, kind
         self.label_names = [f"label{i}" for i in range(labels.shape[1])]
         self.hidden = {"kind": (np.arange(len(labels)) % 2, ["even", "odd"])}
+        self.names = [f"a/{i}.png" for i in range(len(labels))]
 
 
 def clumps(k: int, n: int = 600) -> tuple[np.ndarray, np.ndarray]:
@@ -64,15 +65,15 @@ def test_agreement_in_closed_form():
 
 
 def test_table_and_pictures(tmp_path):
-    (tmp_path / "cluster09.png").touch()  # of an earlier clustering
+    (tmp_path / "cluster9.png").touch()  # of an earlier clustering
     found = {"train": np.array([0, 0, 1, 1, 0]), "val": np.array([1])}
     ds = Pictures(np.eye(5))
     ds.images[3] = 99
     h = np.array([[1, 0], [1, 0.1], [0, 1], [0.5, 1], [1, 0.05]])
-    clusters.write(found, h, {"train": ds}, tmp_path)
-    rows = list(csv.DictReader((tmp_path / "assignments.csv").read_text().splitlines()))
+    clusters.write(found, h, {"train": ds, "val": Pictures(np.eye(1))}, ["cluster0", "cluster1"], tmp_path)
     for split, value in found.items():
-        assert [int(r["cluster"]) for r in rows if r["split"] == split] == value.tolist()
-    assert sorted(p.name for p in tmp_path.glob("cluster*.png")) == ["cluster00.png", "cluster01.png"]
-    sheet = np.asarray(Image.open(tmp_path / "cluster01.png"))
+        rows = list(csv.DictReader((tmp_path / f"{split}.csv").read_text().splitlines()))
+        assert [int(r["cluster"]) for r in rows] == value.tolist() and rows[0]["img"] == "a/0.png"
+    assert sorted(p.name for p in tmp_path.glob("cluster*.png")) == ["cluster0.png", "cluster1.png"]
+    sheet = np.asarray(Image.open(tmp_path / "cluster1.png"))
     assert sheet.shape == (256, 256, 3) and 99 in sheet[:32, :64] and (sheet[:32, 64:] == 255).all()

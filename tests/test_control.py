@@ -26,6 +26,17 @@ def test_control_accuracy():
     assert (found["accuracy"], found["published"], found["exact"]) == (0.5, 1.0, 0.0)
 
 
+def test_the_published_rule_takes_probabilities_at_the_real_rates():
+    """A balanced classifier that knows nothing says 0.5 for an attribute that 1 % of images have: not above 0.2."""
+    y, asked = control.questions("multi-label", torch.eye(2), 100, seed=0, published=True)
+    assert (y[torch.arange(200), asked] == 1).all() and abs(y[:100, 1].mean() - 0.5) < 0.2
+    nothing, balance = torch.zeros(200, 2), torch.tensor([99.0, 1.0]).log()
+    found = control.control_accuracy(nothing, y, asked, "multi-label", ["rare", "even"], balance, published=True)
+    assert found["labels"]["rare"]["accuracy"] == 0 and found["labels"]["even"]["accuracy"] == 1
+    assert found["accuracy"] == found["published"] == 0.5
+    assert control.control_accuracy(nothing + 3, y, asked, "multi-label", ["rare", "even"], balance)["published"] == 0.5
+
+
 def test_questions_ask_on_and_off_equally():
     real = torch.tensor([[1.0, 1, 0], [0, 0, 1]])
     y, asked = control.questions("multi-label", real, 40, seed=0)

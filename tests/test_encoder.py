@@ -447,20 +447,37 @@ def test_multi_label_data_is_evaluated_too(attribute_run):
     assert 0 <= results["linear"] <= 1 and results["val_images"] > 0
 
 
+def test_learning_rates():
+    """The published one: 10 epochs flat, then steps down a cosine that ends at 0.54 (AFHQ) and 0.95 (CelebA)."""
+    for half_cosine, end in ((403, 0.54), (1266, 0.95)):
+        rates = [encoder.rate("published", 100 * e + 50, 20_000, 100, half_cosine) for e in range(200)]
+        assert rates[:10] == [1] * 10 and rates[-1] == pytest.approx(end, abs=0.006)
+        assert (np.diff(rates[9:]) < 0).all()
+        assert encoder.rate("published", 1099, 20_000, 100, half_cosine) == rates[10]  # one step per epoch
+    ours = [encoder.rate("cosine", i, 1000, 100, 0) for i in (0, 25, 50, 525, 1000)]
+    assert ours[0] == 0 and ours[1] == pytest.approx(0.5, abs=0.01) and ours[2] > 0.99 and ours[4] == 0
+    assert ours[3] == pytest.approx(0.5, abs=0.05)
+
+
 def test_presets_and_dry_run(command, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "any").mkdir()
     rows = {
         d: json.loads(command("encoder", "--data", d, "--dry-run").output)
         for d in ("afhq", "celeba", "critters", "any")
     }
     names = ("lr", "weight_decay", "batch", "temperature", "area", "strength", "grey", "epochs")
-    for data, batch in (("afhq", 32), ("celeba", 128)):  # as published
+    for data, size, batch in (("afhq", 256, 32), ("celeba", 128, 128)):  # as published
         assert [rows[data][k] for k in names] == [3e-4, 1e-4, batch, 0.5, 0.08, 1, 0.2, 200]
+        more = dict(protocol="paper", backbone="resnet50", schedule="published", stem="imagenet", size=size)
+        assert {k: rows[data][k] for k in more} == more
+        assert rows[data]["squash"] == rows[data]["train_on_all"] == (data == "celeba")
+    assert rows["any"]["backbone"] == "resnet18" and rows["any"]["protocol"] == "ours"
     assert [rows["any"][k] for k in names] == [1e-3, 1e-4, 64, 0.1, 0.6, 0.4, 0.2, 200]
-    assert rows["critters"]["stem"] == "imagenet" and rows["afhq"]["stem"] == "auto"
+    assert rows["critters"]["stem"] == "imagenet" and rows["any"]["stem"] == "auto"
     row = json.loads(command("encoder", "--data", "afhq", "--batch", "8", "--epochs", "3", "--dry-run").output)
     assert row["batch"] == 8 and row["epochs"] == 3
-    assert list(tmp_path.iterdir()) == []
+    assert [p.name for p in tmp_path.iterdir()] == ["any"]
 
 
 @pytest.mark.parametrize(("options", "images"), [((), 40_000), (("--epochs", 2), None)])

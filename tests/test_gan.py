@@ -16,13 +16,13 @@ from PIL import Image
 import gan
 import training
 
-OPTIONS = dict(size=32, batch=8, disc="global", per_class=False, loss="ns", reg_every=2, reg_mode="separate", lr=1e-3)
-OPTIONS |= dict(orth="penalty", r1=10.0, reg_clip=False, augment="color,translation,cutout")
+OPTIONS = gan.default_options(32, batch=8, loss="ns", lr=1e-3, r1=10.0, reg_clip=False)
 CPU = training.Run(torch.device("cpu"), None, 0)
 
 
 def trainer(labels=3, encoder=None, classifier=None, kind="one-hot", **options):
-    return gan.Trainer(OPTIONS | options, CPU, torch.eye(labels) if labels else None, kind, encoder, classifier)
+    options = OPTIONS | {"disc_layers": 3 if options.get("disc") == "patch" else None} | options
+    return gan.Trainer(options, CPU, torch.eye(labels) if labels else None, kind, encoder, classifier)
 
 
 def frozen_stages():
@@ -45,7 +45,23 @@ def test_sizes_of_the_published_networks():
     D = gan.GlobalDiscriminator(256)
     assert [c.out_channels for c in D.features] == [16, 16, 32, 32, 64, 64, 128, 128, 256, 256, 512, 512, 512, 512]
     assert D(torch.zeros(2, 3, 256, 256)).shape == (2, 1)
-    assert gan.PatchDiscriminator(256)(torch.zeros(1, 3, 256, 256)).shape == (1, 1, 30, 30)  # as in pix2pix
+
+
+def parameters(network) -> int:
+    return sum(p.numel() for p in network.parameters())
+
+
+def test_patch_discriminator_by_depth():
+    """pix2pix's, of 3 layers, and the published one, of 6."""
+    assert (
+        parameters(gan.PatchDiscriminator(256, 3)) == 2_765_633
+        and parameters(gan.PatchDiscriminator(256, 6)) == 15_351_617
+    )
+    for size, layers, scores in ((256, 3, 30), (256, 6, 2), (128, 5, 2), (64, 4, 2), (32, 3, 2)):
+        D = gan.build_discriminator("patch", size, layers)
+        assert D(torch.zeros(2, 3, size, size)).shape == (2, 1, scores, scores)
+        assert layers == 3 or gan.patch_layers(size) == layers
+        assert [c.conv.out_channels for c in D.layers[1:]] == [min(64 * 2**i, 512) for i in range(1, layers + 1)]
 
 
 @pytest.mark.parametrize("batch", [3, 9])
@@ -98,7 +114,7 @@ def test_exact_orthonormal_basis():
 
 
 def test_per_class_discriminator_scores_by_its_class():
-    D = gan.build_discriminator("global", 32, 3)
+    D = gan.build_discriminator("global", 32, classes=3)
     x, y = torch.randn(7, 3, 32, 32), torch.eye(3)[[2, 0, 1, 0, 2, 2, 0]]
     each = torch.cat([D.members[c](x[i : i + 1]) for i, c in enumerate(y.argmax(1).tolist())])
     torch.testing.assert_close(D(x, y), each)
@@ -164,6 +180,11 @@ def test_losses_by_their_formulas():
     log_1_d = [math.log1p(math.exp(v)) for v in fake.tolist()]
     assert gan.loss_d("ns", real, fake).item() == pytest.approx(sum(log_d) / 3 + sum(log_1_d) / 3, rel=1e-6)
     assert gan.loss_g("ns", fake).item() == pytest.approx(sum(math.log1p(math.exp(-v)) for v in fake.tolist()) / 3)
+    # The published code's: a generator loss that stops at 0, and squares of squares.
+    assert gan.loss_d("hinge-v1", real, fake) == gan.loss_d("hinge", real, fake)
+    assert gan.loss_g("hinge-v1", fake).item() == pytest.approx((3 + 1 + 0) / 3)
+    assert gan.loss_d("lsgan-published", real, fake).item() == pytest.approx((1 + 1 / 16 + 16) / 3 + (16 + 0 + 81) / 3)
+    assert gan.loss_g("lsgan-published", fake).item() == pytest.approx((81 + 1 + 16) / 3)
 
 
 def test_conditional_entropy():
@@ -181,6 +202,13 @@ def test_r1_of_a_linear_discriminator_and_its_gradient():
     assert penalty.item() == pytest.approx(w.square().sum().item(), rel=1e-5)
     penalty.backward()
     torch.testing.assert_close(w.grad, 2 * w.detach())
+
+
+def test_r1_through_the_augmentation():
+    """D(x) = w . x seen through a halving of x: the gradient at the image is w / 2."""
+    w = torch.randn(3 * 16)
+    penalty = gan.r1_penalty(lambda x, y: x.flatten(1) @ w, torch.randn(5, 3, 4, 4), None, through=lambda x: x / 2)
+    assert penalty.item() == pytest.approx(w.square().sum().item() / 4, rel=1e-5)
 
 
 @pytest.mark.parametrize("disc", ["global", "patch"])
@@ -294,8 +322,7 @@ def measure_gradient(network):
 
 
 def test_first_images_are_smooth_and_bases_orthonormal():
-    torch.manual_seed(0)
-    decoder = gan.Decoder(64, 0)
+    decoder = trainer(0, kind="none", size=64).decoder
     x = decoder(None, torch.randn(16, decoder.latent_width))
     neighbours = (x[..., 1:] - x[..., :-1]).square().mean() / (2 * x.var())
     assert neighbours < 0.25  # white noise: 1
@@ -332,10 +359,35 @@ def test_labels_are_drawn_as_they_occur_together():
     assert t.entropy == pytest.approx(1)  # one bit, not two
 
 
+@pytest.mark.parametrize("kind", ["one-hot", "multi-label"])
+def test_labels_are_drawn_uniformly(kind):
+    """As the published code draws them: classes alike, attributes as fair coins, whatever the data has."""
+    rare = torch.eye(3)[[0] * 97 + [1, 2]]
+    t = gan.Trainer(OPTIONS | {"batch": 3000, "draw_y": "uniform"}, CPU, rare, kind)
+    y = t.draw_y("uniform")
+    assert torch.allclose(y.mean(0), torch.full((3,), 1 / 3 if kind == "one-hot" else 1 / 2), atol=0.05)
+    assert (y.sum(1) == 1).all() == (kind == "one-hot")
+    assert torch.allclose(t.fake()[1].mean(0), y.mean(0), atol=0.05)
+    assert t.draw_y("data")[:, 0].mean() > 0.9
+
+
+def test_regularisation_over_attributes():
+    """--reg-over mean: the step takes the loss divided by the number of attributes; the log shows the sum."""
+    encoder, classifier = frozen_stages()
+    found = []
+    for over in ("sum", "mean"):
+        t = trainer(kind="multi-label", encoder=encoder, classifier=classifier, reg_over=over)
+        CPU.reseed(1)
+        stats = t.regularise()
+        found.append((stats["H_y_given_e"].item(), measure_gradient(t.decoder).item()))
+    assert found[0][0] == found[1][0] and found[0][1] == pytest.approx(3 * found[1][1], rel=1e-4)
+
+
 OTHERS = [
     dict(disc="patch"), dict(per_class=True), dict(loss="hinge"), dict(loss="lsgan"), dict(reg_every=0),
     dict(reg_mode="joint"), dict(orth="exact"), dict(orth="none"), dict(r1=0.0), dict(r1=1.0), dict(augment="none"),
-    dict(augment="cutout"), dict(reg_clip=True), dict(lr=0.01), dict(batch=6),
+    dict(augment="cutout"), dict(reg_clip=True), dict(lr=0.01), dict(batch=6), dict(r1_at="image"), dict(start="torch"),
+    dict(loss="lsgan-published"), dict(loss="hinge-v1"),
 ]  # fmt: skip
 
 
@@ -495,6 +547,9 @@ def test_refusals(command, class_folder, attribute_folder, run_folder, tmp_path)
     assert "another classifier.pt" in refused(*data, "--outdir", run_folder, "--smoke", "--kimg", 1)
     training.save(run_folder / "classifier.pt", original)
     joint = ("--reg-mode", "joint", "--reg-clip")
+    few = ("--disc", "patch", "--disc-layers", 4)
+    assert "--disc-layers" in refused(*data, "--outdir", run_folder, *few, code=2)
+    assert "--disc patch" in refused(*data, "--outdir", run_folder, "--disc-layers", 3, code=2)
     assert "--reg-clip" in refused(*data, "--outdir", run_folder, "--smoke", *joint, code=2)
     alone = ("--unconditional", "--reg-mode", "joint")
     assert "needs labels" in refused(*data, "--outdir", run_folder, "--smoke", *alone, code=2)
@@ -508,8 +563,24 @@ def test_refusals(command, class_folder, attribute_folder, run_folder, tmp_path)
 
 def test_dry_run_touches_nothing(command, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    options = json.loads(command("gan", "--data", "afhq", "--disc", "patch", "--dry-run").output)
-    assert options["batch"] == 32 and options["kimg"] == 6400 and options["lr"] == 1e-4 and options["disc"] == "patch"
+    best = ("--data", "afhq", "--disc", "patch", "--loss", "lsgan-published", "--dry-run")
+    options = json.loads(command("gan", *best).output)
+    published = dict(size=256, batch=32, kimg=6400, lr=1e-4, betas=[0.5, 0.99], reg_every=2, reg_mode="separate", r1=10)
+    published |= dict(r1_every=16, r1_at="image", orth="penalty", orth_weight=100, noise=512, basis=6, disc_layers=6)
+    published |= dict(
+        ema_half_life=10_000, augment="color,translation,cutout", reg_clip=False, draw_y="uniform", start="torch"
+    )
+    assert options["protocol"] == "paper" and {key: options[key] for key in published} == published
+    celeba = json.loads(command("gan", "--data", "celeba", "--dry-run").output)
+    published |= dict(size=128, batch=64, kimg=12_800, disc_layers=None, reg_over="mean")
+    assert {key: celeba[key] for key in published} == published
+    # Every setting can be overridden; the other protocol, and the paper's on other data, can be asked for.
+    options = json.loads(command("gan", *best, "--r1-at", "augmented", "--disc-layers", 3, "--lr", 0.1).output)
+    assert (options["r1_at"], options["disc_layers"], options["lr"]) == ("augmented", 3, 0.1)
+    assert json.loads(command("gan", *best, "--protocol", "ours").output)["start"] == "he"
+    assert json.loads(command("gan", "--protocol", "paper", "--dry-run").output)["start"] == "torch"
+    assert json.loads(command("gan", "--dry-run").output)["start"] == "he"
+    assert json.loads(command("gan", "--preset", "none", "--dry-run").output)["batch"] == 32
     assert not list(tmp_path.iterdir())
 
 

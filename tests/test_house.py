@@ -21,9 +21,9 @@ MAY_IMPORT = {
     "clusters": set(),
     "dataset": {"files", "layouts", "download", "critters"},
     "control": {"training"},
-    "encoder": {"training", "dataset"},
-    "classifier": {"training", "dataset", "encoder", "clusters"},
-    "gan": {"ops", "training", "dataset", "encoder", "classifier"},
+    "encoder": {"training", "layouts", "dataset"},
+    "classifier": {"training", "layouts", "dataset", "encoder", "clusters"},
+    "gan": {"ops", "training", "layouts", "dataset", "encoder", "classifier"},
     "metrics": {"ops", "training", "dataset", "encoder", "classifier", "gan", "control"},
     "explore": {"training", "dataset", "encoder", "gan", "metrics", "control"},
 }
@@ -75,14 +75,13 @@ COPIES = {
     "classifier training": """
         import classifier
         h, y = torch.randn(20, 5), torch.eye(2)[torch.arange(20) % 2]
-        options = dict(batch=8, lr=1e-3, weight_decay=0, seed=0)
+        options = dict(batch=8, lr=1e-3, weight_decay=0, balance=True, seed=0)
         print(classifier.fit(h, y, True, options, epochs=1, first=None, state={}).weight.shape)
         """,
     "gan ops training": """
         import gan, training
         run = training.Run(torch.device("cpu"), None, seed=0)
-        options = dict(size=32, batch=4, disc="patch", per_class=False, loss="lsgan", reg_every=0, reg_mode="separate",
-                       lr=1e-4, orth="penalty", r1=0.1, reg_clip=False, augment="color")
+        options = gan.default_options(32, batch=4, disc="patch", loss="lsgan", reg_every=0)
         trainer = gan.Trainer(options, run, torch.eye(3), "one-hot")
         trainer.iteration(0, torch.rand(4, 3, 32, 32) * 2 - 1, torch.eye(3)[[0, 1, 2, 0]])
         print(trainer.ema(torch.eye(3), torch.randn(3, trainer.ema.latent_width)).shape)

@@ -377,8 +377,8 @@ def test_alone_in_a_folder_and_any_mix_of_images(space, tmp_path):
     shutil.copy(ROOT / "metrics.py", tmp_path)
     mixed = tmp_path / "mixed"
     (mixed / "deeper").mkdir(parents=True)
-    for i, name in enumerate(["a.png", "b.jpg", "deeper/c.webp", "d.bmp", *(f"{i}.png" for i in range(10))]):
-        picture = Image.open(space.a / f"{i:03d}.png").resize((40 + 4 * i, 40))
+    for i, name in enumerate(["a.png", "b.jpg", "deeper/c.webp", "d.bmp", *(f"{i}.png" for i in range(12))]):
+        picture = Image.open(space.a / f"{i % 14:03d}.png").resize((40 + 4 * i, 40))
         if name == "a.png":
             picture.putalpha(Image.linear_gradient("L").resize(picture.size))
         picture.save(mixed / name)
@@ -389,28 +389,23 @@ def test_alone_in_a_folder_and_any_mix_of_images(space, tmp_path):
                           cwd=tmp_path, env=environment, capture_output=True, text=True)  # fmt: skip
     assert done.returncode == 0, done.stderr
     results = json.loads((tmp_path / "out.json").read_text())
-    assert results["fid"] == pytest.approx(0, abs=1e-3) and results["n"] == 14 and results["resize"] == "torch"
-    assert results["kid"] <= 0 and results["is"] >= 1 and "chamfer" not in results
+    assert results["fid"] == pytest.approx(0, abs=1e-3) and results["n"] == 16 and results["resize"] == "torch"
+    assert results["kid"] <= 0 and results["is"] >= 1 and results["chamfer_n"] == 16
     notes = " ".join(results["notes"])
-    assert "images of 14 sizes" in notes and "14 images for 2,048 features" in notes and "no Chamfer" in notes
-    assert "FID" in done.stdout and "resize: torch" in done.stdout
+    assert "images of 16 sizes" in notes and "16 images for 2,048 features" in notes
+    assert "FID" in done.stdout and "t-SNE Chamfer" in done.stdout and "resize: torch" in done.stdout
 
 
-def test_chamfer_of_folders(space, tmp_path):
-    """Real against like and against other images, by random features; the floor between halves of the reference."""
-    folders = [write_pictures(tmp_path / name, n, seed, 24, shift) for name, n, seed, shift in
-               (("same", 20, 3, 0), ("other", 20, 4, 120), ("reference", 40, 5, 0))]  # fmt: skip
-    options = ("--inception", space.weights, "--metrics", "chamfer", "--seeds", 2, "--json", tmp_path / "out.json")
-    found = []
-    for folder in folders[:2]:
-        result = command("--images", folder, "--reference", folders[2], *options)
-        assert result.exit_code == 0 and "t-SNE Chamfer" in result.output, result.output
-        found.append(json.loads((tmp_path / "out.json").read_text()))
-    same, other = found
-    assert (
-        same["chamfer_n"] == other["chamfer_n"] == 20 and same["seeds"] == [0, 1] and len(same["chamfer_values"]) == 2
-    )
-    assert same["chamfer_floor"] == other["chamfer_floor"] and other["chamfer"] > 2 * same["chamfer"]
+def test_chamfer_of_two_sets_of_features():
+    """Like sets score as the floor between halves of the reference does, unlike ones more; seeds draw their own."""
+    draw = torch.Generator().manual_seed(0)
+    reference, same = (torch.randn(n, 8, generator=draw) for n in (80, 40))
+    found = metrics.chamfer_of_folders(reference, same, 40, seed=3, seeds=2)
+    assert found["seeds"] == [3, 4] and found["chamfer_n"] == 40 and len(set(found["chamfer_values"])) == 2
+    assert found["chamfer"] == pytest.approx(found["chamfer_floor"], rel=0.5)
+    other = metrics.chamfer_of_folders(reference, same + 3, 40, seed=3, seeds=2)
+    assert other["chamfer"] > 3 * found["chamfer"] and other["chamfer_floor"] == found["chamfer_floor"]
+    assert "chamfer_floor" not in metrics.chamfer_of_folders(reference[:50], same, 40, seed=3, seeds=1)
 
 
 def test_folders_as_a_command_and_statistics(space, tmp_path):
@@ -521,9 +516,11 @@ FAKES = {
                 return nn.functional.adaptive_avg_pool2d(x, 2).flatten(1)
 
         class Network:
-            encoder, images_seen, options, size = Encoder(), 1, {{}}, 16
+            encoder, images_seen, options, size = Encoder(), 1, {{"protocol": "ours"}}, 16
             label_kind, label_names = KIND, [] if KIND == "none" else ["red", "green", "blue"]
-            data = dict(data="fake", size=16, attributes=None, fingerprint="f")
+            data = dict(data="fake", size=16, attributes=None, fingerprint="f", preset="")
+            data |= dict(squash=False, train_on_all=False)
+            balance = 0.0
             real_labels = None if KIND == "none" else torch.eye(3)[torch.arange(300) % 3]
 
             def __init__(self):
@@ -567,7 +564,7 @@ FAKES = {
             def part(self, split):
                 return open_dataset("fake", 16, split)
 
-        def open_dataset(data, size, split, attributes=None):
+        def open_dataset(data, size, split, attributes=None, **how):
             return Dataset({"train": 300, "val": 60}[split], split == "val")
         """,
 }
@@ -653,6 +650,36 @@ def test_run_with_several_attributes(stand_ins):
     assert rows[head + 2].split()[1:5] == [f"{found['is']:.2f}", "100.00%", "100.00%", "100.00%"]
 
 
+@pytest.mark.parametrize("kind", ["one-hot", "multi-label"])
+def test_protocol_of_the_paper(stand_ins, space, kind):
+    """As many generated as real images, uniform labels, IS by ImageNet's classes, the published rule of control."""
+    torch.manual_seed(0)
+    net = torchvision.models.inception_v3(weights=None, init_weights=False, transform_input=False).eval()
+    path = stand_ins(kind=kind)
+    torch.save(net.state_dict(), path.with_name("imagenet.pth"))
+    weights = ("--imagenet-inception", path.with_name("imagenet.pth"))
+    found = score_run(path, "--protocol", "paper", "--metrics", "fid,accuracy,chamfer_sum", "--device", "cpu")
+    assert found["protocol"] == "paper" and found["n"] == found["n_reference"] == 300 and "chamfer_sum" in found
+    if kind == "multi-label":
+        assert found["accuracy"] == found["accuracy_published"] and found["accuracy_labels"]["red"].keys() == {
+            "accuracy", "on", "published"
+        }  # fmt: skip
+    found = score_run(path, "--protocol", "paper", "--metrics", "is_published", "--num", 20, *weights)
+    run = sys.modules["gan"].Network()
+    draw = np.random.default_rng([0, 1])
+    y = torch.eye(3)[torch.from_numpy(draw.integers(0, 3, 20))]
+    if kind == "multi-label":
+        y = torch.from_numpy(np.random.default_rng([0, 1]).integers(0, 2, (20, 3))).float()
+    x = (run.generate(y, range(20)).mul(127.5).add(127.5).round() / 127.5 - 1).clamp(-1, 1)
+    with torch.no_grad():
+        p = net(torch.nn.Upsample(size=(299, 299), mode="bilinear")(x)).softmax(1).double()
+    expected = (p * (p / p.mean(0)).log()).sum(1).mean().exp().item()
+    assert found["is_published"] == pytest.approx(expected, rel=1e-5) and found["is_published_n"] == 20
+    (path.with_name("other.pth")).write_text("no weights")
+    other = ("--metrics", "is_published", "--imagenet-inception", path.with_name("other.pth"))
+    fails("--network", path, *other, text="other.pth holds no weights")
+
+
 def test_several_runs_are_one_table(stand_ins):
     path = stand_ins()
     options = ("--num", 60, "--metrics", "fid,accuracy", "--smoke")
@@ -687,6 +714,7 @@ def test_batch_and_processes_change_nothing(stand_ins):
     arguments = ["--network", str(path), "--json", str(out), "--points", "40", "--seeds", "1", *map(str, options)]
     launch = [*TORCHRUN, "metrics.py"]
     arguments += ["--features", "encoder", "--device", "cpu"]
+    shutil.copytree(ROOT / "ops", path.parent / "ops")  # both sides take the same pass of t-SNE
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run([*launch, *arguments], cwd=path.parent, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -726,7 +754,7 @@ def test_small_or_finely_labelled_runs(stand_ins, monkeypatch):
     whole = sys.modules.get("dataset") or __import__("dataset")
     make = whole.open_dataset
 
-    def few(data, size, split, attributes=None):
+    def few(data, size, split, attributes=None, **how):
         ds = make(data, size, split)
         ds.images, ds.labels = ds.images[:3], ds.labels[:3]
         return ds
@@ -770,7 +798,7 @@ def test_statistics_and_weights_that_make_no_sense(space, tmp_path):
     (tmp_path / "page.pt").write_text("<html>")
     (tmp_path / "dot.pt").write_text(".")
     for name in ("odd.pt", "resnet.pt", "page.pt", "dot.pt"):
-        fails(*fid, tmp_path / name, "--reference", space.b, text=f"{name} holds no weights of the FID Inception")
+        fails(*fid, tmp_path / name, "--reference", space.b, text=f"{name} holds no weights for --inception")
         output = command(*fid, tmp_path / name, "--reference", space.b).output
         assert len(output) < 600 and "weights_only" not in output
     out = ("--reference", space.b, *fid, space.weights)
