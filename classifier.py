@@ -18,6 +18,7 @@ import json
 import math
 import re
 import warnings
+from collections.abc import Callable
 
 import click
 import numpy as np
@@ -67,14 +68,27 @@ def loss_of(logits: torch.Tensor, y: torch.Tensor, one_hot: bool, weight: torch.
     return F.binary_cross_entropy_with_logits(logits, y, pos_weight=weight, reduction="none").mean(0)
 
 
-def fit(h, y, one_hot: bool, options: dict, epochs: int, first: Classifier | None, state: dict, log=None, save=None):
+def fit(
+    h: torch.Tensor,
+    y: torch.Tensor,
+    one_hot: bool,
+    options: dict,
+    epochs: int,
+    first: Classifier | None = None,
+    state: dict | None = None,
+    log: training.Log | None = None,
+    save: Callable | None = None,
+    stopping: Callable[[], int] = int,
+) -> Classifier:
     """Fit the layer by Adam; returns the Classifier.
 
     It is trained on standardised features, whatever their scale, and the standardisation is folded into W and b. A tenth
     of the images is held out to choose the epoch that is kept: the one with the least cross-entropy there, for each
     attribute its own. Attributes (multi-label) are balanced by `pos_weight` with options['balance']. `first` gives the
-    first weights; `state` is what `save` was given before.
+    first weights; `state` is what `save(classifier, state)` was given before. Raises training.Stopped, after a save,
+    where `stopping()` gives the number of a signal.
     """
+    state = state or {}
     n, batch = len(h), options["batch"]
     generator = torch.Generator().manual_seed(options["seed"])
     held, kept = torch.randperm(n, generator=generator).to(h.device).split([n // 10, n - n // 10])
@@ -119,9 +133,12 @@ def fit(h, y, one_hot: bool, options: dict, epochs: int, first: Classifier | Non
         if log:
             log.add(loss=loss, held_out_loss=test.sum())
             log.step(n)
-        if save and ((epoch + 1) % max(1, epochs // 10) == 0 or epoch + 1 == epochs):
+        signum = stopping()
+        if save and ((epoch + 1) % max(1, epochs // 10) == 0 or epoch + 1 == epochs or signum):
             extra = dict(layer=layer.state_dict(), optimizer=optimizer.state_dict(), best=best, least=least)
             save(folded(), extra | {"epochs": epoch + 1})
+        if signum:
+            raise training.Stopped(signum, f"stopped and saved after {epoch + 1} epochs; the same command goes on")
     return folded()
 
 
@@ -243,6 +260,7 @@ def main(**options):
     # Go on from a checkpoint if it is of the same encoder and labels.
     keys = ("encoder", "attributes", "balance", "batch", "seed", "smoke")
     state = training.resume(path, "classifier", options, ds, keys)
+    training.make_folder(outdir)
     weights = training.load(options["init"], "classifier")["model"] if options["init"] else None
 
     # Embed every image once.
@@ -252,7 +270,8 @@ def main(**options):
     if state.get("training", {}).get("epochs", 0) >= epochs and "results" in state:
         print(f"{path} is finished: {epochs} epochs. --epochs for more, --no-resume to start over.")
         return
-    encoder = stage1.build(checkpoint).to(run.device, memory_format=torch.channels_last)
+    with training.reading(outdir / "encoder.pt"):
+        encoder = stage1.build(checkpoint).to(run.device, memory_format=torch.channels_last)
     h = {}
     for split, d in sets.items():
         batches = (images for images, _ in d.sequential(256, run.device, options["workers"]))
@@ -286,7 +305,7 @@ def main(**options):
         content |= dict(encoder_hash=options["encoder"], balance=balance.tolist(), training=extra) | assignments
         nonlocal saved
         saved = content | more
-        training.save(path, saved)
+        training.save(path, saved, must=False)  # the last save, with the results, must be
 
     # Train.
     first, saved = None, state  # a run that was stopped after its last epoch saves no more: it has its state
@@ -294,14 +313,20 @@ def main(**options):
         first = Classifier(**config)
         training.init_weights(first, weights, options["init"])
         first.to(run.device).requires_grad_(False)
-    log = training.Log(outdir, "classifier", epochs * len(ds), state.get("training", {}).get("epochs", 0) * len(ds))
     h = {split: v.to(run.device) for split, v in h.items()}
-    classifier = fit(h["train"], labels["train"], one_hot, options, epochs, first, state.get("training", {}), log, save)
+    done = state.get("training", {}).get("epochs", 0)
+    with (
+        training.lock(outdir, "classifier"),
+        training.signals(run),
+        training.reading(path),
+        training.Log(outdir, "classifier", epochs * len(ds), done * len(ds)) as log,
+    ):
+        go_on = dict(first=first, state=state.get("training"), log=log, save=save, stopping=lambda: run.signal)
+        classifier = fit(h["train"], labels["train"], one_hot, options, epochs, **go_on)
 
-    # Evaluate.
-    results |= evaluate(classifier(h["val"]).cpu(), labels["val"].cpu(), names, one_hot, balance)
-    log.write(epochs * len(ds), accuracy=results["overall"]["accuracy"], mi_bits=results["bits"]["mi"])
-    log.close()
+        # Evaluate.
+        results |= evaluate(classifier(h["val"]).cpu(), labels["val"].cpu(), names, one_hot, balance)
+        log.write(epochs * len(ds), accuracy=results["overall"]["accuracy"], mi_bits=results["bits"]["mi"])
     training.save(path, saved | {"results": results})
     training.write_options(outdir / "classifier.json", options | {"results": results})
     report(results, one_hot, options["balance"])

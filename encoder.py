@@ -347,8 +347,9 @@ def train(
 ) -> dict:
     """Train `encoder` in place until `total` images are seen, from images_seen = state['images_seen'].
 
-    `save(images_seen, extra)` is called about 50 times a run, at least 5,000 images apart, and at the end. The random
-    numbers restart there, so that a run resumed from any of them does what an unbroken one would.
+    `save(images_seen, extra)` is called about 50 times a run, at least 5,000 images apart, and at the end. All random
+    numbers follow from the images seen, so that a run resumed from any save does what an unbroken one would. Raises
+    training.Stopped, after a save, where a signal asked for the end.
     """
     # Build what training needs beside the encoder, and take its state from the checkpoint.
     method, batch = options["method"], options["batch"]
@@ -363,19 +364,23 @@ def train(
     groups = [
         dict(params=[*m.parameters()], speed=5 if n == "predictor" else 1) for n, m in modules.items() if n != "target"
     ]
-    parameters = [p for group in groups for p in group["params"]]
     optimizer = torch.optim.Adam(groups, lr=options["lr"], weight_decay=options["weight_decay"], fused=True)
-    scaler = run.scaler()
-    stateful = {"optimizer": optimizer, "scaler": scaler} | {k: m for k, m in modules.items() if k != "encoder"}
-    for name, value in state.get("training", {}).items():
-        stateful[name].load_state_dict(value)
+    stepper = training.Stepper(run, optimizer)
+    stateful = {"stepper": stepper} | {k: m for k, m in modules.items() if k != "encoder"}
+    if state:
+        with training.reading("the checkpoint"):
+            for name, value in stateful.items():
+                value.load_state_dict(state["training"][name])
     encoder.train()
+
+    def extra() -> dict:
+        return {name: value.state_dict() for name, value in stateful.items()}
 
     every = batch * max(1, max(total // 50, 2 * batch if options["smoke"] else 5_000) // batch)
     tick = max(1, total // batch // 200)
-    run.reseed(seen)
     for images, _ in ds.batches(half, run.device, run.seed, seen, run.rank, run.world, options["workers"]):
         # Set the learning rate, draw two views of each image, and project them.
+        run.reseed(seen)
         for group in optimizer.param_groups:
             group["lr"] = (
                 group["speed"]
@@ -403,12 +408,9 @@ def train(
             t1, t2 = whiten(torch.cat([gather(v) for v in t.float().split(half)])).split(batch)
             loss = byol(*(gather(v) for v in p.float().split(half)), t1, t2)
 
-        # Update the weights. The sum of the processes' gradients is wanted, and average_gradients takes their mean.
+        # Update the weights. The sum of the processes' gradients is wanted, and the stepper takes their mean.
         optimizer.zero_grad(set_to_none=True)
-        scaler.scale(loss * run.world).backward()
-        run.average_gradients(parameters)
-        scaler.step(optimizer)
-        scaler.update()
+        stepper.step(loss * run.world)
         if method == "byol":
             tau = 1 - (1 - options["tau"]) * 0.5 * (1 + math.cos(math.pi * min(1.0, seen / total)))
             torch._foreach_lerp_(list(modules["target"].parameters()), list(encoder.parameters()), 1 - tau)
@@ -419,11 +421,15 @@ def train(
         log.add(loss=loss, mi_bits=infonce_bits(contrast, batch))
         if seen // batch % tick == 0 or seen >= total:
             log.write(seen, epoch=seen / len(ds), lr=optimizer.param_groups[0]["lr"])
-        if seen // every != (seen - batch) // every or seen >= total:
-            save(seen, {name: value.state_dict() for name, value in stateful.items()})
-            run.reseed(seen)
+            training.check_finite([stepper], seen, options)
+        stopping = run.stopping(seen // batch)
+        if seen // every != (seen - batch) // every or seen >= total or stopping:
+            save(seen, extra())
+            run.wait()
+        if stopping:
+            raise training.Stopped(stopping, f"stopped and saved at {seen:,} images; the same command goes on")
         if seen >= total:
-            return {name: value.state_dict() for name, value in stateful.items()}
+            return extra()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -530,10 +536,12 @@ def main(**options):
                 f"--stem imagenet on {ds.size} px needs --precision fp32 on a CPU, or take --stem small"
             )
     keys = ("size", "smoke", "method", "backbone", "stem", "schedule", "batch", "seed")
-    state = training.resume(path, "encoder", options, ds, keys)
+    state = run.first(lambda: training.resume(path, "encoder", options, ds, keys))
+    run.agree({"images": ds.fingerprint, "options": {name: options[name] for name in keys}})
     if state:
-        encoder = Encoder(**state["config"])
-        encoder.load_state_dict(state["model"])
+        with training.reading(path):
+            encoder = Encoder(**state["config"])
+            encoder.load_state_dict(state["model"])
     else:
         encoder = Encoder(**config)
         if weights:
@@ -548,19 +556,19 @@ def main(**options):
     def save(seen: int, extra: dict, **more) -> None:
         if run.rank == 0:
             content = dict(stage="encoder", config=encoder.config, model=encoder.state_dict(), data=ds.info())
-            training.save(path, content | dict(options=options, images_seen=seen, training=extra) | more)
+            content |= dict(options=options, images_seen=seen, training=extra) | more
+            training.save(path, content, must=seen >= total)
 
     # Train.
-    if run.rank == 0:
-        training.make_folder(outdir)
-        training.write_options(outdir / "encoder.json", options)
-        print(
-            f"{'Resuming' if done else 'Training'} {options['method']} {options['backbone']} on {len(ds):,} images of "
-            f"{ds.size} px, to {total:,} images seen ({total / len(ds):.3g} epochs)"
-        )
-    log = training.Log(outdir, "encoder", total, done, rank=run.rank)
-    extra = train(encoder, ds, run, options, state, total, log, save) if done < total else state["training"]
-    log.close()
+    with training.lock(outdir, "encoder", run.rank), training.signals(run):
+        if run.rank == 0:
+            training.write_options(outdir / "encoder.json", options)
+            print(
+                f"{'Resuming' if done else 'Training'} {options['method']} {options['backbone']} on {len(ds):,} images "
+                f"of {ds.size} px, to {total:,} images seen ({total / len(ds):.3g} epochs)"
+            )
+        with training.Log(outdir, "encoder", total, done, rank=run.rank) as log:
+            extra = train(encoder, ds, run, options, state, total, log, save) if done < total else state["training"]
 
     # Evaluate.
     if run.rank == 0:

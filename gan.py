@@ -420,11 +420,6 @@ def scores_real_fake(D: nn.Module, real: Tensor, fake: Tensor, y_real: Tensor, y
     return D(torch.cat((real, fake)), y).chunk(2)
 
 
-def gradient_norm(network: nn.Module) -> Tensor:
-    """Euclidean norm of the gradient that the last backward pass left."""
-    return torch.nn.utils.get_total_norm([p.grad for p in network.parameters() if p.grad is not None])
-
-
 class Trainer:
     """Networks, optimisers and labels of one run, and its four updates.
 
@@ -435,6 +430,8 @@ class Trainer:
     labels: float [N, Y] of the training images, from which y is drawn; None is unconditional. kind: 'one-hot',
     'multi-label' or 'none'. encoder, classifier: frozen.
     """
+
+    STATEFUL = ("decoder", "D", "step_g", "step_d")  # what changes in training, beside the average
 
     def __init__(
         self, options: dict, run: training.Run, labels: Tensor | None, kind: str, encoder=None, classifier=None
@@ -459,9 +456,9 @@ class Trainer:
             self.decoder.mapper.weight.data[:, :width].mul_((NOISE / 3) ** 0.5)
         self.ema = copy.deepcopy(self.decoder).requires_grad_(False).eval()
         adam = dict(lr=options["lr"], betas=BETAS, fused=True)
-        self.opt_g = torch.optim.Adam(self.decoder.parameters(), **adam)
-        self.opt_d = torch.optim.Adam(self.D.parameters(), **adam)
-        self.scaler_g, self.scaler_d = run.scaler(), run.scaler()
+        self.step_g = training.Stepper(run, torch.optim.Adam(self.decoder.parameters(), **adam))
+        self.step_d = training.Stepper(run, torch.optim.Adam(self.D.parameters(), **adam))
+        self.adversarial_norm = None  # of the decoder's last adversarial gradient
         self.batch = options["batch"] // run.world
 
     def draw_y(self, how: str) -> Tensor | None:
@@ -484,19 +481,8 @@ class Trainer:
 
     def drop_gradients(self) -> None:
         """Every update begins with this: the gradients of the last one would lie beside its activations at the peak."""
-        self.opt_g.zero_grad(set_to_none=True)
-        self.opt_d.zero_grad(set_to_none=True)
-
-    def step(self, loss: Tensor, network: nn.Module, optimiser, scaler, limit: Tensor | None = None) -> None:
-        """Backward and one step of the optimiser; a gradient of a norm above `limit` is scaled down to it."""
-        scaler.scale(loss).backward()
-        self.run.average_gradients(network.parameters())
-        scaler.unscale_(optimiser)
-        if limit is not None:
-            limit = limit.nan_to_num(0.0, 0.0).clamp(min=1e-12)  # fp16: an update that overflowed gives no measure
-            torch.nn.utils.clip_grads_with_norm_(network.parameters(), 1.0, gradient_norm(network) / limit)
-        scaler.step(optimiser)
-        scaler.update()
+        self.step_g.optimizer.zero_grad(set_to_none=True)
+        self.step_d.optimizer.zero_grad(set_to_none=True)
 
     def discriminate(self, real: Tensor, y_real: Tensor | None) -> dict[str, Tensor]:
         """One step of D on real and generated images, eqs. 6-7."""
@@ -507,7 +493,7 @@ class Trainer:
         with self.run.autocast():
             score_real, score_fake = scores_real_fake(self.D, real, fake, y_real, y_fake)
         loss = loss_d(self.options["loss"], score_real, score_fake)
-        self.step(loss, self.D, self.opt_d, self.scaler_d)
+        self.step_d.step(loss)
         stats = {"loss_d": loss, "score_real": score_real.detach().mean(), "score_fake": score_fake.detach().mean()}
         if self.options["loss"] == "ns":  # its discriminator bounds the Jensen-Shannon divergence from below, in bits
             stats["jsd_bound"] = 1 - loss.detach() / 2 / math.log(2)
@@ -521,7 +507,7 @@ class Trainer:
             penalty = r1_penalty(self.D, real, y_real, through=lambda x: augment(x, policy))
         else:
             penalty = r1_penalty(self.D, augment(real, policy), y_real)
-        self.step(self.options["r1"] * penalty, self.D, self.opt_d, self.scaler_d)
+        self.step_d.step(self.options["r1"] * penalty)
         return {"r1": penalty}
 
     def generate(self, joint: bool = False) -> dict[str, Tensor]:
@@ -539,7 +525,7 @@ class Trainer:
         if joint:
             classification = self.classification(x, y)
             loss, stats = loss + self.weighed(classification), stats | self.information(classification)
-        self.step(loss, self.decoder, self.opt_g, self.scaler_g)
+        self.adversarial_norm = self.step_g.step(loss)
         self.D.requires_grad_(True)
         return stats
 
@@ -552,7 +538,7 @@ class Trainer:
         """
         self.drop_gradients()
         loss = self.classification(*self.fake("data"))  # whatever --draw-y says: eq. 4 has the real distribution of y
-        self.step(self.weighed(loss), self.decoder, self.opt_g, self.scaler_g, limit)
+        self.step_g.step(self.weighed(loss), limit)
         return self.information(loss)
 
     def classification(self, x: Tensor, y: Tensor) -> Tensor:
@@ -599,21 +585,21 @@ class Trainer:
 
         # Every n-th iteration, train it to show what the labels say.
         if regularised and not joint:
-            stats |= self.regularise(gradient_norm(self.decoder) * o["reg_every"] if o["reg_clip"] else None)
+            stats |= self.regularise(self.adversarial_norm * o["reg_every"] if o["reg_clip"] else None)
 
         # Average its weights.
         self.average((i + 1) * o["batch"])
         return stats
 
     def state(self) -> dict:
-        """Everything that changes in training."""
-        names = "decoder", "D", "ema", "opt_g", "opt_d", "scaler_g", "scaler_d"
-        return {name: getattr(self, name).state_dict() for name in names}
+        """Everything that changes in training but the averaged decoder, as plain values and tensors."""
+        return {name: getattr(self, name).state_dict() for name in self.STATEFUL}
 
-    def load_state(self, state: dict) -> None:
-        """Go on from `state()`."""
-        for name, value in state.items():
-            getattr(self, name).load_state_dict(value)
+    def load_state(self, state: dict, ema: dict) -> None:
+        """Go on from `state()` and the averaged decoder's weights."""
+        self.ema.load_state_dict(ema)
+        for name in self.STATEFUL:
+            getattr(self, name).load_state_dict(state[name])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -674,23 +660,29 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> Network:
     import classifier as stage2
     import encoder as stage1
 
-    device = training.choose_device(device)
+    device, path = training.choose_device(device), Path(path)
     state = training.load(path, "gan")
-    data, labels = state["data"], state["labels"]
-    names = data["label_names"] if labels else []
-    decoder = Decoder(data["size"], len(names), state["options"]["orth"] == "exact")
-    decoder.load_state_dict(state["ema"])
-    decoder.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
-    encoder = frozen_encoder(stage1.build(state["encoder"]), data["size"], device) if state["encoder"] else None
-    classifier = stage2.build(state["classifier"]).to(device) if state["classifier"] else None
-    balance = torch.tensor(state["classifier"]["balance"]) if state["classifier"] else None
-    with torch.inference_mode():
-        convolved = decoder.generator.convolved()
-    return Network(
-        decoder, encoder, classifier, balance, data, names, data["label_kind"] if labels else "none",
-        labels["rows"].float().repeat_interleave(labels["counts"], dim=0) if labels else None,
-        data["size"], state["images_seen"], state["options"], convolved,
-    )  # fmt: skip
+    if path.parent.name == "snapshots" and (path.parent.parent / "gan.pt").exists():  # snapshots are the decoder alone
+        state = training.load(path.parent.parent / "gan.pt", "gan") | state
+    data, labels = state["data"], state.get("labels")
+    with training.reading(path):
+        names = data["label_names"] if labels else []
+        decoder = Decoder(data["size"], len(names), state["options"]["orth"] == "exact")
+        decoder.load_state_dict(state["ema"])
+        decoder.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
+        encoder = frozen_encoder(stage1.build(state["encoder"]), data["size"], device) if state.get("encoder") else None
+        classifier = stage2.build(state["classifier"]).to(device) if state.get("classifier") else None
+        balance = torch.tensor(state["classifier"]["balance"]) if classifier else None
+        rows = labels["rows"].float().repeat_interleave(labels["counts"], dim=0) if labels else None
+        if labels and not rows.shape[1] == len(names) == (classifier.out_features if classifier else len(names)):
+            raise ValueError(f"{len(names)} label names, but labels of {rows.shape[1]}")
+        with torch.inference_mode():
+            convolved = decoder.generator.convolved()
+        kind = data["label_kind"] if labels else "none"
+        return Network(
+            decoder, encoder, classifier, balance, data, names, kind, rows, data["size"], state["images_seen"],
+            state["options"], convolved,
+        )  # fmt: skip
 
 
 def frozen_encoder(encoder: nn.Module, size: int, device: torch.device) -> nn.Module:
@@ -736,6 +728,40 @@ def save_grid(trainer: Trainer, path: Path, y: Tensor | None, latents: Tensor) -
     return picture
 
 
+@torch.inference_mode()
+def control_accuracy(trainer: Trainer, n: int = 256) -> float:
+    """Part of n averaged images in which the run's classifier finds the labels asked for, the same latents each time."""
+    draw = torch.Generator().manual_seed(0)
+    y = trainer.labels[torch.randint(len(trainer.labels), (n,), generator=draw).to(trainer.run.device)]
+    latents = torch.randn(n, trainer.decoder.latent_width, generator=draw).to(trainer.run.device)
+    logits = torch.cat(
+        [
+            trainer.classifier(trainer.encoder(trainer.ema(*part)))
+            for part in zip(y.split(64), latents.split(64), strict=True)
+        ]
+    )
+    right = logits.argmax(1) == y.argmax(1) if trainer.kind == "one-hot" else (logits > 0) == (y > 0.5)
+    return right.float().mean().item()
+
+
+def introduction(trainer: Trainer, data, images: int, total: int) -> str:
+    """What is trained, on what, in two lines."""
+    o, run, names = (
+        trainer.options,
+        trainer.run,
+        ", ".join(data.label_names[:5]) + ", ..." * (len(data.label_names) > 5),
+    )
+    labels = f"{len(data.label_names)} labels ({data.label_kind}: {names})" if trainer.kind != "none" else "no labels"
+    millions = [f"{sum(p.numel() for p in net.parameters()) / 1e6:.2f} M" for net in (trainer.decoder, trainer.D)]
+    precision = {None: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}[run.dtype]
+    return (
+        f"{len(data):,} images of {data.size} px, {labels}; on {run.device} in {precision}, {run.world} process(es)\n"
+        f"decoder {millions[0]}, {o['disc']} discriminator {millions[1]} parameters, loss {o['loss']}; "
+        + (f"resuming at {images:,} images, " if images else "")
+        + f"to {total:,} images"
+    )
+
+
 def earlier_stages(outdir: Path, conditional: bool) -> tuple[dict | None, dict | None]:
     """The checkpoints of stages 1 and 2 in the run's folder, checked to belong together.
 
@@ -771,12 +797,13 @@ OPTIONS = [
     click.option("--unconditional", is_flag=True, help="Vanilla EigenGAN: no labels, no regularisation; needs no earlier stage."),
     click.option("--lr",            metavar="RATE", type=click.FloatRange(0, min_open=True), help="Learning rate of both Adams.  [default: by data]"),
     click.option("--kimg",          metavar="KIMG", type=click.FloatRange(0, min_open=True), help="Length in thousands of real images.  [default: by data]"),
+    click.option("--keep",          metavar="N", type=click.IntRange(1), default=5, help="Snapshots to keep, the last ones, beside every tenth."),
     click.option("--snap",          metavar="KIMG", type=click.FloatRange(0, min_open=True), help="Thousands of images between snapshots.  [default: by data]"),
 ]
 # fmt: on
 
 # Options that a resumed run may change.
-FREE = {"data", "kimg", "snap", "outdir", "precision", "device", "workers", "resume", "init", "dry_run"}
+FREE = {"data", "kimg", "snap", "keep", "outdir", "precision", "device", "workers", "resume", "init", "dry_run"}
 
 
 def set_by_size(options: dict) -> None:
@@ -851,14 +878,16 @@ def main(**options):
     if options["batch"] % run.world:
         raise click.UsageError(f"--batch {options['batch']} must be a multiple of the {run.world} processes")
     conditional = not options["unconditional"]
-    encoder_pt, classifier_pt = earlier_stages(outdir, conditional)
+    encoder_pt, classifier_pt = run.first(lambda: earlier_stages(outdir, conditional))
+    remedy = "give the same --data and --size to all stages, or run the earlier stages again"
+    if encoder_pt and options["size"]:  # before images of another size are packed
+        training.check_same(encoder_pt["data"], options, ("size",), outdir / "encoder.pt", remedy)
     how = {"preset": options["preset"]}
     if encoder_pt:
         how |= {name: encoder_pt["data"][name] for name in ("squash", "train_on_all")}
     size = options["size"] or (encoder_pt["data"]["size"] if encoder_pt else None)
     attributes = classifier_pt["data"]["attributes"] if classifier_pt else None
     data = dataset.open_dataset(options["data"], size, "train", **how)
-    remedy = "give the same --data and --size to all stages, or run the earlier stages again"
     for checkpoint, file in ((encoder_pt, "encoder.pt"), (classifier_pt, "classifier.pt")):
         if checkpoint:
             training.check_same(checkpoint["data"], data.info(), ("fingerprint", "size"), outdir / file, remedy)
@@ -878,29 +907,36 @@ def main(**options):
     set_by_size(options)
 
     # Build the networks.
-    encoder = frozen_encoder(stage1.build(encoder_pt), data.size, run.device) if classifier_pt else None
-    classifier = stage2.build(classifier_pt).to(run.device) if classifier_pt else None
+    with training.reading(f"{outdir / 'encoder.pt'} or {outdir / 'classifier.pt'}"):
+        encoder = frozen_encoder(stage1.build(encoder_pt), data.size, run.device) if classifier_pt else None
+        classifier = stage2.build(classifier_pt).to(run.device) if classifier_pt else None
     labels = torch.from_numpy(np.asarray(data.labels)) if conditional else None
     trainer = Trainer(options, run, labels, kind, encoder, classifier)
 
     # Take first weights from another run, or go on from this one's checkpoint.
     checkpoint, images, iteration = outdir / "gan.pt", 0, 0
     if options["init"]:
-        start = training.load(options["init"], "gan")
+        start = run.first(lambda: training.load(options["init"], "gan"))
         training.init_weights(trainer.decoder, start["ema"], options["init"])
         trainer.ema.load_state_dict(trainer.decoder.state_dict())
-        same = all(start["options"][key] == options[key] for key in ("disc", "per_class"))
+        same = all(start["options"].get(key) == options[key] for key in ("disc", "disc_layers", "per_class"))
         if same and "trainer" in start:  # numbered snapshots leave the discriminator out
             training.init_weights(trainer.D, start["trainer"]["D"], options["init"])
-    state = training.resume(checkpoint, "gan", options, data, sorted(options.keys() - FREE))
+    keys = sorted(options.keys() - FREE)
+    state = run.first(lambda: training.resume(checkpoint, "gan", options, data, keys))
+    run.agree({"images": data.fingerprint, "options": {name: options[name] for name in keys}})
     if state:
+        remedy = "start over with --no-resume, or give another --outdir"
+        training.check_same(state["data"], data.info(), ("size", "label_kind", "label_names"), checkpoint, remedy)
+        if "trainer" not in state:
+            raise click.ClickException(f"{checkpoint} is a snapshot, without what training goes on from: {remedy}")
         for name, stage in (("encoder", encoder_pt), ("classifier", classifier_pt)):
-            theirs, ours = (s and training.fingerprint(s["model"]) for s in (state[name], stage))
+            theirs, ours = (s and training.fingerprint(s["model"]) for s in (state.get(name), stage))
             if theirs and ours and theirs != ours:
-                remedy = "start over with --no-resume, or give another --outdir"
                 raise click.ClickException(f"{checkpoint} was trained with another {name}.pt: {remedy}")
-        trainer.load_state(state["trainer"])
-        images, iteration = state["images_seen"], state["iteration"]
+        with training.reading(checkpoint):
+            trainer.load_state(state["trainer"], state["ema"])
+            images, iteration = state["images_seen"], state["iteration"]
     total = max(1, round(1000 * options["kimg"]))
     if images >= total:
         if run.rank == 0:
@@ -908,44 +944,60 @@ def main(**options):
         return
 
     # Train.
-    if run.rank == 0:
-        training.make_folder(outdir)
-    log = training.Log(outdir, "gan", total, images, rank=run.rank)
-    if run.rank == 0:
-        training.write_options(outdir / "gan.json", options)
     rows, counts = torch.unique(labels, dim=0, return_counts=True) if conditional else (None, None)
     frozen = {
         "stage": "gan", "data": data.info(), "options": options, "entropy_bits": trainer.entropy,
         "labels": {"rows": rows.byte(), "counts": counts} if conditional else None,
+    }  # fmt: skip
+    stages = {
         "encoder": {key: encoder_pt[key] for key in ("config", "model", "data")} if encoder_pt else None,
         "classifier": {key: classifier_pt[key] for key in ("config", "model", "data", "balance")} if classifier_pt else None,
     }  # fmt: skip
-    fixed = grid_inputs(trainer, options["seed"])
-    snap = max(round(1000 * options["snap"]), options["batch"])
-    run.reseed(images)
-    batches = data.batches(trainer.batch, run.device, run.seed, images, run.rank, run.world, options["workers"])
-    for real, y in batches:
-        # Train on one batch, count, log.
-        log.add(**trainer.iteration(iteration, training.to_float(real), y if conditional else None))
-        before, images, iteration = images, images + options["batch"], iteration + 1
-        log.step(options["batch"])
-        done = images >= total
-        if done or images // LOG_EVERY > before // LOG_EVERY:
-            log.write(images)
+    with (
+        training.lock(outdir, "gan", run.rank),
+        training.signals(run),
+        training.Log(outdir, "gan", total, images, rank=run.rank) as log,
+    ):
+        if run.rank == 0:
+            training.write_options(outdir / "gan.json", options)
+            click.echo(introduction(trainer, data, images, total))
+        fixed = grid_inputs(trainer, options["seed"])
+        snap = max(round(1000 * options["snap"]), options["batch"])
+        batches = data.batches(trainer.batch, run.device, run.seed, images, run.rank, run.world, options["workers"])
+        for real, y in batches:
+            # Train on one batch, count, log.
+            run.reseed(images)
+            log.add(**trainer.iteration(iteration, training.to_float(real), y if conditional else None))
+            before, images, iteration = images, images + options["batch"], iteration + 1
+            log.step(options["batch"])
+            done, stopping = images >= total, run.stopping(iteration)
+            due = done or images // snap > before // snap
+            control = {"control": control_accuracy(trainer)} if due and run.rank == 0 and trainer.classifier else {}
+            if due or stopping or images // LOG_EVERY > before // LOG_EVERY:
+                log.write(images, **control)
+                training.check_finite([trainer.step_g, trainer.step_d], images, options)
 
-        # Save the networks and a picture.
-        if done or images // snap > before // snap:
-            if run.rank == 0:
-                picture = save_grid(trainer, outdir / "samples" / f"{images:08d}.png", *fixed)
-                log.picture("samples", picture, images)
-                state = frozen | {"images_seen": images, "iteration": iteration, "ema": trainer.ema.state_dict()}
-                training.save(outdir / "snapshots" / f"gan-{images:08d}.pt", state)
-                training.save(checkpoint, state | {"trainer": trainer.state()})
-            run.reseed(images)  # a run resumed here draws the same numbers
-        if done:
-            break
-    batches.close()
-    log.close()
+            # Save the networks, and now and then a snapshot and a picture.
+            if due or stopping:
+                if run.rank == 0:
+                    state = frozen | {"images_seen": images, "iteration": iteration, "ema": trainer.ema.state_dict()}
+                    training.save(
+                        checkpoint, state | stages | {"trainer": trainer.state()}, must=bool(done or stopping)
+                    )
+                    if due:
+                        training.save_snapshot(
+                            outdir / "snapshots" / f"gan-{images:08d}.pt", state, options["keep"], 10 * snap
+                        )
+                        with log.on_disk("a picture"):
+                            log.picture(
+                                "samples", save_grid(trainer, outdir / "samples" / f"{images:08d}.png", *fixed), images
+                            )
+                run.wait()
+            if stopping:
+                raise training.Stopped(stopping, f"stopped and saved at {images:,} images; the same command goes on")
+            if done:
+                break
+        batches.close()
     if run.rank == 0:
         click.echo(f"wrote {checkpoint} and {outdir / 'samples'}")
 

@@ -1,26 +1,37 @@
-"""What the three stages share: device, precision, processes, checkpoints, resuming, the log, and small helpers.
+"""What the three stages share: device, precision, processes, updates, checkpoints, resuming, the log, small helpers.
 
 Plain functions around torch. A stage calls them in this order:
 
     run = training.start(...)           device, precision, processes, seeds
     state = training.resume(...)        this stage's own checkpoint, to go on from
+    training.lock(outdir, stage)        one run at a time in a folder
+    stepper = training.Stepper(...)     an optimiser that skips gradients that are not finite
     log = training.Log(...)             progress bar, stats.jsonl, TensorBoard
+    run.reseed(images)                  at each iteration: all randomness follows from the images seen
+    run.stopping(iteration)             whether SIGINT or SIGTERM asked for an end
     training.save(path, state)          a checkpoint: written aside, then renamed
 """
 
 import contextlib
 import ctypes
+import errno
+import fcntl
 import functools
 import hashlib
 import json
 import math
 import os
 import re
+import signal
+import socket
 import sys
 import tempfile
+import threading
 import time
+import zipfile
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 
 import click
@@ -63,6 +74,17 @@ class BadOption(click.ClickException):
     exit_code = 2
 
 
+class Stopped(click.ClickException):
+    """The end that a signal asked for: says how to go on, and exits as shells do for the signal (130, 143)."""
+
+    def __init__(self, signum: int, message: str):
+        super().__init__(message)
+        self.exit_code = 128 + signum
+
+    def show(self, file=None) -> None:
+        click.echo(self.message, err=True)
+
+
 def with_options(own: list[Callable]) -> Callable:
     """Decorator: gives a click command the options of its stage, then those that every stage takes.
 
@@ -76,13 +98,19 @@ def with_options(own: list[Callable]) -> Callable:
                 if isinstance(value, float) and not math.isfinite(value):
                     raise BadOption(f"--{name} {value}: give a finite number")
             try:
-                command(**options)
-            except click.UsageError as error:
-                raise BadOption(error.message) from None  # click would print its usage lines above the error
-            except OSError as error:
-                if error.filename is None:
-                    raise
-                raise click.ClickException(f"{error.filename}: {error.strerror}") from None
+                try:
+                    command(**options)
+                except click.UsageError as error:
+                    raise BadOption(error.message) from None  # click would print its usage lines above the error
+                except KeyboardInterrupt:
+                    raise Stopped(signal.SIGINT, "stopped; the same command goes on") from None
+                except OSError as error:
+                    where = f"{error.filename}: " if error.filename else ""
+                    raise click.ClickException(f"{where}{error.strerror or error}") from None
+            except click.ClickException:
+                if int(os.environ.get("RANK", 0)) > 0:
+                    time.sleep(3)  # where the first process says the same, torchrun ends this one meanwhile
+                raise
             if dist.is_initialized():
                 dist.destroy_process_group()
 
@@ -126,21 +154,16 @@ def make_folder(path: Path) -> None:
 
 def write_options(path: Path, options: dict) -> None:
     """Save a command's resolved options beside its results, as JSON; numbers without a value (NaN) become null."""
-    plain = json.loads(json.dumps(options | {"torch": torch.__version__}), parse_constant=lambda _: None)
-    with atomic(path) as temporary:
-        temporary.write_text(json.dumps(plain, indent=2) + "\n")
+    plain = json.loads(to_json(options | {"torch": torch.__version__}))
+    try:
+        with atomic(path) as temporary:
+            temporary.write_text(json.dumps(plain, indent=2) + "\n")
+    except OSError as error:
+        raise click.ClickException(f"cannot write {path}: {error.strerror}") from None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Device, precision, processes, seeds.
-
-
-class Scaler(torch.amp.GradScaler):
-    """GradScaler that also accepts the empty state of a run without loss scaling: a resumed run may change precision."""
-
-    def load_state_dict(self, state_dict: dict) -> None:
-        if state_dict:
-            super().load_state_dict(state_dict)
 
 
 @dataclass
@@ -152,19 +175,60 @@ class Run:
     seed: int
     rank: int = 0
     world: int = 1
+    signal: int = 0  # the number of the signal that asked for an end
+    group: object = None  # of the processes, for messages between CPUs
 
     def autocast(self) -> contextlib.AbstractContextManager:
         """Context in which the networks compute in the chosen precision."""
         return torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype is not None)
 
-    def scaler(self) -> Scaler:
-        """Loss scaler for one optimiser; it only acts in fp16."""
-        return Scaler(self.device.type, enabled=self.dtype is torch.float16)
-
     def reseed(self, images: int) -> None:
         """Derive all randomness from (seed, rank, images seen): a resumed run then draws what an unbroken one would."""
         key = hashlib.sha256(f"{self.seed} {self.rank} {images}".encode()).digest()
         torch.manual_seed(int.from_bytes(key[:7], "little"))
+
+    def stopping(self, iteration: int) -> int:
+        """The signal that asked for an end of the run, else 0: the same in all processes, at the same iteration."""
+        if self.world == 1:
+            return self.signal
+        if iteration % 8:  # often enough, and too seldom to cost anything
+            return 0
+        asked = torch.tensor(self.signal)
+        dist.all_reduce(asked, dist.ReduceOp.MAX, self.group)
+        return int(asked)
+
+    def first(self, action: Callable[[], object]) -> object:
+        """action() of the first process, in all of them: only it need have the files. So are its errors for the user."""
+        if self.world == 1:
+            return action()
+        box: list = [None]
+        if self.rank == 0:
+            try:
+                box = [(action(), None)]
+            except click.ClickException as error:
+                box = [(None, error.message)]
+        dist.broadcast_object_list(box, group=self.group)
+        value, message = box[0]
+        if message:
+            raise click.ClickException(message)
+        return value
+
+    def agree(self, facts: dict) -> None:
+        """Raise click.ClickException where a process has other facts than the first one: it would train another run."""
+        everyone = [facts] * self.world
+        if self.world > 1:
+            dist.all_gather_object(everyone, facts, self.group)
+        for rank, theirs in enumerate(everyone):
+            for name, value in facts.items():
+                if theirs[name] != value:
+                    raise click.ClickException(
+                        f"process {rank} has other {name} than process {self.rank}: start all alike"
+                    )
+
+    def wait(self) -> None:
+        """Wait for the other processes, as they do while the first one saves and measures."""
+        if self.world > 1:
+            dist.barrier(self.group)
 
     def average_gradients(self, parameters: Iterable[torch.nn.Parameter]) -> None:
         """Replace gradients by their mean over all processes, in one message; does nothing with one process."""
@@ -183,6 +247,77 @@ class Run:
         anywhere = used if all(used) else (anywhere > 0).tolist()
         for p, grad, mean, some in zip(parameters, grads, means, anywhere, strict=True):
             p.grad = grad.copy_(mean.view_as(p)) if some else None
+
+
+def gradient_norm(parameters: Iterable[torch.nn.Parameter]) -> torch.Tensor:
+    """Euclidean norm of the gradients that the last backward pass left."""
+    return torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+
+
+class Stepper:
+    """An optimiser with its loss scaler. A gradient that is not finite is not taken: the update is skipped and counted.
+
+    Nothing here waits for the device; `skipped` [] and `steps` are counted for `check_finite`.
+    """
+
+    def __init__(self, run: Run, optimizer: torch.optim.Optimizer):
+        self.run, self.optimizer = run, optimizer
+        self.scaler = torch.amp.GradScaler(run.device.type, enabled=run.dtype is torch.float16)
+        self.skipped, self.steps = torch.zeros((), device=run.device), 0
+
+    @property
+    def parameters(self) -> list[torch.nn.Parameter]:
+        return [p for group in self.optimizer.param_groups for p in group["params"]]
+
+    def step(self, loss: torch.Tensor, limit: torch.Tensor | None = None) -> torch.Tensor:
+        """Backward and one step; returns the gradient's norm. A gradient of a norm above `limit` is scaled down to it."""
+        self.scaler.scale(loss).backward()
+        self.run.average_gradients(self.parameters)
+        self.scaler.unscale_(self.optimizer)
+        norm = gradient_norm(self.parameters)
+        if limit is not None:
+            limit = limit.nan_to_num(0.0, 0.0).clamp(min=1e-12)  # fp16: an update that overflowed gives no measure
+            torch.nn.utils.clip_grads_with_norm_(self.parameters, 1.0, norm / limit)
+        skip = (~norm.isfinite()).float()
+        self.skipped, self.steps = self.skipped + skip, self.steps + 1
+        if self.scaler.is_enabled():
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+        else:
+            # Fused optimisers leave everything as it is where this is not 0: GradScaler tells them the same way.
+            self.optimizer.grad_scale, self.optimizer.found_inf = None, skip
+            self.optimizer.step()
+        return norm
+
+    def state_dict(self) -> dict:
+        state = self.optimizer.state_dict()
+        return {"optimizer": state, "scaler": self.scaler.state_dict(), "parameters": len(state["state"])}
+
+    def load_state_dict(self, state: dict) -> None:
+        if len(state["optimizer"]["state"]) != state["parameters"]:  # the optimiser would start those anew, silently
+            raise ValueError(
+                f"the optimiser's state is of {len(state['optimizer']['state'])} parameters, not {state['parameters']}"
+            )
+        self.optimizer.load_state_dict(state["optimizer"])
+        if state["scaler"] and self.scaler.is_enabled():  # a resumed run may change its precision
+            self.scaler.load_state_dict(state["scaler"])
+
+
+def check_finite(steppers: Iterable[Stepper], images: int, options: dict) -> None:
+    """Raise click.ClickException if training has diverged: too many of the last gradients were not finite.
+
+    Too many are 20 and a fifth of all, counted over a hundred steps and more. In fp16, 16 bring the loss scale to 1.
+    """
+    for stepper in steppers:
+        skipped, steps = int(stepper.skipped), stepper.steps
+        if steps >= 100:
+            stepper.skipped, stepper.steps = torch.zeros_like(stepper.skipped), 0
+        if skipped >= max(20, steps / 5):
+            raise click.ClickException(
+                f"training has diverged: {skipped} of the last {steps} gradients, before {images:,} images, were not finite. "
+                f"Take a lower --lr (it is {options['lr']:g}), --precision fp32 (it is {options['precision']}) or another "
+                "--seed; the last save is as it was"
+            )
 
 
 def choose_device(device: str | torch.device = "auto") -> torch.device:
@@ -229,11 +364,48 @@ def start(device: str = "auto", precision: str = "auto", seed: int = 0, tf32: bo
             precision = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
     elif precision == "auto" and cpu_has_amx():
         precision = "bf16"
+    elif precision == "fp16":
+        click.echo("Warning: fp16 on a CPU is far slower than fp32, seconds per image: take --precision fp32", err=True)
     if world > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if dev.type == "cuda" else "gloo")
+        # A process that dies ends the others within a minute, also where no torchrun watches them.
+        options = dict(device_id=dev) if dev.type == "cuda" else {}
+        dist.init_process_group("nccl" if dev.type == "cuda" else "gloo", timeout=timedelta(minutes=1), **options)
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
-    Run(dev, dtype, seed).reseed(0)  # as rank 0: networks built next start with the same weights in every process
-    return Run(dev, dtype, seed, rank, world)
+    run = Run(dev, dtype, seed)
+    run.reseed(0)  # as rank 0: networks built next start with the same weights in every process
+    run.rank, run.world = rank, world
+    if world > 1:
+        run.group = dist.new_group(backend="gloo", timeout=timedelta(hours=1))  # patient: a save may take its time
+    return run
+
+
+@contextlib.contextmanager
+def signals(run: Run) -> Iterator[None]:
+    """Within it, SIGINT and SIGTERM ask the run to stop after its iteration; a second SIGINT ends it at once.
+
+    They do so too where a shell started the run in the background and had it ignore SIGINT.
+    """
+    asked = 0.0
+
+    def ask(signum: int, frame) -> None:
+        nonlocal asked
+        # torchrun passes a SIGINT on that the terminal has sent already: within a second it is the same one.
+        if signum == signal.SIGINT and run.signal == signum and time.monotonic() - asked > 1:
+            raise KeyboardInterrupt
+        if not run.signal and run.rank == 0:
+            again = "; again to end at once" if signum == signal.SIGINT else ""
+            tqdm.write(f"{signal.Signals(signum).name}: finishing the iteration, then saving{again}", file=sys.stderr)
+        run.signal, asked = signum, time.monotonic()
+
+    if threading.current_thread() is not threading.main_thread():  # Python handles signals there alone
+        yield
+        return
+    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def keep_memory() -> None:
@@ -296,58 +468,161 @@ def information_bits(logits: torch.Tensor, y: torch.Tensor, kind: str, h_y: floa
 # Checkpoints: a dict of plain Python values and tensors, read without running code, written whole or not at all.
 
 
-def save(path: Path, state: dict) -> None:
-    """Write a checkpoint. Raises click.ClickException if it cannot be written; the old file is then untouched."""
+# What a checkpoint of a stage must have, and of what type; and its entry 'data'.
+ENTRIES = {
+    "encoder": dict(config=dict, model=dict, data=dict, options=dict, images_seen=int),
+    "classifier": dict(config=dict, model=dict, data=dict, options=dict, encoder_hash=str, balance=list),
+    "gan": dict(ema=dict, data=dict, options=dict, images_seen=int),
+}
+DATA = dict(data=str, name=str, size=int, fingerprint=str, label_names=list, label_kind=str, splits=dict, preset=str)
+
+
+def save(path: Path, state: dict, must: bool = True, keep_previous: bool = True) -> None:
+    """Write a checkpoint; the one before stays as <name>.previous.pt, for the case that the new one is damaged.
+
+    If it cannot be written, the old file is untouched; that raises click.ClickException, or, unless it must be, is
+    reported: training goes on until the next save.
+    """
     path = Path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with atomic(path) as temporary:
             torch.save(state | {"version": VERSION}, temporary)
+            if path.exists() and keep_previous:
+                with contextlib.suppress(OSError), atomic(previous(path)) as link:  # some file systems have no links
+                    os.link(path, link)
     except (OSError, RuntimeError) as error:  # torch.save reports a full disk by a RuntimeError
         why = getattr(error, "strerror", None) or "is the disk full?"
-        raise click.ClickException(f"cannot write {path}: {why}") from None
+        if must:
+            raise click.ClickException(f"cannot write {path}: {why}") from None
+        tqdm.write(f"Warning: cannot write {path}: {why}; training goes on until the next save", file=sys.stderr)
+
+
+def save_snapshot(path: Path, state: dict, keep: int, every: int) -> None:
+    """Write a numbered checkpoint, <name>-<images>.pt, and drop all but the last `keep` and those at round numbers.
+
+    Round are the first ones after a multiple of `every` images. A full disk is reported and ends nothing.
+    """
+    save(path, state, must=False, keep_previous=False)
+    found = sorted(path.parent.glob(f"{path.stem.rpartition('-')[0]}-*.pt"))
+    images = [int(p.stem.rpartition("-")[2]) for p in found]
+    for p, n, before in zip(found[:-keep], images, [0, *images], strict=False):
+        if n // every == before // every:
+            p.unlink(missing_ok=True)
+
+
+def previous(path: Path) -> Path:
+    """Where `save` keeps the checkpoint before the present one."""
+    return path.with_suffix(".previous.pt")
 
 
 def load(path: Path | str, stage: str, finished: bool = False) -> dict:
     """Read a checkpoint of the named stage ('encoder', 'classifier' or 'gan') to the CPU.
 
     finished: refuse the encoder or classifier of a run that was stopped before its end. Raises click.ClickException if
-    the file is missing, not a checkpoint, of another stage or format.
+    the file is missing, damaged (the checksums of its parts are compared), not a checkpoint, of another stage or format,
+    incomplete, or has weights that are not finite.
     """
     path = Path(path)
     if not path.is_file():
         raise click.ClickException(f"{path} does not exist: run {stage}.py with the same --data and --outdir first")
     try:
+        with zipfile.ZipFile(path) as parts:  # what torch.save writes; torch.load does not compare its checksums
+            damaged = parts.testzip()
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # damaged files raise nearly anything
         raise click.ClickException(
-            f"{path} is not a checkpoint of this project ({type(error).__name__} while reading it)"
+            f"{path} is not a checkpoint of this project, or damaged ({type(error).__name__} while reading it)"
         ) from None
+    if damaged:
+        raise click.ClickException(f"{path} is damaged: a checksum of it is wrong")
     if not isinstance(state, dict) or "stage" not in state:
         raise click.ClickException(f"{path} is not a checkpoint of this project: it has no entry 'stage'")
     if state["stage"] != stage:
         raise click.ClickException(f"{path} was written by {state['stage']}.py, but one of {stage}.py is needed here")
     if state.get("version") != VERSION:
         raise click.ClickException(f"{path} has format {state.get('version')}, this code reads format {VERSION}")
+    for name, kind in ENTRIES[stage].items():
+        if not isinstance(state.get(name), kind):
+            raise click.ClickException(f"{path} is incomplete: it has no {name!r}, or not a {kind.__name__}")
+    for name, kind in DATA.items():
+        if not isinstance(state["data"].get(name), kind):
+            raise click.ClickException(f"{path} is incomplete: its 'data' has no {name!r}, or not a {kind.__name__}")
+    for name, weights in (("model", state.get("model")), ("ema", state.get("ema"))):
+        for key, value in (weights or {}).items():
+            if not isinstance(value, torch.Tensor) or (value.is_floating_point() and not value.isfinite().all()):
+                raise click.ClickException(f"{path} has values in {name}.{key} that are no finite numbers: not usable")
     if finished and "results" not in state:
         raise click.ClickException(f"{path} is of an unfinished run: run {stage}.py again, to its end")
     return state
 
 
+@contextlib.contextmanager
+def reading(file: Path | str) -> Iterator[None]:
+    """Within it, entries of a checkpoint that are missing or do not fit are reported in one line that names the file."""
+    try:
+        yield
+    except (KeyError, ValueError, TypeError, AttributeError, IndexError, RuntimeError) as error:
+        lines = str(error).splitlines() or [type(error).__name__]
+        what = f"no entry {lines[0]}" if isinstance(error, KeyError) else lines[-1].strip()[:200]
+        raise click.ClickException(f"{file} is incomplete or does not fit this code: {what}") from None
+
+
 def resume(path: Path, stage: str, options: dict, data, keys: Iterable[str]) -> dict:
     """The stage's own checkpoint to go on from; {} if there is none, or with --no-resume.
 
-    data: the Dataset. keys: the options that a resumed run may not change. Raises click.ClickException where the
-    checkpoint was made from other images or with other options.
+    A damaged checkpoint is reported, and the one before is taken if that is whole. data: the Dataset. keys: the options
+    that a resumed run may not change. Raises click.ClickException where the checkpoint was made from other images or
+    with other options.
     """
     if not options["resume"] or not path.exists():
         return {}
-    state, remedy = load(path, stage), "give --no-resume to start over, or another --outdir"
+    remedy = "give --no-resume to start over, or another --outdir"
+    try:
+        state = load(path, stage)
+    except click.ClickException as error:
+        if not previous(path).exists():
+            raise click.ClickException(f"{error.message}; {remedy}") from None
+        state = load(previous(path), stage)
+        click.echo(f"Warning: {error.message}; going on from the save before, {previous(path)}", err=True)
     check_images(state["data"], data, path, remedy)
     # Weights to start from do not matter to a run that has started, unless other ones are asked for.
     keys = [*keys, "init"] if options["init"] else keys
     check_same(state["options"], options, keys, path, remedy)
     return state
+
+
+@contextlib.contextmanager
+def lock(outdir: Path, stage: str, rank: int = 0) -> Iterator[None]:
+    """Keep other runs from training in a folder, which it makes, and clear what killed runs left there.
+
+    The kernel drops the lock with its process. Raises click.ClickException naming who holds it, or if nothing can be
+    written there.
+    """
+    if rank > 0:  # the first process holds it for all
+        yield
+        return
+    make_folder(outdir)
+    with open(outdir / ".lock", "a+b", buffering=0) as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            who = file.read(200).decode(errors="replace").strip() or "another run"
+            raise click.ClickException(
+                f"{outdir} is in use by {who}: wait for its end, or give another --outdir"
+            ) from None
+        except OSError:  # a file system without locks
+            pass
+        try:
+            file.truncate(0)
+            file.write(f"{stage}.py, process {os.getpid()} on {socket.gethostname()}\n".encode())
+        except OSError as error:
+            raise click.ClickException(f"cannot write to {outdir}: {error.strerror}; give another --outdir") from None
+        for left in outdir.glob(".*.[0-9]*"):  # temporary files of `atomic`
+            if re.search(r"\.\d+(\.\w+)?$", left.name):
+                left.unlink(missing_ok=True)
+        yield
 
 
 def check_images(theirs: dict, data, file: Path | str, remedy: str) -> None:
@@ -397,11 +672,12 @@ class Log:
     """Progress bar on stderr, one JSON object a line in `stats.jsonl`, the same numbers in TensorBoard.
 
     The bar moves at once in a terminal, every 10 seconds in a file. `add` only keeps device tensors; `write` fetches
-    all means in one transfer, so nothing synchronises between log lines. Only the first process writes.
+    all means in one transfer, so nothing synchronises between log lines. Only the first process writes. A log that
+    cannot be written is reported once, and ends no run.
     """
 
     def __init__(self, outdir: Path, stage: str, total: int, done: int = 0, unit: str = "img", rank: int = 0):
-        self.stage, self.rank = stage, rank
+        self.stage, self.rank, self.path = stage, rank, outdir / "stats.jsonl"
         self.sums: dict[str, torch.Tensor] = {}
         self.counts: dict[str, int] = {}
         self.bar = tqdm(
@@ -415,12 +691,39 @@ class Log:
             smoothing=0.1,
             mininterval=0.1 if sys.stderr.isatty() else 10.0,  # a file keeps every state of the bar
         )
-        self.time = time.time()
+        self.time, self.board, self.warned = time.time(), None, set()
         if rank == 0:
             from torch.utils.tensorboard import SummaryWriter  # slow to import, and not needed for --help
 
-            self.file = open(outdir / "stats.jsonl", "a", buffering=1)  # noqa: SIM115
-            self.board = SummaryWriter(str(outdir / "tensorboard" / stage))
+            threading.excepthook = quiet_tensorboard
+            with self.on_disk("stats.jsonl"):
+                self.forget(done)
+            with self.on_disk("TensorBoard's log"):
+                self.board = SummaryWriter(str(outdir / "tensorboard" / stage), purge_step=done + 1)
+
+    @contextlib.contextmanager
+    def on_disk(self, what: str) -> Iterator[None]:
+        """Within it, errors of the disk are reported, once for each `what`."""
+        try:
+            yield
+        except OSError as error:
+            if what not in self.warned:
+                self.warned.add(what)
+                tqdm.write(
+                    f"Warning: {what} cannot be written ({error.strerror or error}); training goes on", file=sys.stderr
+                )
+
+    def forget(self, done: int) -> None:
+        """Drop the lines of this stage after `done` images: a resumed run writes them again, a new one its own."""
+        if self.path.exists():
+            kept = []
+            for line in self.path.read_text().splitlines():
+                with contextlib.suppress(ValueError, TypeError, KeyError):  # half a line, of a run that was killed
+                    entry = json.loads(line)
+                    if entry["stage"] != self.stage or entry["images"] <= done:
+                        kept.append(line + "\n")
+            with atomic(self.path) as temporary:
+                temporary.write_text("".join(kept))
 
     def add(self, **values: torch.Tensor) -> None:
         """Take scalar tensors into the means of the next line."""
@@ -440,20 +743,43 @@ class Log:
         self.sums, self.counts = {}, {}
         if self.rank == 0:
             entry = {"stage": self.stage, "images": images, "seconds": round(time.time() - self.time, 2)}
-            self.file.write(json.dumps(entry | line) + "\n")
-            for name, value in line.items():
-                self.board.add_scalar(name, value, images)
+            with self.on_disk("stats.jsonl"), open(self.path, "ab", buffering=0) as file:
+                start, text = file.tell(), to_json(entry | line).encode() + b"\n"
+                try:
+                    if file.write(text) < len(text):
+                        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                except OSError:
+                    file.truncate(start)  # no half line
+                    raise
+            with self.on_disk("TensorBoard's log"):
+                for name, value in line.items() if self.board else ():
+                    self.board.add_scalar(name, value, images)
             self.bar.set_postfix_str(" ".join(f"{n} {v:.3g}" for n, v in line.items()), refresh=False)
         return line
 
     def picture(self, name: str, image, images: int) -> None:
         """Put a uint8 [H, W, 3] picture into TensorBoard."""
-        if self.rank == 0:
-            self.board.add_image(name, image, images, dataformats="HWC")
+        with self.on_disk("TensorBoard's log"):
+            if self.board:
+                self.board.add_image(name, image, images, dataformats="HWC")
 
-    def close(self) -> None:
+    def __enter__(self) -> "Log":
+        return self
+
+    def __exit__(self, *error) -> None:
         """Finish the bar and the files."""
         self.bar.close()
-        if self.rank == 0:
-            self.file.close()
-            self.board.close()
+        with self.on_disk("TensorBoard's log"):
+            if self.board:
+                self.board.close()
+
+
+def quiet_tensorboard(args) -> None:
+    """Threads' exceptions as ever, but for full disks under TensorBoard's writer, which raises them again in `Log`."""
+    if not isinstance(args.exc_value, OSError):
+        threading.__excepthook__(args)
+
+
+def to_json(values: dict) -> str:
+    """One line of JSON; numbers without a value (NaN, infinity) become null, which JSON has."""
+    return json.dumps(json.loads(json.dumps(values), parse_constant=lambda _: None))

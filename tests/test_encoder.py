@@ -350,7 +350,7 @@ def test_an_interrupted_run_goes_on_exactly(command, class_folder, tmp_path, mon
     command("encoder", *common, "--outdir", tmp_path / "whole")
     save = training.save
 
-    def save_once(path, state):
+    def save_once(path, state, **how):
         save(path, state)
         raise OSError("killed")
 

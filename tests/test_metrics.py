@@ -578,7 +578,6 @@ def fake_run(folder: Path, kind: str = "one-hot", wrong: bool = False) -> Path:
         (folder / f"{name}.py").write_text(textwrap.dedent(text))
     for name in ("metrics.py", "control.py", "training.py"):
         shutil.copy(ROOT / name, folder)
-    (folder / "ops").symlink_to(ROOT / "ops")
     (folder / "gan.pt").touch()
     return folder / "gan.pt"
 

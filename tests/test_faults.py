@@ -1,0 +1,400 @@
+"""Long runs end well: signals, divergence, full disks, damaged and foreign checkpoints, two runs in one folder."""
+
+import json
+import math
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import click
+import pytest
+import torch
+from conftest import ROOT, TORCHRUN, copy_run
+
+import classifier
+import encoder
+import gan
+import training
+
+CPU = training.Run(torch.device("cpu"), None, 0)
+
+
+def last_line(result) -> str:
+    return result.output.strip().splitlines()[-1]
+
+
+def weights(folder: Path, stage: str) -> str:
+    state = training.load(folder / f"{stage}.pt", stage)
+    return training.fingerprint(state["ema" if stage == "gan" else "model"])
+
+
+# Signals.
+
+
+def ask_after(monkeypatch, signum: int, iterations: int) -> None:
+    """Have this process get a signal in the given iteration of whatever stage runs next."""
+    left = [iterations]
+
+    def counted(function):
+        def call(*arguments, **options):
+            left[0] -= 1
+            if left[0] == 0:
+                os.kill(os.getpid(), signum)
+            return function(*arguments, **options)
+
+        return call
+
+    monkeypatch.setattr(encoder, "nt_xent", counted(encoder.nt_xent))
+    monkeypatch.setattr(classifier, "loss_of", counted(classifier.loss_of))
+    monkeypatch.setattr(gan.Trainer, "discriminate", counted(gan.Trainer.discriminate))
+
+
+@pytest.mark.parametrize(("stage", "signum"), [("encoder", "SIGTERM"), ("classifier", "SIGINT"), ("gan", "SIGTERM")])
+def test_a_stopped_run_goes_on_exactly(command, class_folder, class_run, tmp_path, monkeypatch, stage, signum):
+    """Between two saves: nothing is lost, and the end is bit for bit that of the unbroken run."""
+    common = ("--data", class_folder, "--smoke", "--no-resume", *(("--kimg", 0.08) if stage == "gan" else ()))
+    whole, broken = (copy_run(class_run, tmp_path / name) for name in ("whole", "broken"))
+    command(stage, *common, "--outdir", whole)
+    with monkeypatch.context() as patch:
+        ask_after(patch, signal.Signals[signum], 3)
+        result = command(stage, *common, "--outdir", broken, code=128 + signal.Signals[signum])
+    assert "stopped and saved" in last_line(result) and "goes on" in last_line(result)
+    assert f"{signum}: finishing the iteration" in result.output
+    if stage == "gan":
+        assert training.load(broken / "gan.pt", "gan")["images_seen"] == 24
+    command(stage, *(c for c in common if c != "--no-resume"), "--outdir", broken)
+    assert weights(broken, stage) == weights(whole, stage)
+    lines = [json.loads(line) for line in (broken / "stats.jsonl").read_text().splitlines()]
+    images = [line["images"] for line in lines if line["stage"] == stage]
+    assert images == sorted(set(images))
+
+
+def test_a_second_interrupt_ends_at_once_and_background_jobs_can_be_asked(monkeypatch):
+    run, seconds = training.Run(torch.device("cpu"), None, 0), [100.0]
+    monkeypatch.setattr(training.time, "monotonic", lambda: seconds[0])
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # as shells start jobs in the background
+    try:
+        with training.signals(run):
+            os.kill(os.getpid(), signal.SIGINT)
+            assert run.stopping(0) == signal.SIGINT
+            os.kill(os.getpid(), signal.SIGINT)  # the same key, passed on by torchrun
+            seconds[0] += 2
+            with pytest.raises(KeyboardInterrupt):
+                os.kill(os.getpid(), signal.SIGINT)
+        assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def test_an_interrupt_before_training_is_one_line(command, class_folder, tmp_path, monkeypatch):
+    import dataset
+
+    def interrupted(*arguments, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(dataset, "open_dataset", interrupted)
+    result = command("encoder", "--data", class_folder, "--outdir", tmp_path, "--smoke", code=130)
+    assert result.output.strip() == "stopped; the same command goes on"
+
+
+TORCHRUN_STOP = """
+import os, signal, sys
+sys.path.insert(0, sys.argv.pop(1))
+import gan
+discriminate, calls = gan.Trainer.discriminate, []
+def counted(self, *arguments):
+    calls.append(1)
+    if len(calls) == 3 and self.run.rank == 1:
+        os.kill(os.getpid(), signal.SIGTERM)
+    return discriminate(self, *arguments)
+gan.Trainer.discriminate = counted
+gan.main()
+"""
+
+
+def test_a_signal_to_one_process_stops_all_of_them_together(class_folder, class_run, tmp_path):
+    folder = copy_run(class_run, tmp_path / "run")
+    (tmp_path / "work.py").write_text(TORCHRUN_STOP)
+    options = ["--data", class_folder, "--outdir", folder, "--smoke", "--kimg", "0.4", "--device", "cpu"]
+    command = [*TORCHRUN, str(tmp_path / "work.py"), str(ROOT), *map(str, options)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode != 0 and done.stderr.count("stopped and saved at 64 images") >= 1, done.stderr[-2000:]
+    assert training.load(folder / "gan.pt", "gan")["images_seen"] == 64  # all look at every eighth iteration
+
+
+# Divergence.
+
+
+@pytest.mark.parametrize("dtype", [None, torch.float16])
+def test_gradients_that_are_not_finite_are_skipped_and_counted(dtype):
+    run = training.Run(torch.device("cpu"), dtype, 0)
+    w = torch.nn.Parameter(torch.ones(3))
+    stepper = training.Stepper(run, torch.optim.Adam([w], lr=0.1, fused=True))
+    assert stepper.step((w * 2).sum()).item() == pytest.approx(12**0.5, rel=1e-3)
+    before = w.detach().clone(), stepper.state_dict()["optimizer"]["state"][0]["exp_avg"].clone()
+    for i in range(1, 21):
+        w.grad = None
+        stepper.step((w * math.inf).sum())
+        assert stepper.skipped == i
+    assert torch.equal(w, before[0])
+    assert torch.equal(stepper.state_dict()["optimizer"]["state"][0]["exp_avg"], before[1])
+    with pytest.raises(click.ClickException, match=r"diverged: 20 of the last 21 gradients.*--lr"):
+        training.check_finite([stepper], 1000, {"lr": 1.0, "precision": "auto"})
+    w.grad = None
+    stepper.step((w * 2).sum())
+    assert stepper.skipped == 20 and not torch.equal(w, before[0])
+    stepper.steps = 101  # a fifth of them
+    training.check_finite([stepper], 1000, {"lr": 1.0, "precision": "auto"})
+    assert stepper.skipped == stepper.steps == 0
+
+
+def test_a_run_that_diverges_ends_and_saves_nothing_more(command, class_folder, class_run, tmp_path, monkeypatch):
+    """After its first save the generator's gradients are no longer finite: the save stays as it is."""
+    folder, generate, calls = copy_run(class_run, tmp_path / "run"), gan.Trainer.generate, []
+
+    def broken(self, joint=False):
+        calls.append(1)
+        self.options = self.options | {"orth": "penalty"}
+        monkeypatch.setattr(gan, "ORTH", 100.0 if len(calls) <= 5 else math.inf)
+        return generate(self, joint)
+
+    monkeypatch.setattr(gan.Trainer, "generate", broken)
+    options = ("--data", class_folder, "--outdir", folder, "--smoke", "--kimg", 0.4, "--snap", 0.04)
+    line = last_line(command("gan", *options, code=1))
+    assert line.startswith("Error: training has diverged") and "--lr" in line
+    state = training.load(folder / "gan.pt", "gan")
+    assert state["images_seen"] < 250 and all(v.isfinite().all() for v in state["trainer"]["decoder"].values())
+    for line in (folder / "stats.jsonl").read_text().splitlines():
+        json.loads(line, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_weights_that_are_not_finite_are_refused_everywhere(command, class_folder, class_run, tmp_path, value):
+    folder = copy_run(class_run, tmp_path / "run")
+    options = ("--data", class_folder, "--outdir", folder, "--smoke")
+    state = training.load(folder / "encoder.pt", "encoder")
+    state["model"]["backbone.conv1.weight"][7, 0, 0, 0] = value
+    training.save(folder / "bad.pt", state)
+    for arguments in (("encoder", *options, "--no-resume", "--init", folder / "bad.pt"), ("classifier", *options)):
+        if arguments[0] == "classifier":
+            (folder / "bad.pt").replace(folder / "encoder.pt")
+        line = last_line(command(*arguments, code=1))
+        assert "backbone.conv1.weight" in line and "no finite numbers" in line
+    assert "no finite numbers" in last_line(command("gan", *options, code=1))
+
+
+# The disk.
+
+
+@pytest.mark.parametrize("kilobytes", [0, 4, 128, 1024])
+def test_a_full_disk_ends_in_one_line_and_loses_nothing(class_folder, class_run, tmp_path, kilobytes):
+    """No file may grow beyond a limit: as on a full disk, writing fails wherever it happens."""
+    folder = copy_run(class_run, tmp_path / "run")
+    before = {p.name: p.read_bytes() for p in folder.glob("*.pt")}
+    command = [
+        sys.executable,
+        ROOT / "gan.py",
+        "--data",
+        class_folder,
+        "--outdir",
+        folder,
+        "--smoke",
+        "--kimg",
+        "0.032",
+    ]
+
+    def limit():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (kilobytes * 1024, kilobytes * 1024))
+
+    done = subprocess.run([*map(str, command), "--snap", "0.016"], capture_output=True, text=True, preexec_fn=limit)
+    lines = done.stderr.replace("\r", "\n").strip().splitlines()
+    assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
+    assert lines[-1].startswith("Error: ") and ("cannot write" in lines[-1] or "gan.json" in lines[-1])
+    assert {p.name: p.read_bytes() for p in folder.glob("*.pt")} == before
+    assert not [p for p in folder.iterdir() if p.name.startswith(".") and p.name != ".lock"]
+
+
+def test_logs_that_cannot_be_written_end_no_run(tmp_path, capsys):
+    (tmp_path / "stats.jsonl").mkdir()
+    (tmp_path / "tensorboard").touch()
+    with training.Log(tmp_path, "gan", total=100) as log:
+        for i in range(3):
+            log.add(x=torch.tensor(1.0))
+            log.write(i)
+        log.picture("p", torch.zeros(4, 4, 3, dtype=torch.uint8), 1)
+    said = capsys.readouterr().err
+    assert said.count("Warning: stats.jsonl cannot be written") == 1
+    assert said.count("Warning: TensorBoard's log cannot be written") == 1
+
+
+def test_a_save_that_fails_underway_is_tried_again(command, class_folder, class_run, tmp_path, monkeypatch):
+    folder, save = copy_run(class_run, tmp_path / "run"), torch.save
+
+    def full(state, file):
+        if isinstance(state, dict) and state.get("images_seen") == 16:
+            raise RuntimeError("unexpected pos 64 vs 0")  # as torch.save reports a full disk
+        save(state, file)
+
+    monkeypatch.setattr(torch, "save", full)
+    options = ("--data", class_folder, "--outdir", folder, "--smoke", "--kimg", 0.032, "--snap", 0.016)
+    assert "training goes on until the next save" in command("gan", *options).output
+    assert training.load(folder / "gan.pt", "gan")["images_seen"] == 32
+
+
+# Checkpoints.
+
+
+def damage(path: Path) -> None:
+    """Zero some bytes in the middle, as failing disks do."""
+    content = bytearray(path.read_bytes())
+    middle = len(content) // 2
+    content[middle : middle + 64] = bytes(64)
+    path.unlink()  # it may be a link to another test's
+    path.write_bytes(content)
+
+
+def test_damaged_checkpoints_are_found_and_the_one_before_is_taken(command, class_folder, class_run, tmp_path):
+    folder = copy_run(class_run, tmp_path / "run")
+    options = ("--data", class_folder, "--outdir", folder, "--smoke")
+    command("gan", *options, "--kimg", 0.032, "--snap", 0.016)
+    whole = weights(folder, "gan")
+    damage(folder / "gan.pt")
+    for arguments in (
+        ("explore", "sample", "--network", folder / "gan.pt"),
+        ("metrics", "--network", folder / "gan.pt"),
+    ):
+        assert "damaged" in last_line(command(*arguments, code=1))
+    output = command("gan", *options, "--kimg", 0.032, "--snap", 0.016).output
+    assert "Warning: " in output and "gan.pt is" in output and "gan.previous.pt" in output
+    assert weights(folder, "gan") == whole
+    damage(folder / "encoder.pt")
+    assert "encoder.pt is" in last_line(command("classifier", *options, "--no-resume", code=1))
+    (folder / "encoder.previous.pt").unlink()
+    assert "--no-resume" in last_line(command("encoder", *options, code=1))
+
+
+BROKEN = {
+    "no trainer": lambda s: s.pop("trainer"),
+    "no Adam": lambda s: s["trainer"].pop("step_g"),
+    "half an Adam": lambda s: s["trainer"]["step_g"]["optimizer"]["state"].popitem(),
+    "other D": lambda s: s["trainer"]["D"].popitem(),
+    "no iteration": lambda s: s.pop("iteration"),
+    "images of another type": lambda s: s.update(images_seen="many"),
+    "no data": lambda s: s.pop("data"),
+    "no fingerprint": lambda s: s["data"].pop("fingerprint"),
+    "data of another type": lambda s: s.update(data=[1]),
+    "no options": lambda s: s.pop("options"),
+    "no orth": lambda s: s["options"].pop("orth"),
+    "no weights": lambda s: s.pop("ema"),
+    "a weight less": lambda s: s["ema"].popitem(),
+    "a weight of another shape": lambda s: s["ema"].update({"mapper.bias": torch.zeros(3)}),
+    "weights of another type": lambda s: s["ema"].update({"mapper.bias": "zeros"}),
+    "other names": lambda s: s["data"].update(label_names=["a", "b"]),
+    "rows of another width": lambda s: s["labels"].update(rows=torch.zeros(3, 7, dtype=torch.uint8)),
+    "no classifier": lambda s: s["classifier"].pop("config"),
+    "another version": lambda s: s.update(version=1),
+    "a list": lambda s: s.update(stage=["gan"]),
+}
+
+
+@pytest.fixture(scope="module")
+def gan_run(command, class_folder, class_run, tmp_path_factory):
+    folder = copy_run(class_run, tmp_path_factory.mktemp("faults") / "run")
+    command("gan", "--data", class_folder, "--outdir", folder, "--smoke", "--kimg", 0.016)
+    return folder
+
+
+@pytest.mark.parametrize("what", BROKEN)
+def test_incomplete_checkpoints_are_one_line(command, class_folder, gan_run, tmp_path, what):
+    folder = copy_run(gan_run, tmp_path / "run")
+    state = torch.load(folder / "gan.pt", weights_only=True)
+    BROKEN[what](state)
+    for path in folder.glob("gan*.pt"):
+        path.unlink()
+    torch.save(state, folder / "gan.pt")
+    before = (folder / "gan.pt").read_bytes()
+    options = ("--data", class_folder, "--outdir", folder, "--smoke", "--kimg", 0.032)
+    if what not in ("rows of another width", "no classifier"):  # which training writes anew
+        line = last_line(command("gan", *options, code=1))
+        assert line.startswith("Error: ") and "gan.pt" in line and len(line) < 500
+        assert (folder / "gan.pt").read_bytes() == before
+    training_only = ("no trainer", "no Adam", "half an Adam", "other D", "no iteration")
+    result = command("explore", "sample", "--network", folder / "gan.pt", code=0 if what in training_only else 1)
+    assert what in training_only or "gan.pt" in last_line(result)
+
+
+def test_a_snapshot_is_the_decoder_alone_and_works_in_its_place(command, gan_run, tmp_path, class_folder):
+    folder = copy_run(gan_run, tmp_path / "run")
+    (snapshot,) = (folder / "snapshots").glob("*.pt")
+    assert snapshot.stat().st_size < (folder / "gan.pt").stat().st_size / 5
+    network = gan.load(snapshot)
+    assert network.encoder is not None and network.classifier is not None
+    shutil.copy(snapshot, folder / "gan.pt")
+    options = ("--data", class_folder, "--outdir", folder, "--smoke", "--kimg", 0.032)
+    assert "is a snapshot" in last_line(command("gan", *options, code=1))
+    assert gan.load(folder / "gan.pt").encoder is None
+
+
+def test_snapshots_that_are_kept(tmp_path):
+    state = {"stage": "gan", "images_seen": 0}
+    for images in range(1000, 26000, 1000):
+        training.save_snapshot(tmp_path / f"gan-{images:08d}.pt", state, keep=3, every=10_000)
+    kept = sorted(int(p.stem[4:]) for p in tmp_path.iterdir())
+    assert kept == [10_000, 20_000, 23_000, 24_000, 25_000]
+
+
+# One run at a time.
+
+
+def test_two_runs_in_one_folder(command, class_folder, class_run, tmp_path):
+    folder = copy_run(class_run, tmp_path / "run")
+    (folder / ".gan.12345.pt").write_bytes(b"of a killed run")
+    holder = "import sys, training; from pathlib import Path\n"
+    holder += f"with training.lock(Path({str(folder)!r}), 'gan'):\n print('held', flush=True); sys.stdin.readline()"
+    other = subprocess.Popen([sys.executable, "-c", holder], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert other.stdout.readline() == b"held\n"
+    before = {p: p.stat().st_mtime_ns for p in folder.glob("*.pt")}
+    for stage in ("encoder", "classifier", "gan"):
+        line = last_line(command(stage, "--data", class_folder, "--outdir", folder, "--smoke", "--no-resume", code=1))
+        assert f"in use by gan.py, process {other.pid}" in line and "--outdir" in line
+    assert {p: p.stat().st_mtime_ns for p in folder.glob("*.pt")} == before
+    other.communicate(b"\n")
+    command("gan", "--data", class_folder, "--outdir", folder, "--smoke", "--kimg", 0.008)
+    assert not (folder / ".gan.12345.pt").exists()
+
+
+# Processes.
+
+SEPARATE = """
+import os, sys
+sys.path.insert(0, sys.argv.pop(1))
+import gan
+sys.argv += ["--outdir", sys.argv.pop(1) + os.environ["RANK"]]
+gan.main()
+"""
+
+
+def test_only_the_first_process_needs_the_folder(class_folder, class_run, tmp_path):
+    """Two processes with folders of their own, as on machines that share none: resumed, they train one network."""
+    (tmp_path / "work.py").write_text(SEPARATE)
+    copy_run(class_run, tmp_path / "run0")
+    command = [*TORCHRUN, str(tmp_path / "work.py"), str(ROOT), str(tmp_path / "run"), "--data", str(class_folder)]
+    command += ["--smoke", "--device", "cpu", "--kimg"]
+    for kimg in ("0.016", "0.032"):
+        done = subprocess.run([*command, kimg], capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr[-2000:]
+    shared = copy_run(class_run, tmp_path / "shared")
+    whole = [*TORCHRUN, str(ROOT / "gan.py"), "--outdir", str(shared), *command[-6:], "0.032"]
+    subprocess.run(whole, check=True, capture_output=True, timeout=300)
+    assert weights(tmp_path / "run0", "gan") == weights(shared, "gan")
+    assert not (tmp_path / "run1").exists()
+
+
+def test_bad_options_under_torchrun_are_said_once(tmp_path):
+    command = [*TORCHRUN, str(ROOT / "gan.py"), "--outdir", str(tmp_path), "--augment", "blur"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode != 0 and done.stderr.count("Error: --augment blur") == 1, done.stderr
