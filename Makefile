@@ -1,6 +1,7 @@
 # make demo   train all three stages on the built-in data, measure, draw
 # make test   run the tests          make lint    check style
 # make ablations  after the demo: train each variant of stage 3 on its encoder and classifier, one table of all
+# make page   the page in the browser: of the demo, or of NETWORK=FILE
 # make bench  time ops, training step, metrics and data loading against the usual ways
 
 PYTHON ?= python3
@@ -20,8 +21,17 @@ demo: .venv/done
 	$(BIN)/python explore.py embedding --network $(RUN)/encoder.pt
 	$(BIN)/python explore.py sample --network $(RUN)/gan.pt
 	$(BIN)/python explore.py traverse --network $(RUN)/gan.pt
+	$(BIN)/python explore.py dimensions --network $(RUN)
 	$(BIN)/python metrics.py --network $(RUN)/gan.pt --json $(RUN)/metrics.json
 	@echo "pictures: $(RUN)/sample.png, $(RUN)/traverse.png, $(RUN)/embedding.png"
+
+NETWORK := $(wildcard pretrained/critters.pt)
+ifeq ($(NETWORK),)
+NETWORK := $(RUN)
+endif
+
+page: .venv/done
+	$(BIN)/python explore.py serve --network $(NETWORK)
 
 VARIANTS := --orth=penalty --orth=exact --orth=none --reg-mode=joint --per-class --unconditional
 
@@ -42,4 +52,4 @@ lint: .venv/done
 bench: .venv/done
 	$(BIN)/python -m bench
 
-.PHONY: demo ablations test lint bench
+.PHONY: demo page ablations test lint bench

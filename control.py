@@ -88,10 +88,13 @@ class Judge(nn.Sequential):
         return self(x.contiguous(memory_format=torch.channels_last))
 
 
-def train_judge(images, labels: Tensor, kind: str, seed: int, device: torch.device, steps: int) -> tuple[Judge, float]:
+def train_judge(
+    images, labels: Tensor, kind: str, seed: int, device: torch.device, steps: int, mirror: bool = True
+) -> tuple[Judge, float]:
     """Train a Judge on nine tenths of the real images; returns it with its accuracy on the last tenth.
 
     images: uint8 [N, S, S, 3], array or memory-map. steps: of 64 images, AdamW with one cycle of the learning rate.
+    mirror: show half of the batches left to right; False where a label depends on the side.
     """
     draw = np.random.default_rng([seed, 3])
     loss_of = F.cross_entropy if kind == "one-hot" else F.binary_cross_entropy_with_logits
@@ -105,7 +108,7 @@ def train_judge(images, labels: Tensor, kind: str, seed: int, device: torch.devi
         for _ in tqdm(range(steps), desc="independent judge", unit="step", leave=False, dynamic_ncols=True):
             rows = np.sort(draw.choice(kept, min(64, len(kept)), replace=False))
             x = torch.from_numpy(images[rows])
-            loss = loss_of(judge.look(x.flip(2) if draw.random() < 0.5 else x), labels[rows].to(device))
+            loss = loss_of(judge.look(x.flip(2) if mirror and draw.random() < 0.5 else x), labels[rows].to(device))
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()

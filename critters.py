@@ -48,6 +48,14 @@ def factors(seed: int, index: int) -> dict:
     def uniform(low: float, high: float) -> float:
         return low + (high - low) * next(u)
 
+    def colour(choices: list) -> tuple:
+        """(hue, lightness, saturation), of one of the choices by their shares."""
+        share = next(u)
+        while share > choices[0][0] and len(choices) > 1:
+            share, choices = share - choices[0][0], choices[1:]
+        _, *ranges = choices[0]
+        return tuple(uniform(low, high) for low, high in zip(ranges[::2], ranges[1::2], strict=True))
+
     group = index // 3
     species = (index + group) % 3  # turns by one every three images: no stride through the data meets one species only
     kind = species if species < 2 else 2 + group % 4
@@ -57,20 +65,30 @@ def factors(seed: int, index: int) -> dict:
     f.update(x=uniform(-0.07, 0.07), y=uniform(-0.045, 0.045), scale=uniform(0.91, 1.08))
     f.update(side=-1.0 if next(u) < 0.5 else 1.0)
     f.update(width=uniform(0.93, 1.07), ears=uniform(0.9, 1.12), eyes=uniform(0.9, 1.12))
-    # Coats, from dark to cream: ginger to brown, grey, and any other colour.
-    hues = [(0.04, 0.12, 0.40, 0.75), (0.0, 1.0, 0.03, 0.14), (0.0, 1.0, 0.2, 0.55)]
-    coat = next(u)
-    h0, h1, s0, s1 = hues[0 if coat < 0.35 else 1 if coat < 0.55 else 2]
-    f.update(fur=(uniform(h0, h1), uniform(0.24, 0.86), uniform(s0, s1)))
+    # Coats: ginger to brown, sandy, grey to black and white. (share, hue from and to, lightness, saturation)
+    coats = [
+        (0.40, 0.04, 0.09, 0.24, 0.62, 0.40, 0.75),
+        (0.30, 0.08, 0.13, 0.45, 0.84, 0.28, 0.60),
+        (0.30, 0.0, 1.0, 0.18, 0.90, 0.02, 0.10),
+    ]
+    f.update(fur=colour(coats))
     f.update(eye=(uniform(0.10, 0.60), uniform(0.50, 0.62), uniform(0.55, 0.85)))
-    hue, light = next(u), uniform(0.15, 0.90)
-    f.update(background=(hue, light, uniform(0.25, 0.70)))
-    f.update(background2=((hue + uniform(-0.10, 0.10)) % 1.0, light + uniform(-0.20, 0.20), f["background"][2]))
+    # Backgrounds: sky, grass, wood and sand, painted walls.
+    places = [
+        (0.30, 0.53, 0.62, 0.40, 0.85, 0.25, 0.55),
+        (0.25, 0.22, 0.38, 0.25, 0.70, 0.22, 0.48),
+        (0.25, 0.06, 0.14, 0.30, 0.85, 0.20, 0.50),
+        (0.20, 0.0, 1.0, 0.35, 0.88, 0.05, 0.30),
+    ]
+    hue, light, saturation = colour(places)
+    f.update(background=(hue, light, saturation))
+    f.update(background2=((hue + uniform(-0.06, 0.06)) % 1.0, light + uniform(-0.20, 0.20), saturation))
     f.update(slope=uniform(-math.pi, math.pi))
-    f.update(cloth=(next(u), uniform(0.35, 0.55), uniform(0.55, 0.85)))
-    f.update(cloth2=(next(u), uniform(0.62, 0.75), uniform(0.70, 0.95)))
-    bright = uniform(-0.5, 0.5)
-    f.update(light=tuple(bright + uniform(-0.9, 0.9) for _ in range(3)), haze=(uniform(0, 0.4), uniform(0, 1)))
+    f.update(cloth=(next(u), uniform(0.35, 0.55), uniform(0.45, 0.80)))
+    f.update(cloth2=(next(u), uniform(0.62, 0.75), uniform(0.60, 0.90)))
+    # Light from dim to bright, from the blue of shade to the yellow of evening.
+    bright, warm = uniform(-0.45, 0.40), uniform(-0.25, 0.25)
+    f.update(light=(bright + warm, bright + 0.25 * warm, bright - warm), haze=(uniform(0, 0.3), uniform(0.35, 1)))
     return f
 
 

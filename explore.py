@@ -1,77 +1,59 @@
-"""Look at a trained run: samples by class or attributes, the explorable dimensions z of every layer, the embeddings.
+"""Look at a trained run: samples, explorations, what each dimension does, projections of pictures, the browser page.
 
-python explore.py sample    --network runs/critters/gan.pt
-python explore.py sample    --network runs/celeba/gan.pt --y Bald,Eyeglasses --y Wearing_Hat --seeds 100-107
-python explore.py traverse  --network runs/critters/gan.pt --y cat --seeds 3
-python explore.py embedding --network runs/critters/encoder.pt
+    python explore.py sample     --network runs/critters/gan.pt --y cat --seeds 0-63
+    python explore.py sample     --network runs/critters --vary z
+    python explore.py traverse   --network runs/critters --dims 3 --out layer3.gif
+    python explore.py traverse   --network runs/critters --interpolate --seeds 0-7
+    python explore.py dimensions --network runs/critters
+    python explore.py project    --network runs/critters photo.jpg
+    python explore.py embedding  --network runs/critters
+    python explore.py export     --network runs/critters --out critters.pt
+    python explore.py serve      --network runs/critters
+
+`--network` is a gan.pt, a snapshot, an export, or the folder of a run. Pictures go beside it unless --out says where.
+latents.py does what these commands draw, page.py is what `serve` shows.
 """
 
+import json
 import math
+import re
+import shutil
+import subprocess
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import click
 import matplotlib
 import numpy as np
 import torch
+from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 import gan
+import latents
 import metrics
 import training
 
-MOST = 1000  # seeds of a range, images of a strip
-PIXELS = 10**8  # of a picture
+PRETRAINED = Path(__file__).parent / "pretrained" / "critters.pt"
+PIXELS = 10**8  # of a picture, or of all frames of an animation: 1.2 GB as floats
 POINTS = 2000  # of an embedding: exact t-SNE takes half a minute for them
-RANGE = 4.5  # a traversal covers z in [-4.5, 4.5], as in EigenGAN
+COLUMNS = 24  # labels in a heat map, before it gets too wide to read
+
+matplotlib.rcParams["text.parse_math"] = False  # names are no formulas, whatever their dollar signs
+warnings.filterwarnings("ignore", "Glyph .* missing from font")
 
 
-def parse_seeds(text: str) -> list[int]:
-    """'0-7' or '1,5,9-11' -> the seeds it lists; raises click.UsageError."""
-    seeds: list[int] = []
-    try:
-        for part in text.split(","):
-            first, _, last = part.partition("-")
-            chosen = range(int(first), int(last or first) + 1)
-            if not 0 <= chosen.start < chosen.stop <= min(2**32, chosen.start + MOST):
-                raise ValueError
-            seeds += chosen
-    except ValueError:
-        raise click.UsageError(
-            f"--seeds {text}: give numbers below 2^32 and ranges of at most {MOST}, as in 0-7 or 1,5,9-11"
-        ) from None
-    return seeds
+# ---------------------------------------------------------------------------------------------------------------------
+# Pictures.
 
 
-def parse_y(network: gan.Network, texts: Sequence[str]) -> tuple[Tensor | None, list[str]]:
-    """Each text, a class or a comma list of attributes to turn on ('none': all off) -> y [rows, Y] and the row names.
-
-    Without texts: every class, or every attribute alone. Raises click.UsageError naming what does not exist.
-    """
-    names = network.label_names
-    if network.label_kind == "none":
-        if texts:
-            raise click.UsageError("--y: this network is unconditional, it takes no labels")
-        return None, [""]
-    rows = []
-    for text in texts or names:
-        wanted = [text] if text in names else text.split(",")  # classes may have commas, attributes have none
-        wanted = [] if text == "none" and network.label_kind == "multi-label" else wanted
-        for name in wanted:
-            if name not in names:
-                raise click.UsageError(f"--y {name}: this network knows {', '.join(names)}")
-        if network.label_kind == "one-hot" and len(wanted) != 1:
-            raise click.UsageError(f"--y {text}: an image has one class here; repeat --y for more rows")
-        rows.append([float(name in wanted) for name in names])
-    return torch.tensor(rows), list(texts or names)
-
-
-def check_size(tiles: int, tile: int) -> None:
-    """Raises click.UsageError for a picture that would fill the memory."""
-    if tiles * tile**2 > PIXELS:
-        raise click.UsageError(f"{tiles:,} images at --tile {tile} are more than {PIXELS:,} pixels: ask for less")
+def check_size(images: int, network: gan.Network, tile: int) -> None:
+    """Raises click.UsageError for images that would fill the memory, at their own size or as tiles."""
+    side = max(tile, network.size)
+    if images * side**2 > PIXELS:
+        raise click.UsageError(f"{images:,} images of {side} px are more than {PIXELS:,} pixels: ask for fewer")
 
 
 def gallery(images: Tensor, columns: int, tile: int, row_names: list[str], column_names: list[str]) -> Image.Image:
@@ -93,46 +75,54 @@ def gallery(images: Tensor, columns: int, tile: int, row_names: list[str], colum
     return picture
 
 
-def generate(network: gan.Network, y: Tensor | None, latents: Tensor, batch: int = 64) -> Tensor:
-    """Decode many latents in batches, to the CPU."""
-    parts = range(0, len(latents), batch)
-    return torch.cat(
-        [network.decode(None if y is None else y[i : i + batch], latents[i : i + batch]).cpu() for i in parts]
-    )
+def save(pictures: Sequence[Image.Image], path: Path, notes: dict[str, str], frame_ms: int = 100) -> None:
+    """Save a picture, with its notes as text chunks where it is a PNG; several are the frames of a GIF or MP4.
+
+    The file is written aside and renamed. Raises click.ClickException if it cannot be written.
+    """
+    first, *others = pictures
+    try:
+        with training.atomic(path) as temporary:
+            if path.suffix.lower() == ".mp4":
+                write_mp4(pictures, temporary, 1000 / frame_ms)
+            elif others or path.suffix.lower() == ".gif":
+                if path.suffix.lower() != ".gif":
+                    raise ValueError("an animation is a .gif or an .mp4")
+                first.save(temporary, save_all=True, append_images=others, duration=frame_ms, loop=0, disposal=1,
+                           comment=json.dumps(notes).encode())  # fmt: skip
+            else:
+                first.save(temporary, **({"pnginfo": latents.png_info(notes)} if path.suffix.lower() == ".png" else {}))
+    except (OSError, ValueError) as error:
+        raise click.ClickException(f"--out {path}: {getattr(error, 'strerror', None) or error}") from None
 
 
-def sample(network: gan.Network, y: Tensor | None, rows: int, seeds: list[int], truncation: float) -> Tensor:
-    """A row of images for each y, a column for each seed: [rows * len(seeds), 3, size, size]."""
-    latents = (truncation * network.latents(seeds)).repeat(rows, 1)
-    return generate(network, None if y is None else y.repeat_interleave(len(seeds), dim=0), latents)
+def write(pictures: Sequence[Image.Image], path: Path, notes: dict[str, str], frame_ms: int = 100) -> None:
+    """`save`, and say so."""
+    save(pictures, path, notes, frame_ms)
+    frames = f", {len(pictures)} frames" if len(pictures) > 1 else ""
+    click.echo(f"wrote {path}, {pictures[0].width} x {pictures[0].height}{frames}")
 
 
-def importance(network: gan.Network) -> list[tuple[float, int, int]]:
-    """(|L|, layer, dimension) of every explorable dimension, the most important first; layers and dimensions from 1."""
-    L = [block.subspace.L.abs().tolist() for block in network.generator.blocks]
-    triples = [(value, i + 1, j + 1) for i, layer in enumerate(L) for j, value in enumerate(layer)]
-    return sorted(triples, key=lambda t: (-t[0], t[1], t[2]))
+def write_mp4(frames: Sequence[Image.Image], path: Path, rate: float) -> None:
+    """Encode frames by ffmpeg. Raises ValueError where it is missing or fails."""
+    program = shutil.which("ffmpeg")
+    if program is None:
+        raise ValueError("an MP4 needs ffmpeg, which is not installed: install it, or give a .gif")
+    even = "pad=ceil(iw/2)*2:ceil(ih/2)*2:color=white"  # yuv420p, which every player shows, halves the colours
+    command = [program, "-y", "-loglevel", "error", "-f", "rawvideo", "-pix_fmt", "rgb24", "-r", str(rate), "-s",
+               f"{frames[0].width}x{frames[0].height}", "-i", "-", "-vf", even, "-pix_fmt", "yuv420p", str(path)]  # fmt: skip
+    done = subprocess.run(command, input=b"".join(f.tobytes() for f in frames), capture_output=True)
+    if done.returncode:
+        raise ValueError(f"ffmpeg: {(done.stderr.decode(errors='replace').strip() or 'failed').splitlines()[-1]}")
 
 
-def traverse(
-    network: gan.Network, y: Tensor | None, latent: Tensor, layer: int, dimension: int, values: Tensor
-) -> Tensor:
-    """One image with the z of a layer's dimension (both from 1) set to each of `values` [N]: [N, 3, size, size]."""
-    latents = latent.repeat(len(values), 1)
-    latents[:, gan.NOISE + (layer - 1) * gan.BASIS + dimension - 1] = values
-    return generate(network, None if y is None else y.expand(len(values), -1), latents)
-
-
-def scatter(points: np.ndarray, panels: Sequence[tuple], shown: str) -> "matplotlib.figure.Figure":
+def scatter(points: np.ndarray, panels: Sequence[tuple], shown: str) -> Figure:
     """Picture of points [N, 2], once for each of the panels (title, integers [N], their names), coloured by it."""
-    from matplotlib.figure import Figure
-
-    matplotlib.rcParams["text.parse_math"] = False  # names are no formulas, whatever their dollar signs
-    warnings.filterwarnings("ignore", "Glyph .* missing from font")
     figure = Figure(figsize=(6 * len(panels), 6))
     for axis, (title, value, names) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
         for i, label in enumerate(names):
-            axis.scatter(*points[value == i].T, s=6, color=matplotlib.colormaps["tab20"](i % 20), label=label)
+            colours = matplotlib.colormaps["tab10" if len(names) <= 10 else "tab20"]
+            axis.scatter(*points[value == i].T, s=6, color=colours(i % colours.N), label=label)
         axis.set_title(f"{shown}, by {title}")
         axis.set_xticks([]), axis.set_yticks([])
         if len(names) <= 20:
@@ -141,13 +131,91 @@ def scatter(points: np.ndarray, panels: Sequence[tuple], shown: str) -> "matplot
     return figure
 
 
-def label_panels(ds, index: np.ndarray) -> list[tuple]:
-    """What `scatter` colours by: the classes or up to six attributes of a Dataset's images, and its hidden labels."""
-    labels = np.asarray(ds.labels)[index]
-    panels = [(name, labels[:, i].astype(int), ["off", "on"]) for i, name in enumerate(ds.label_names)]
-    if ds.label_kind == "one-hot":
-        panels = [("label", labels.argmax(1), ds.label_names)]
-    return (panels + [(name, value[index], names) for name, (value, names) in ds.hidden.items()])[:6]
+def label_panels(names: Sequence[str], kind: str, labels: np.ndarray) -> list[tuple]:
+    """What `scatter` colours by: the classes, or each attribute, of labels [N, Y]."""
+    if kind == "one-hot":
+        return [("label", labels.argmax(1), names)]
+    return [(name, (labels[:, i] > 0.5).astype(int), ["off", "on"]) for i, name in enumerate(names)]
+
+
+def heat_map(found: list[dict]) -> Figure:
+    """What each dimension (a row, those that change most first) does to each label, in standard deviations."""
+
+    def effect(d: dict, name: str) -> float:  # of the judge where it has a say
+        by = d["labels"][name]
+        return by.get("judge", by.get("classifier"))["effect"]
+
+    names = sorted(found[0]["labels"], key=lambda name: -max(abs(effect(d, name)) for d in found))[:COLUMNS]
+    values = np.array([[effect(d, name) for name in names] for d in found]).reshape(len(found), len(names))
+    figure = Figure(figsize=(3.5 + 0.5 * len(names), 1.8 + 0.3 * len(found)), layout="constrained")
+    axis = figure.subplots()
+    top = max(1.0, float(np.abs(values).max(initial=0)))
+    image = axis.imshow(values, cmap="RdBu_r", vmin=-top, vmax=top, aspect="auto")
+    for (row, col), value in np.ndenumerate(values):
+        if abs(value) >= latents.LEAST:
+            colour = "white" if abs(value) > 0.7 * top else "black"
+            axis.text(col, row, f"{value:+.1f}", ha="center", va="center", fontsize=7, color=colour)
+    axis.set_xticks(range(len(names)), names, rotation=45, ha="right", fontsize=8)
+    rows = [f"layer {d['layer']}, dim {d['dim']}  ({d['change']:.1%})" for d in found]
+    axis.set_yticks(range(len(found)), rows, fontsize=8)
+    axis.set_title("From z = -2 to 2: labels in standard deviations\n(beside it: change of the picture)", fontsize=9)
+    figure.colorbar(image, fraction=0.02)
+    return figure
+
+
+def table(found: list[dict]) -> list[str]:
+    """What `latents.measure` found, as lines of text: of the label that names a dimension, what each reader saw."""
+    lines = ["layer dim  change   name                              logit: classifier  judge   same way   also"]
+    for d in found:
+        by = d["labels"].get(d["name"].rpartition(" ")[0], {})
+        logits = [f"{by[who]['logit']:+.1f}" if who in by else "" for who in ("classifier", "judge")]
+        same = f"{min(r['consistency'] for r in by.values()):.0%}" if by else ""
+        numbers = f"{logits[0]:>13s} {logits[1]:>6s} {same:>10s}"
+        also = ", ".join(d["also"][:3])
+        lines.append(f"{d['layer']:5d} {d['dim']:3d} {d['change']:7.1%}   {d['name']:38s} {numbers}   {also}".rstrip())
+    return lines
+
+
+def factor_table(found: list[dict], readable: Sequence[str]) -> list[str]:
+    """The factors that critters are drawn with, as far as the judge reads them, each with what moves it most."""
+    moved = [(effect, name, d) for d in found for name, effect in latents.names_of(d["labels"])]
+    moved.sort(key=lambda item: abs(item[0]))
+    best = {name: f"layer {d['layer']}, dim {d['dim']} ({effect:+.1f})" for effect, name, d in moved}  # the last stays
+    lines = ["What critters are drawn with, and the dimension that moves it most:"]
+    for group, factors in latents.FACTORS.items():
+        its = [f"{name}: {best.get(name, 'none')}" for name in factors if name in readable]
+        lines.append(f"  {group:7s} {'; '.join(its)}")
+    return lines
+
+
+def write_figure(figure: Figure, path: Path) -> None:
+    """Save a figure. Raises click.ClickException if that is impossible."""
+    if not path.suffix:  # matplotlib would add one
+        raise click.UsageError(f"--out {path}: name a file with an ending, such as .png")
+    try:
+        with training.atomic(path) as temporary:
+            figure.savefig(temporary, dpi=100)
+    except (OSError, ValueError) as error:
+        raise click.ClickException(f"--out {path}: {getattr(error, 'strerror', None) or error}") from None
+    click.echo(f"wrote {path}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The commands.
+
+
+class OneLine(click.Group):
+    """A group of commands that reports whatever the user got wrong in one line."""
+
+    def invoke(self, ctx: click.Context) -> object:
+        try:
+            return super().invoke(ctx)
+        except click.UsageError as error:
+            raise training.BadOption(error.format_message()) from None  # click would print its usage lines above it
+        except OSError as error:
+            if error.filename is None:
+                raise
+            raise click.ClickException(f"{error.filename}: {error.strerror}") from None
 
 
 def finite(context: click.Context, option: click.Parameter, value: float) -> float:
@@ -156,109 +224,352 @@ def finite(context: click.Context, option: click.Parameter, value: float) -> flo
     return value
 
 
+def find(context: click.Context, option: click.Parameter, value: str | None) -> Path | None:
+    """The checkpoint that --network names: in a run's folder gan.pt, or else its encoder.pt."""
+    path = Path(value) if value else None
+    if path and path.is_dir():
+        return next((path / name for name in ("gan.pt", "encoder.pt") if (path / name).exists()), path / "gan.pt")
+    return path
+
+
 # fmt: off
 Y = "A class, or attributes to turn on (A,B,...; none: all off)"
-OPTIONS = [
-    click.option("--network",    metavar="FILE", required=True, help="gan.pt or a snapshot."),
-    click.option("--truncation", metavar="T", type=click.FloatRange(0), callback=finite, default=1.0, help="Scale of the latents: below 1 more typical, less varied."),
-    click.option("--tile",       metavar="PIXELS", type=click.IntRange(8, 1024), default=64, help="Size of an image in the picture."),
-    click.option("--device",     metavar="DEVICE", default="cpu", help="cpu or cuda."),
-    click.option("--out",        metavar="PNG", help="Picture to write.  [default: beside the network]"),
+NETWORK = click.option("--network", metavar="FILE|DIR", required=True, callback=find, help="gan.pt, a snapshot or an export; or a run's folder.")
+DEVICE = click.option("--device", metavar="DEVICE", default="auto", help="cpu, cuda, cuda:1; auto: cuda if there is one.")
+SEED = click.option("--seed", metavar="N", type=click.IntRange(0, 2**31), default=0, help="Seed of what is random.")
+DATA = click.option("--data", metavar="PATH", help="The run's images, if they have moved.")
+OUT = click.option("--out", metavar="FILE", type=click.Path(path_type=Path), help="What to write.  [default: beside the network]")
+TILE = click.option("--tile", metavar="PIXELS", type=click.IntRange(8, 1024), default=64, help="Size of an image in the picture.")
+TRUNCATION = click.option("--truncation", metavar="T", type=click.FloatRange(0), callback=finite, default=1.0, help="Scale of the latents: below 1 more typical, less varied.")
+
+SAMPLE = [
+    NETWORK,
+    click.option("--y", metavar="NAMES", multiple=True, help=f"{Y}; may be repeated.  [default: each in turn]"),
+    click.option("--seeds", metavar="LIST", help="Seeds, such as 0-63 or 1,5,9-11.  [default: 0-7]"),
+    click.option("--vary", type=click.Choice(["eps,z", "eps", "z", "y"]), help="What differs within a row; the rest is held as in the first seed.  [default: eps,z]"),
+    click.option("--latent", metavar="JSON", multiple=True, help="A latent that the page saved, in place of --y, --seeds and --vary; may be repeated."),
+    click.option("--separate", is_flag=True, help="A PNG for each image, at its own size, in the folder --out.  [default: images]"),
+    TRUNCATION, TILE, DEVICE, OUT,
+]
+
+TRAVERSE = [
+    NETWORK,
+    click.option("--y", metavar="NAMES", multiple=True, help=f"{Y}; --interpolate takes several.  [default: the first; --interpolate: each in turn]"),
+    click.option("--seeds", metavar="LIST", help="Seeds of the images to start from, a picture each; with --interpolate, to go through.  [default: 0; 0-3]"),
+    click.option("--dims", metavar="LIST", default="all", help="Dimensions: 3.2 is dimension 2 of layer 3, and 3 all of layer 3."),
+    click.option("--steps", metavar="N", type=click.IntRange(2, latents.MOST), default=9, help="Images in a strip."),
+    click.option("--interpolate", is_flag=True, help="Instead: a smooth loop through the seeds and ys, as a .gif or .mp4."),
+    click.option("--frames", metavar="N", type=click.IntRange(2, latents.MOST), default=25, help="With --interpolate: frames from one seed to the next, 25 a second."),
+    TRUNCATION, TILE, DEVICE, OUT,
+]
+
+DIMENSIONS = [
+    NETWORK, DATA,
+    click.option("--num", metavar="N", type=click.IntRange(8, 10_000), default=64, help="Images to move each dimension of."),
+    click.option("--steps", metavar="N", type=click.IntRange(1), default=600, help="Training steps of the judge, of 64 images."),
+    click.option("--json", "json_file", metavar="FILE", type=click.Path(path_type=Path), help="What to write.  [default: dimensions.json beside the network]"),
+    SEED, DEVICE, OUT,
+]
+
+PROJECT = [
+    NETWORK,
+    click.option("--steps", metavar="N", type=click.IntRange(2), default=300, help="Steps of gradient descent."),
+    SEED, TILE, DEVICE, OUT,
+]
+
+SERVE = [
+    click.option("--network", metavar="FILE|DIR", callback=find, help="gan.pt, a snapshot or an export; or a run's folder.  [default: pretrained/critters.pt]"),
+    click.option("--host", metavar="ADDRESS", default="127.0.0.1", help="Address to listen at; 0.0.0.0 lets other machines in."),
+    click.option("--port", metavar="N", type=click.IntRange(1, 65535), default=7860, help="Port to listen at."),
+    DEVICE,
 ]
 # fmt: on
 
 
-def options(*own):
-    def decorate(command):
-        for option in reversed(own + tuple(OPTIONS)):
+def with_options(options: Sequence[Callable]) -> Callable:
+    """Decorator: gives a command these options."""
+
+    def decorate(command: Callable) -> Callable:
+        for option in reversed(options):
             command = option(command)
         return command
 
     return decorate
 
 
-def write(picture: Image.Image, out: str | None, network: str, name: str) -> None:
-    path = Path(out) if out else Path(network).with_name(name)
-    try:
-        picture.save(path)
-    except (OSError, ValueError) as error:
-        raise click.ClickException(f"--out {path}: {error}") from None
-    click.echo(f"wrote {path}, {picture.width} x {picture.height}")
-
-
-@click.group(context_settings=dict(max_content_width=120, show_default=True))
+@click.group(cls=OneLine, context_settings=dict(max_content_width=120, show_default=True))
 def main():
-    """Pictures of a trained run."""
+    """Look at a trained run."""
 
 
 @main.command("sample")
-@options(
-    click.option("--y", metavar="NAMES", multiple=True, help=f"{Y}; may be repeated.  [default: each in turn]"),
-    click.option("--seeds", metavar="LIST", default="0-7", help="Seeds, a column each."),
-)
-def sample_command(network, y, seeds, truncation, tile, device, out):
-    """A grid: a row for each class or attribute set, a column for each seed."""
+@with_options(SAMPLE)
+def sample_command(network, y, seeds, vary, latent, separate, truncation, tile, device, out):
+    """Images as a grid, or each on its own.
+
+    The paper's four explorations are --vary eps,z at fixed y, eps at fixed z and y, z at fixed eps and y, and y at fixed
+    eps and z. A seed gives the same image in any of them, whatever else is drawn.
+    """
     file, network = network, gan.load(network, device)
-    labels, names = parse_y(network, y)
-    columns = parse_seeds(seeds)
-    check_size(len(names) * len(columns), tile)
-    images = sample(network, labels, len(names), columns, truncation)
-    write(gallery(images, len(columns), tile, names, [str(s) for s in columns]), out, file, "sample.png")
+
+    # Find what to draw: y and a latent of each image, the names of rows and columns, and what each PNG says of itself.
+    if latent:
+        if y or seeds or vary:
+            raise click.UsageError("--latent holds eps, z and y: leave --y, --seeds and --vary away")
+        read = [latents.read_json(network, path) for path in latent]
+        labels = None if read[0][0] is None else torch.cat([its for its, _ in read])
+        codes = torch.cat([code for _, code in read])
+        rows, columns = [""], [Path(path).stem for path in latent]
+        whole, notes = {"latent": ", ".join(columns)}, [{"latent": name} for name in columns]
+    else:
+        labels, names = latents.parse_y(network, y)
+        numbers, vary = latents.parse_seeds(seeds or "0-7"), vary or "eps,z"
+        if vary == "y" and labels is None:
+            raise click.UsageError("--vary y: this network is unconditional, it takes no labels")
+        check_size(len(names) * len(numbers), network, tile)
+        labels, codes = latents.exploration(network, labels, numbers, vary)
+        rows, columns = names, [str(seed) for seed in numbers]
+        if vary == "y":  # a row for each seed
+            rows, columns = columns, rows
+        whole = {"y": "; ".join(names), "seed": seeds or "0-7", "vary": vary}
+        notes = [{"y": row, "seed": column} for row in rows for column in columns]
+        if vary == "y":
+            notes = [{"y": its["seed"], "seed": its["y"]} for its in notes]
+        if vary in ("eps", "z"):  # the other one is the first seed's
+            held = {"held": f"{'z' if vary == 'eps' else 'eps'} of seed {numbers[0]}"}
+            notes = [its | held for its in notes]
+    images = latents.generate(network, labels, truncation * codes)
+    common = latents.notes_of(network, truncation=truncation)
+
+    # Write one picture, or one for each image.
+    if not separate:
+        picture = gallery(images, len(columns), tile, rows, columns)
+        return write([picture], out or file.with_name("sample.png"), common | whole)
+    folder = out or file.with_name("images")
+    folder.mkdir(parents=True, exist_ok=True)
+    for i, (image, its) in enumerate(zip(images, notes, strict=True)):
+        title = "-".join(f"{key}-{value}" if key == "seed" else value for key, value in its.items() if key != "held")
+        name = re.sub(r"[^\w-]+", "-", title)[:80].strip("-")  # labels can have any character, and file names not
+        picture = Image.fromarray(gan.grid(image[None], 1))
+        save([picture], folder / f"{i:0{len(str(len(images) - 1))}}-{name}.png", common | its)  # sorted as drawn
+    click.echo(f"wrote {len(images)} images to {folder}")
 
 
 @main.command("traverse")
-@options(
-    click.option("--y", metavar="NAMES", help=f"{Y}.  [default: the first]"),
-    click.option("--seeds", metavar="LIST", default="0", help="Seeds of the images to start from, a picture each."),
-    click.option("--steps", metavar="N", type=click.IntRange(2, MOST), default=9, help="Images in a strip."),
-)
-def traverse_command(network, y, seeds, steps, truncation, tile, device, out):
-    """A strip over [-4.5, 4.5] for each layer and dimension, the most important |L| first."""
+@with_options(TRAVERSE)
+def traverse_command(network, y, seeds, dims, steps, interpolate, frames, truncation, tile, device, out):
+    """What each dimension does to an image, as strips.
+
+    A strip covers z in [-4.5, 4.5]; the dimensions that change the picture most come first. A .gif shows them moving.
+    """
     file, network = network, gan.load(network, device)
-    labels, _ = parse_y(network, [y] if y else [])
-    values = torch.linspace(-RANGE, RANGE, steps)
-    dimensions = importance(network)
-    strips = [f"layer {layer} dim {dim}  |L| {L:.1f}" for L, layer, dim in dimensions]
-    wanted = parse_seeds(seeds)
-    check_size(len(dimensions) * steps, tile)
-    for seed in wanted:
-        latent = truncation * network.latents([seed])
-        first = None if labels is None else labels[:1]
-        images = torch.cat([traverse(network, first, latent, layer, dim, values) for _, layer, dim in dimensions])
-        picture = gallery(images, steps, tile, strips, [f"{v:.1f}" for v in values.tolist()])
-        name = "traverse.png" if len(wanted) == 1 else f"traverse-{seed}.png"
-        if out and len(wanted) > 1:
-            raise click.UsageError("--out takes one picture: give one seed, or leave --out away")
-        write(picture, out, file, name)
+    labels, names = latents.parse_y(network, y)
+    wanted = latents.parse_dimensions(network, dims)
+    numbers = latents.parse_seeds(seeds or ("0-3" if interpolate else "0"))
+
+    # A loop: keyframe i has seed i and y i, each list over again where it is the shorter one.
+    if interpolate:
+        stops = max(len(numbers), len(names))
+        if stops < 2:
+            raise click.UsageError("--interpolate needs two seeds or two ys to go between")
+        check_size(stops * frames, network, tile)
+        codes = truncation * network.latents([numbers[i % len(numbers)] for i in range(stops)])
+        labels = None if labels is None else labels[torch.arange(stops) % len(names)]
+        labels, codes = latents.loop(labels, codes, frames, network.label_kind == "one-hot")
+        images = latents.generate(network, labels, codes, latents.BATCH)
+        pictures = [
+            Image.fromarray(gan.grid(x[None], 1)).resize((tile, tile), Image.Resampling.BICUBIC) for x in images
+        ]
+        notes = latents.notes_of(network, y="; ".join(names), seed=",".join(map(str, numbers)), truncation=truncation)
+        return write(pictures, out or file.with_name("interpolate.gif"), notes, frame_ms=40)
+
+    # Strips, a picture for each seed.
+    if len(y) > 1:
+        raise click.UsageError("--y: strips are of one image, so give one; several go with --interpolate")
+    if out and len(numbers) > 1:
+        raise click.UsageError("--out takes one picture: give one seed, or leave --out away")
+    check_size(len(wanted) * steps, network, tile)
+    values = torch.linspace(-latents.RANGE, latents.RANGE, steps)
+    found = {(d["layer"], d["dim"]): f": {d['name']}" for d in latents.found_names(network, file)}
+    order = None
+    for seed in numbers:
+        code, first = truncation * network.latents([seed]), None if labels is None else labels[:1]
+        strips = dict(zip(wanted, latents.strips(network, first, code, wanted, values), strict=True))
+        changes = {d: latents.spread(images) for d, images in strips.items()}
+        order = order or sorted(wanted, key=lambda d: -changes[d])  # the first seed's, so that pictures compare
+        rows = [f"layer {d[0]}, dim {d[1]}{found.get(d, '')}   {changes[d]:.1%}" for d in order]
+        path = out or file.with_name("traverse.png" if len(numbers) == 1 else f"traverse-{seed}.png")
+        images = torch.stack([strips[d] for d in order])
+        if path.suffix.lower() in (".gif", ".mp4"):  # there and back: a jump at the end would look like a change
+            there_and_back = [*range(steps), *range(steps - 2, 0, -1)]
+            pictures = [gallery(images[:, i], 1, tile, rows, [f"{values[i]:.1f}"]) for i in there_and_back]
+        else:
+            pictures = [gallery(images.flatten(0, 1), steps, tile, rows, [f"{v:.1f}" for v in values.tolist()])]
+        write(pictures, path, latents.notes_of(network, y=names[0], seed=seed, truncation=truncation))
+
+
+@main.command("dimensions")
+@with_options(DIMENSIONS)
+def dimensions_command(network, data, num, steps, json_file, seed, device, out):
+    """What each dimension does, by name.
+
+    Prints a table, and writes JSON and a heat map. Moves each z from -2 to 2 in many images. The run's classifier, and a
+    judge that is trained now on the real images and all that is known of them, say which labels move. The page and the
+    strips take the names from dimensions.json.
+    """
+    file, run = network, metrics.Run(str(network), metrics.start(device, 64), data)
+    readers, quality = latents.readers_of(run, seed, steps)
+    y = run.generated(num, seed).y
+    found = latents.measure(run.net, y, run.net.latents(range(seed, seed + num)), readers)
+
+    click.echo("\n".join(table(found)))
+    if run.train.data == "critters":
+        click.echo("\n".join(factor_table(found, readers["judge"].names)))
+    unread = [name for name in quality if name not in readers["judge"].names]
+    if unread:
+        click.echo(f"The judge cannot tell well enough to name anything by it: {', '.join(unread)}")
+    if "classifier" not in readers and run.names:
+        click.echo(f"{file} holds no encoder, so the judge alone names the dimensions")
+
+    # Write the files.
+    content = dict(network=training.fingerprint(run.net.decoder.state_dict()), samples=num, seed=seed, judge=quality)
+    path = json_file or file.with_name("dimensions.json")
+    with training.atomic(path) as temporary:
+        temporary.write_text(json.dumps(content | {"dimensions": found}, indent=1) + "\n")
+    click.echo(f"wrote {path}")
+    if found[0]["labels"]:
+        write_figure(heat_map(found), out or file.with_name("dimensions.png"))
+
+
+@main.command("project")
+@click.argument("picture", metavar="FILE", type=click.Path(path_type=Path))
+@with_options(PROJECT)
+def project_command(picture, network, steps, seed, tile, device, out):
+    """The latent of a given picture.
+
+    Writes FILE beside what the network makes of it, and the latent as JSON, which `sample --latent` takes.
+    """
+    import dataset
+    import files
+
+    file, network = network, gan.load(network, device)
+    try:
+        image = files.read_image(picture)
+    except ValueError as error:
+        raise click.ClickException(f"{picture} cannot be read as a picture: {error}") from None
+    crop = dataset.squashed if network.data["squash"] else dataset.square
+    given = training.to_float(torch.from_numpy(np.array(crop(image, network.size)))[None])[0]
+    if network.encoder is None:
+        click.echo(f"{file} holds no encoder, so pixels alone are compared")
+    y, latent, made = latents.project(network, given, steps, seed)
+    path = out or file.with_name("project.png")
+    shown, wanted = (training.to_float(training.to_uint8(x[None])) for x in (made, given))  # as the picture has them
+    title = f"found, {latents.psnr((shown - wanted).square().mean().item()):.1f} dB"
+    its = (
+        "" if y is None else ", ".join(f"{n} {v:.2f}" for n, v in zip(network.label_names, y[0].tolist(), strict=True))
+    )
+    write(
+        [gallery(torch.stack((given, made)), 2, tile, [""], ["given", title])],
+        path,
+        latents.notes_of(network, y=its, seed=seed),
+    )
+    with training.atomic(path.with_suffix(".json")) as temporary:
+        temporary.write_text(json.dumps(latents.to_json(network, None if y is None else y[0], latent[0])) + "\n")
+    click.echo(f"wrote {path.with_suffix('.json')}, {title.removeprefix('found, ')}" + f", y: {its}" * bool(its))
 
 
 @main.command("embedding")
-@click.option("--network", metavar="FILE", required=True, help="encoder.pt.")
-@click.option("--data", metavar="PATH", help="The run's images, if they have moved.")
-@click.option("--seed", metavar="N", type=click.IntRange(0), default=0, help="Seed of what is random.")
-@click.option("--device", metavar="DEVICE", default="cpu", help="cpu or cuda.")
-@click.option("--out", metavar="PNG", help="Picture to write.  [default: beside the network]")
+@with_options([NETWORK, DATA, SEED, DEVICE, OUT])
 def embedding_command(network, data, seed, device, out):
-    """t-SNE in the plane of the validation images' embeddings, coloured by their labels."""
+    """A t-SNE picture of encoder features, by label.
+
+    Of the validation images; with a gan.pt, of as many generated ones among them.
+    """
     import dataset
     import encoder as stage1
 
-    state, run = training.load(network, "encoder"), training.start(device, seed=seed)
-    ds = dataset.open_dataset(data or state["data"]["data"], state["data"]["size"], "val")
-    training.check_images(state["data"], ds, network, "give --data")
-    index = np.linspace(0, len(ds) - 1, min(POINTS, len(ds))).astype(int)
-    if len(index) < 10:
-        raise click.ClickException(f"{len(index)} validation images are too few for a t-SNE")
-    images = (torch.from_numpy(ds.images[part]) for part in np.array_split(index, max(1, len(index) // 256)))
-    h = stage1.embed(stage1.build(state).to(run.device), images, len(index), run)
-    points = metrics.tsne(h, dims=2, perplexity=min(30.0, (len(h) - 1) / 3), seed=seed)
-    figure = scatter(points.numpy(), label_panels(ds, index), "t-SNE of validation embeddings")
-    path = Path(out) if out else Path(network).with_name("embedding.png")
+    state = None
     try:
-        figure.savefig(path, dpi=100)
-    except (OSError, ValueError) as error:
-        raise click.ClickException(f"--out {path}: {error}") from None
-    click.echo(f"wrote {path}")
+        state = training.load(network, "encoder")
+    except click.ClickException as error:
+        if "written by gan.py" not in error.message:
+            raise
+
+    # Embed validation images, and as many generated ones where there is a generator.
+    if state:
+        run = training.start(device, seed=seed)
+        ds = dataset.open_dataset(data or state["data"]["data"], state["data"]["size"], "val")
+        training.check_images(state["data"], ds, network, "give --data")
+        index = np.linspace(0, len(ds) - 1, min(POINTS, len(ds))).astype(int)
+        images = (torch.from_numpy(ds.images[part]) for part in np.array_split(index, max(1, len(index) // 256)))
+        h = stage1.embed(stage1.build(state).to(run.device), images, len(index), run)
+        panels = label_panels(ds.label_names, ds.label_kind, np.asarray(ds.labels)[index])
+        panels += [(name, value[index], names) for name, (value, names) in ds.hidden.items()]
+    else:
+        run = metrics.Run(str(network), metrics.start(device, 64), data)
+        if run.features is None:
+            raise click.ClickException(f"{network} holds no encoder: give the run's gan.pt or encoder.pt")
+        n = min(POINTS // 2, len(run.images["val"]))
+        index = np.linspace(0, len(run.images["val"]) - 1, n).astype(int)
+        fake, labels = run.generated(n, seed), run.labels("val")
+        h = torch.cat((run.embed(run.real_images("val", index)), run.embed(fake)))
+        panels = [("origin", np.arange(2 * n) // n, ["real", "generated"])]
+        if run.names and labels is not None:
+            panels += label_panels(run.names, run.kind, torch.cat((labels[index], fake.y)).numpy())
+    if len(h) < 10:
+        raise click.ClickException(f"{len(index)} validation images are too few for a t-SNE")
+    points = metrics.tsne(h, dims=2, perplexity=min(30.0, (len(h) - 1) / 3), seed=seed)
+    write_figure(scatter(points.numpy(), panels[:6], "t-SNE of embeddings"), out or network.with_name("embedding.png"))
+
+
+@main.command("export")
+@with_options([NETWORK, OUT])
+def export_command(network, out):
+    """What pictures need, as one small file.
+
+    That is the averaged decoder and the classifier, in 16 bits. It loads like a gan.pt. Without the encoder there are few
+    metrics, and `project` compares pixels alone. The names of the dimensions go along, if `explore.py dimensions` has
+    found them.
+    """
+    state, path = training.load(network, "gan"), out or network.with_name("export.pt")
+    if path.exists() and "exported" not in training.load(path, "gan"):
+        raise click.ClickException(f"--out {path} is a checkpoint that training goes on from: give another --out")
+
+    def half(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {k: v.half() if v.is_floating_point() else v for k, v in weights.items()}
+
+    keys = ("stage", "labels", "entropy_bits", "images_seen", "iteration")
+    data, classifier = state["data"], state["classifier"]
+    found = latents.found_names(gan.load(network, "cpu"), network)
+    named = [d for d in found if d["name"] != latents.NAMELESS]
+    content = {key: state[key] for key in keys} | {
+        "exported": True, "ema": half(state["ema"]), "dimensions": found or None, "encoder": None,
+        "classifier": classifier and {"config": classifier["config"], "model": half(classifier["model"]), "balance": classifier["balance"]},
+        # Others need not know where files lay on this machine.
+        "data": data | {"data": data["name"] if Path(data["data"]).is_absolute() else data["data"]},
+        "options": {k: v for k, v in state["options"].items() if k not in ("data", "outdir", "init")},
+    }  # fmt: skip
+    training.save(path, content)
+    click.echo(f"wrote {path}, {path.stat().st_size / 1e6:.1f} MB, {len(named)} dimensions with a name")
+
+
+@main.command("serve")
+@with_options(SERVE)
+def serve_command(network, host, port, device):
+    """A page in the browser.
+
+    Class or attributes, a slider for each dimension that changes something, new eps, truncation, downloads.
+    """
+    if network is None and not PRETRAINED.exists():
+        raise click.UsageError(f"--network: name a run's gan.pt; there is no {PRETRAINED}")
+    try:
+        import page
+    except ModuleNotFoundError as error:
+        if error.name != "gradio":
+            raise
+        raise click.ClickException("the page needs gradio: pip install gradio") from None
+    file = network or PRETRAINED
+    page.serve(gan.load(file, device), file, host, port)
 
 
 if __name__ == "__main__":

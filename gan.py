@@ -622,6 +622,7 @@ class Network:
     images_seen: int
     options: dict
     convolved: list  # the decoder's convolved basis maps
+    dimensions: list | None = None  # in an export: what each dimension does, as `explore.py dimensions` found
 
     @property
     def labels(self) -> int:
@@ -681,7 +682,7 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> Network:
         kind = data["label_kind"] if labels else "none"
         return Network(
             decoder, encoder, classifier, balance, data, names, kind, rows, data["size"], state["images_seen"],
-            state["options"], convolved,
+            state["options"], convolved, state.get("dimensions"),
         )  # fmt: skip
 
 

@@ -1208,8 +1208,8 @@ def evaluate(options: dict, world: World) -> dict:
     wanted = options["metrics"] and [m.strip() for m in options["metrics"].split(",")]
     wanted = wanted and ["fid" if m == "fd" else m for m in wanted]
     possible = [m for m in METRICS if run or m in OF_FOLDERS]
-    if run and run.features is None:
-        possible = [m for m in possible if not m.startswith("chamfer")]
+    if run and run.features is None:  # the others look through the run's own encoder
+        possible = [m for m in possible if m in ("fid", "is", "kid")]
     if run and run.kind == "none":
         possible = [m for m in possible if m not in ("accuracy", "diversity", "information")]
     for name in wanted or []:

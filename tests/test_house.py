@@ -25,7 +25,9 @@ MAY_IMPORT = {
     "classifier": {"training", "layouts", "dataset", "encoder", "clusters"},
     "gan": {"ops", "training", "layouts", "dataset", "encoder", "classifier"},
     "metrics": {"ops", "training", "dataset", "encoder", "classifier", "gan", "control"},
-    "explore": {"training", "dataset", "encoder", "gan", "metrics", "control"},
+    "latents": {"training", "critters", "dataset", "control", "gan"},
+    "page": {"gan", "latents"},
+    "explore": {"training", "files", "dataset", "encoder", "gan", "metrics", "latents", "page"},
 }
 AT_THE_TOP = {"encoder": {"training"}, "classifier": {"training"}, "gan": {"ops", "training"}, "metrics": {"ops"}}
 
