@@ -7,6 +7,7 @@ the `measure_*` need networks, images and labels alone.
 
 import contextlib
 import hashlib
+import json
 import pickle
 from collections.abc import Sequence
 
@@ -69,92 +70,154 @@ def control_accuracy(
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The independent judge: the run's own classifier is what the generator was trained to please.
+# The independent judge: the run's own encoder and classifier are what the generator was trained to please.
 
 
-class Judge(nn.Sequential):
-    """A small convolutional classifier, trained on real images alone; the generator never sees it."""
+class Judge(nn.Module):
+    """A convolutional classifier that is trained on real images alone: the generator never sees it.
+
+    Its 512 features, standardised over the real images, take Inception's place where that cannot be had. labels: number
+    of its logits.
+    """
+
+    DIMS = 512
 
     def __init__(self, labels: int):
+        super().__init__()
         layers: list[nn.Module] = []
-        for i, o, stride in ((3, 32, 2), (32, 64, 1), (64, 96, 2), (96, 128, 2)):
+        for i, o, stride in (
+            (3, 32, 1),
+            (32, 32, 2),
+            (32, 64, 1),
+            (64, 64, 2),
+            (64, 128, 1),
+            (128, 128, 2),
+            (128, 128, 1),
+        ):
             layers += [nn.Conv2d(i, o, 3, stride, 1, bias=False), nn.BatchNorm2d(o), nn.ReLU(inplace=True)]
-        super().__init__(*layers, nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Dropout(0.2), nn.Linear(512, labels))
+        self.trunk = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(2), nn.Flatten())
+        self.drop, self.head = nn.Dropout(0.3), nn.Linear(self.DIMS, labels)
+        self.register_buffer("mean", torch.zeros(self.DIMS))
+        self.register_buffer("std", torch.ones(self.DIMS))
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """uint8 [B, S, S, 3] -> features [B, 512], logits [B, Y]; images larger than 32 px are reduced to that."""
+        x = training.to_float(images.to(self.mean.device))
+        x = F.interpolate(x, (32, 32), mode="bilinear", antialias=True) if x.shape[2] > 32 else x
+        h = self.trunk(x.contiguous(memory_format=torch.channels_last))
+        return (h - self.mean) / self.std, self.head(self.drop(h))
 
     def look(self, images: Tensor) -> Tensor:
-        """uint8 [B, S, S, 3] -> logits [B, Y]; images larger than 64 px are reduced to that."""
-        x = images.to(self[-1].weight.device).permute(0, 3, 1, 2).float() / 127.5 - 1
-        x = F.interpolate(x, (64, 64), mode="bilinear", antialias=True) if x.shape[2] > 64 else x
-        return self(x.contiguous(memory_format=torch.channels_last))
+        """uint8 [B, S, S, 3] -> logits [B, Y]."""
+        return self(images)[1]
+
+
+Group = tuple[
+    str, list[str], Tensor
+]  # labels that belong together: 'one-hot' or 'multi-label', names, float32 [N, names]
+
+
+def known_labels(run, split: str) -> list[Group]:
+    """All labels of a split's real images, the run's own first (where they are known), then those that it left out."""
+    data, y = run.images[split], run.labels(split) if run.names else None
+    groups = [] if y is None else [(run.kind, list(run.names), y)]
+    classes, attributes = run.all_labels
+    for spec in ["class"] * (len(classes) > 1) + [",".join(attributes)] * bool(attributes):
+        part = data.part(split, spec)
+        seen = {name for _, names, _ in groups for name in names}
+        new = [i for i, name in enumerate(part.label_names) if name not in seen]
+        if new and (part.label_kind == "multi-label" or len(new) == len(part.label_names)):
+            y = torch.from_numpy(np.array(part.labels))[:, new]
+            groups.append((part.label_kind, [part.label_names[i] for i in new], y))
+    for value, names in data.hidden.values():
+        groups.append(("one-hot", list(names), torch.eye(len(names))[torch.from_numpy(np.array(value)).long()]))
+    return groups
+
+
+def loss_of(logits: Tensor, y: Tensor, groups: Sequence[tuple[str, int]]) -> Tensor:
+    """Sum over the groups of labels (kind, width) of their cross-entropy, or the mean of their binary ones."""
+    loss = logits.new_zeros(())
+    widths = [width for _, width in groups]
+    for (kind, _), ours, theirs in zip(groups, logits.split(widths, 1), y.split(widths, 1), strict=True):
+        loss += (F.cross_entropy if kind == "one-hot" else F.binary_cross_entropy_with_logits)(ours, theirs)
+    return loss
 
 
 def train_judge(
-    images, labels: Tensor, kind: str, seed: int, device: torch.device, steps: int, mirror: bool = True
-) -> tuple[Judge, float]:
-    """Train a Judge on nine tenths of the real images; returns it with its accuracy on the last tenth.
+    images, groups: Sequence[Group], seed: int, device: torch.device, steps: int, mirror: bool = True
+) -> tuple[Judge, list[float]]:
+    """Train a Judge on nine tenths of the real images; returns it with its accuracy on the last tenth, for each group.
 
     images: uint8 [N, S, S, 3], array or memory-map. steps: of 64 images, AdamW with one cycle of the learning rate.
-    mirror: show half of the batches left to right; False where a label depends on the side.
+    Images are shifted by up to an eighth, vary in brightness and contrast, and, with mirror, half of the batches are
+    shown left to right: False is for labels that depend on the side.
     """
     draw = np.random.default_rng([seed, 3])
-    loss_of = F.cross_entropy if kind == "one-hot" else F.binary_cross_entropy_with_logits
+    labels, widths = torch.cat([y for _, _, y in groups], 1), [(kind, y.shape[1]) for kind, _, y in groups]
     held, kept = np.split(draw.permutation(len(labels)), [max(1, len(labels) // 10)])
     held = np.sort(held[:2000])
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
         judge = Judge(labels.shape[1]).to(device, memory_format=torch.channels_last)
-        optimizer = torch.optim.AdamW(judge.parameters(), weight_decay=1e-3)
-        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, total_steps=steps)
+        optimizer = torch.optim.AdamW(judge.parameters(), weight_decay=0.05)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=steps)
         for _ in tqdm(range(steps), desc="independent judge", unit="step", leave=False, dynamic_ncols=True):
             rows = np.sort(draw.choice(kept, min(64, len(kept)), replace=False))
-            x = torch.from_numpy(images[rows])
-            loss = loss_of(judge.look(x.flip(2) if mirror and draw.random() < 0.5 else x), labels[rows].to(device))
+            x = images[rows][:, :, ::-1] if mirror and draw.random() < 0.5 else images[rows]
+            most = x.shape[1] // 8
+            down, right = draw.integers(0, 2 * most + 1, 2)
+            x = np.pad(x, ((0, 0), (most, most), (most, most), (0, 0)), "edge")
+            x = x[:, down : down + images.shape[1], right : right + images.shape[2]].astype(np.float32)
+            light, contrast = draw.uniform(-25, 25, (len(x), 1, 1, 1)), draw.uniform(0.8, 1.2, (len(x), 1, 1, 1))
+            x = torch.from_numpy(((x - 128) * contrast + 128 + light).clip(0, 255).astype(np.uint8))
+            loss = loss_of(judge.look(x), labels[rows].to(device), widths)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
             schedule.step()
     judge.eval().requires_grad_(False)
-    parts = np.array_split(held, -(-len(held) // 256))
-    logits = torch.cat([judge.look(torch.from_numpy(images[rows])).cpu() for rows in parts])
-    y = labels[held]
-    right = logits.argmax(1) == y.argmax(1) if kind == "one-hot" else (logits > 0) == (y > 0.5)
-    return judge, right.float().mean().item()
+    _, logits = judged(judge, images, held)
+    accuracies, parts = [], [width for _, width in widths]
+    for (kind, _), ours, y in zip(widths, logits.split(parts, 1), labels[held].split(parts, 1), strict=True):
+        right = ours.argmax(1) == y.argmax(1) if kind == "one-hot" else (ours > 0) == (y > 0.5)
+        accuracies.append(right.float().mean().item())
+    rows = np.sort(draw.permutation(len(labels))[:2000])
+    h, _ = judged(judge, images, rows)
+    std = h.std(0, correction=0)
+    judge.mean.copy_(h.mean(0))
+    judge.std.copy_(std.clamp(min=0.1 * std.mean() + 1e-6))  # a feature that hardly varies must not outweigh the others
+    return judge, accuracies
 
 
-def measure_accuracy(run, n: int, seed: int, steps: int) -> dict:
-    """Attribute control accuracy of n generated images by the run's classifier and by an independent judge."""
-    published, balance = run.protocol == "paper", run.net.balance
-    y, asked = questions(run.kind, run.real, max(2, n // len(run.names) // 2 * 2), seed, published)
-    labels, results, judge = run.labels("train"), {"accuracy_n": len(y)}, None
-    if labels is not None:
-        judge, results["judge_real"] = load_judge(run, labels, seed, steps)
-
-    def logits(images: Tensor) -> Tensor:
-        """[B, 1 or 2, Y]: by the run's classifier and by the judge. The images are generated once for both."""
-        own = run.features.classifier(run.features.embed(images))
-        return torch.stack([own, judge.look(images)] if judge else [own], 1)
-
-    own, *judged = run.look(run.generated(len(y), seed, y), logits).unbind(1)
-    found = control_accuracy(own, y, asked, run.kind, run.names, balance, published)
-    results |= {f"accuracy_{key}".removesuffix("_accuracy"): value for key, value in found.items()}
-    for scores in judged:
-        found = control_accuracy(scores, y, asked, run.kind, run.names)
-        results |= {"accuracy_judge": found["accuracy"], "accuracy_judge_labels": found["labels"]}
-    return results
+def judged(judge: Judge, images, rows: np.ndarray) -> tuple[Tensor, Tensor]:
+    """The judge's features and logits of the images of these rows, on the CPU."""
+    parts = [judge(torch.from_numpy(images[part])) for part in np.array_split(rows, -(-len(rows) // 256))]
+    return tuple(torch.cat([part[i].cpu() for part in parts]) for i in range(2))
 
 
-def load_judge(run, labels: Tensor, seed: int, steps: int) -> tuple[Judge, float]:
-    """The run's independent judge and its accuracy, from judge.pt beside the run, or trained now and kept there."""
-    which = hashlib.sha256(labels.numpy().tobytes()).hexdigest()
-    key = f"{run.train.fingerprint} {run.train.size} {which} {seed} {steps}"
-    path, state = run.folder / "judge.pt", {}
+def load_judge(run, seed: int, steps: int) -> tuple[Judge, list[Group], list[float]] | None:
+    """The independent judge of a run's data, the groups of labels that it knows and its accuracy on each.
+
+    It is trained once for these images and labels and kept beside the packed images. None if there are no labels.
+    """
+    groups = known_labels(run, "train")
+    if not groups:
+        return None
+    labels = torch.cat([y for _, _, y in groups], 1)
+    text = json.dumps(
+        [[kind, names] for kind, names, _ in groups] + [run.train.fingerprint, run.train.size, seed, steps]
+    )
+    key = hashlib.sha256(text.encode() + labels.numpy().tobytes()).hexdigest()
+    if key in run.judges:
+        return run.judges[key]
+    path, state = run.train.pack / f"judge-{key[:16]}.pt", {}
 
     def prepare() -> None:
         with contextlib.suppress(OSError, RuntimeError, EOFError, pickle.UnpicklingError):
             state.update(torch.load(path, map_location="cpu", weights_only=True))
         if state.get("key") != key:
-            judge, accuracy = train_judge(run.train.images, labels, run.kind, seed, run.world.device, steps)
-            state.update(key=key, model={k: v.cpu() for k, v in judge.state_dict().items()}, accuracy=accuracy)
+            judge, right = train_judge(run.train.images, groups, seed, run.world.device, steps)
+            state.update(key=key, model={k: v.cpu() for k, v in judge.state_dict().items()}, right=right)
             with contextlib.suppress(OSError), training.atomic(path) as temporary:  # keeping it only saves time
                 torch.save(state, temporary)
 
@@ -162,7 +225,33 @@ def load_judge(run, labels: Tensor, seed: int, steps: int) -> tuple[Judge, float
     state = run.world.gather(state)[0]
     judge = Judge(labels.shape[1])
     judge.load_state_dict(state["model"])
-    return judge.to(run.world.device).eval().requires_grad_(False), state["accuracy"]
+    run.judges[key] = judge.to(run.world.device).eval().requires_grad_(False), groups, state["right"]
+    return run.judges[key]
+
+
+def measure_accuracy(run, n: int, seed: int, steps: int) -> dict:
+    """Attribute control accuracy of n generated images by the run's classifier and by an independent judge."""
+    published, balance = run.protocol == "paper", run.net.balance
+    y, asked = questions(run.kind, run.real, max(2, n // len(run.names) // 2 * 2), seed, published)
+    results, judge = {"accuracy_n": len(y)}, None
+    if not published or run.kind == "one-hot":  # asking for an attribute only, always finding it is right
+        results["accuracy_chance"] = 1 / len(run.names) if run.kind == "one-hot" else 0.5
+    if run.labels("train") is not None:  # the first group that the judge knows is then this run's y
+        judge, _, right = load_judge(run, seed, steps)
+        results["judge_real"] = right[0]
+
+    def logits(images: Tensor) -> Tensor:
+        """[B, 1 or 2, Y]: by the run's classifier and by the judge. The images are generated once for both."""
+        own = run.features.classifier(run.features.embed(images))
+        return torch.stack([own, judge.look(images)[:, : len(run.names)]] if judge else [own], 1)
+
+    own, *others = run.look(run.generated(len(y), seed, y), logits).unbind(1)
+    found = control_accuracy(own, y, asked, run.kind, run.names, balance, published)
+    results |= {f"accuracy_{key}".removesuffix("_accuracy"): value for key, value in found.items()}
+    for scores in others:
+        found = control_accuracy(scores, y, asked, run.kind, run.names)
+        results |= {"accuracy_judge": found["accuracy"], "accuracy_judge_labels": found["labels"]}
+    return results
 
 
 # ---------------------------------------------------------------------------------------------------------------------

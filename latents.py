@@ -362,14 +362,10 @@ def known_labels(run, split: str) -> tuple[list[str], Tensor]:
     drawing, each by its rank: 0 the least, 1 the most.
     """
     import critters
-    import dataset
 
-    data, y = run.images[split], run.labels(split)
-    columns = {} if y is None or not run.names else dict(zip(run.names, y.T, strict=True))
-    info = dataset.read_info(data.pack)
-    for spec in ["class"] * (len(info["classes"]) > 1) + [",".join(info["attributes"])] * bool(info["attributes"]):
-        part = data.part(split, spec)
-        columns = dict(zip(part.label_names, torch.from_numpy(part.labels).T, strict=True)) | columns
+    data, columns = run.images[split], {}
+    for _, names, y in control.known_labels(run, split):
+        columns |= dict(zip(names, y.T, strict=True))
     if data.data == "critters":
         drawn = [critters.factors(0, critters.OFFSETS[split] + i) for i in range(len(data))]
         for name, value in [item for group in FACTORS.values() for item in group.items()]:
@@ -387,9 +383,8 @@ def readers_of(run, seed: int, steps: int) -> tuple[dict[str, Reader], dict[str,
     from sklearn.metrics import roc_auc_score  # slow to import
 
     names, targets = known_labels(run, "train")
-    judge, _ = control.train_judge(
-        run.train.images, targets, "multi-label", seed, run.world.device, steps, mirror=False
-    )
+    groups = [("multi-label", names, targets)]
+    judge, _ = control.train_judge(run.train.images, groups, seed, run.world.device, steps, mirror=False)
     split = "val" if len(run.images["val"]) >= 100 else "train"  # too few cannot tell what the judge reads
     data, (_, truth) = run.images[split], known_labels(run, split)
     rows = np.linspace(0, len(data) - 1, min(1000, len(data))).astype(int)

@@ -6,9 +6,11 @@
     python metrics.py --network runs/afhq/gan.pt --metrics fid,is,chamfer,chamfer_sum,accuracy --json afhq.json
     torchrun --nproc-per-node 8 -- metrics.py --network runs/afhq/gan.pt
 
-FID, IS and KID look through the FID Inception network with published weights (`--inception FILE`, or downloaded once);
-where there are none, a run is scored through its own encoder and classifier, and the distance is called FD. FID depends
-by tens of per cent on how images are resized to 299 px, so every output names it: `torch` as pytorch-fid, `tf` as
+FID, IS, KID, precision and recall look through the FID Inception network with published weights (`--inception FILE`, or
+downloaded once). Where there are none, a run is scored through an independent judge: a small network that is trained on
+the real images and their labels alone, which the generator never sees. The distances are then called FD and KD.
+`--features encoder` takes the run's own encoder, which flatters it: the generator was trained through it. FID depends by
+tens of per cent on how images are resized to 299 px, so every output names it: `torch` as pytorch-fid, `tf` as
 torch-fidelity and the original code, `clean` as clean-fid. All images are compared as 8-bit RGB.
 
 Everything random comes from the seed and the index of an image alone, so no number depends on the batch size or on the
@@ -53,9 +55,14 @@ WEIGHTS_URL = (
 )
 WEIGHTS_HASH = "6726825d"  # how the SHA-256 of the published file begins
 IMAGENET_URL = "https://download.pytorch.org/models/inception_v3_google-0cc3c7bd.pth"
-METRICS = ("fid", "is", "is_published", "kid", "chamfer", "chamfer_sum", "accuracy", "diversity", "information")
+METRICS = (
+    *("fid", "is", "is_published", "kid", "pr", "spectrum"),
+    *("chamfer", "chamfer_sum", "accuracy", "diversity", "information"),
+)
 OF_PAPER = {"fid", "is_published", "chamfer_sum", "accuracy"}  # what --protocol paper measures by default
-OF_FOLDERS = ("fid", "is", "kid", "chamfer")
+OF_FOLDERS = ("fid", "is", "kid", "pr", "chamfer")
+FEWEST = 64  # points a side for t-SNE: of fewer, equal clouds may score worse than clouds far apart
+MOST = 10_000  # features a side for precision and recall, whose time grows with their product
 
 # --- the image reader: files.py has the same text ---
 SUFFIXES = (
@@ -171,10 +178,10 @@ def load_image(path: Path, max_pixels: int = MAX_PIXELS) -> Tensor:
 class Folder:
     """All images of a folder and the folders in it, or `num` of them drawn by the seed, in the order of their paths."""
 
-    def __init__(self, path: str, num: int | None = None, seed: int = 0):
+    def __init__(self, path: str, num: int | None = None, seed: int = 0, max_pixels: int = MAX_PIXELS):
         if not Path(path).is_dir():
             raise click.ClickException(f"{path} is not a folder")
-        self.path, self.files = path, list_images(Path(path))
+        self.path, self.files, self.max_pixels = path, list_images(Path(path)), max_pixels
         if len(self.files) < 2:
             what = "only one image, but a distance needs at least two" if self.files else "no image"
             raise click.ClickException(f"{path} has {what} ({', '.join(SUFFIXES)})")
@@ -190,10 +197,14 @@ class Folder:
         if not blocks:  # more processes than blocks
             return
         with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-            ahead = [[pool.submit(load_image, self.files[i]) for i in block] for block in blocks[:1]]
+
+            def submit(block: Sequence[int]) -> list:
+                return [pool.submit(load_image, self.files[i], self.max_pixels) for i in block]
+
+            ahead = [submit(blocks[0])]
             try:
                 for block in [*blocks[1:], []]:  # decode the next block while the network looks at this one
-                    ahead.append([pool.submit(load_image, self.files[i]) for i in block])
+                    ahead.append(submit(block))
                     images = [job.result() for job in ahead.pop(0)]
                     self.sizes.update(tuple(image.shape) for image in images)
                     yield images
@@ -491,12 +502,29 @@ class EncoderFeatures:
 
     def __call__(self, images: Tensor | list[Tensor]) -> tuple[Tensor, Tensor | None]:
         h = self.embed(images)
-        if self.classifier is None:
-            return h, None
-        logits = self.classifier(h).double()
-        if self.kind == "one-hot":
-            return h, logits.log_softmax(1)
-        return h, torch.cat([F.logsigmoid(logits), F.logsigmoid(-logits)], 1)  # a sum over independent attributes
+        return h, None if self.classifier is None else log_probabilities(self.classifier(h), self.kind)
+
+
+class JudgeFeatures:
+    """Features of the independent judge of a run's data (control.Judge), and its probabilities of the run's labels."""
+
+    name, resize = "judge", "none"
+
+    def __init__(self, judge: nn.Module, kind: str, labels: int):
+        self.judge, self.kind, self.labels, self.dims = judge, kind, labels, judge.DIMS
+        weights = b"".join(v.cpu().numpy().tobytes() for v in judge.state_dict().values())
+        self.hash = hashlib.sha256(weights).hexdigest()[:16]
+
+    @torch.inference_mode()
+    def __call__(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        h, logits = self.judge(images)
+        return h, log_probabilities(logits[:, : self.labels], self.kind)
+
+
+def log_probabilities(logits: Tensor, kind: str) -> Tensor:
+    """log p(c|x) float64 for IS; of independent attributes both sides, whose entropies add up."""
+    logits = logits.double()
+    return logits.log_softmax(1) if kind == "one-hot" else torch.cat([F.logsigmoid(logits), F.logsigmoid(-logits)], 1)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -621,6 +649,49 @@ def kernel_distance(
         within = aa.sum() - aa.diagonal().sum() + bb.sum() - bb.diagonal().sum()
         values.append((within / (subset * (subset - 1)) - 2 * ab.mean()).item())
     return float(np.mean(values)), float(np.std(values))
+
+
+def precision_recall(real: Tensor, fake: Tensor, k: int = 3, block: int = 1024) -> tuple[float, float]:
+    """Improved precision and recall (Kynkaanniemi et al. 2019) of features real [N, D] and fake [M, D].
+
+    Precision is the part of the generated images that lie in the balls around real ones which reach to their k-th
+    nearest real neighbour; recall the same with the roles exchanged. Both in [0, 1].
+    """
+
+    def distances(a: Tensor, b: Tensor) -> Iterator[Tensor]:
+        square = b.square().sum(1)
+        for part in a.split(block):
+            yield torch.addmm(part.square().sum(1, keepdim=True) + square, part, b.T, alpha=-2)
+
+    def within(points: Tensor, centres: Tensor) -> float:
+        k_th = min(k + 1, len(centres))  # each point is the nearest to itself
+        radius = torch.cat([d.kthvalue(k_th, 1).values for d in distances(centres, centres)])
+        return torch.cat([(d <= radius).any(1) for d in distances(points, centres)]).double().mean().item()
+
+    real, fake = real.double(), fake.double()
+    return within(fake, real), within(real, fake)
+
+
+class Spectrum:
+    """Mean power of the images' brightness at every frequency, as a stream; checkerboards stand out at the highest."""
+
+    def __init__(self, n: int = 0, power: Tensor | float = 0.0):
+        self.n, self.power = n, power
+
+    def add(self, images: Tensor) -> None:
+        """Take in uint8 [B, S, S, 3]."""
+        x = images.double().mean(3)
+        x = x - x.mean((1, 2), keepdim=True)
+        self.join(Spectrum(len(x), torch.fft.fft2(x).abs().square().sum(0).cpu()))
+
+    def join(self, other: "Spectrum") -> None:
+        self.n, self.power = self.n + other.n, self.power + other.power
+
+    def nyquist(self) -> tuple[float, float]:
+        """Power at the highest frequency across, and down: of stripes two pixels wide."""
+        power = self.power / self.n
+        half = len(power) // 2
+        return power[:, half].sum().item(), power[half].sum().item()
 
 
 def is_stats(reference: str) -> bool:
@@ -803,13 +874,19 @@ def chamfer(a: Tensor, b: Tensor, block: int = 1024) -> tuple[float, float]:
     return (rows.mean() + columns.mean()).item(), rows.sum().item()
 
 
+def perplexity_of(points: int) -> float:
+    """t-SNE's perplexity for `points` a side: 30, or of fewer than 91 points a third of them."""
+    return min(30.0, (points - 1) / 3)
+
+
 def tsne_chamfer(real: Tensor, other: Tensor, seed: int, device: torch.device | str, published: bool = False) -> float:
     """Chamfer distance of two sets of features [N, D] in the 3-D t-SNE of both: mean squared distances, both ways added.
 
     published: as the published code has it (random start, rate 200, scikit-learn's force, sum from real to other).
     """
     how = {"init": "random", "rate": 200.0, "force": "scikit-learn"} if published else {}
-    y = tsne(torch.cat([real, other]).to(device), seed=seed, **how)
+    perplexity = perplexity_of(min(len(real), len(other)))
+    y = tsne(torch.cat([real, other]).to(device), perplexity=perplexity, seed=seed, **how)
     return chamfer(y[: len(real)], y[len(real) :])[int(published)]
 
 
@@ -883,11 +960,17 @@ def in_order(parts: dict[int, Tensor], world: World) -> Tensor:
     return torch.cat([parts[i] for i in sorted(parts)])
 
 
-def measure(source, features, world: World, what: str, score: bool = False, keep: bool = False):
+def measure(source, features, world: World, what: str, score=False, keep=False, spectrum: Spectrum | None = None):
     """One pass over a source: Moments, and if wanted InceptionScore and all features [N, D] (else None)."""
     moments, joined, kept = Moments(), Moments(), {}
     inception = InceptionScore(len(source)) if score else None
-    for index, (f, log_p) in scan(source, features, world, what):
+
+    def look(images: Tensor | list[Tensor]) -> tuple[Tensor, Tensor | None]:
+        if spectrum:
+            spectrum.add(images)
+        return features(images)
+
+    for index, (f, log_p) in scan(source, look, world, what):
         moments.add(f)
         if score:
             inception.add(index, log_p)
@@ -895,10 +978,12 @@ def measure(source, features, world: World, what: str, score: bool = False, keep
             kept[index[0]] = f.cpu()
     if moments.n:  # sent from a GPU, they would arrive on that same one in every process
         moments = Moments(moments.n, moments.mean.cpu(), moments.scatter.cpu())
-    for i, (other, scores) in enumerate(world.gather((moments, inception))):
+    for i, (other, scores, spectra) in enumerate(world.gather((moments, inception, spectrum))):
         joined.join(other)
         if score and i != world.rank:
             inception.join(scores)
+        if spectrum and i != world.rank:
+            spectrum.join(spectra)
     return joined, inception, in_order(kept, world) if keep else None
 
 
@@ -927,11 +1012,14 @@ class Run:
         self.net, self.folder, self.world, self.training = gan.load(path, world.device), Path(path).parent, world, training  # fmt: skip
         self.kind, self.names, self.real = self.net.label_kind, self.net.label_names, self.net.real_labels
         data = self.net.data
+        self.judges: dict[str, tuple] = {}  # what control.load_judge found
         self.clusters = bool(self.names) and str(data["attributes"]).startswith("clusters")
         attributes = None if self.clusters or not self.names else data["attributes"]
         how = {"preset": data["preset"] or "none"} | {name: data[name] for name in ("squash", "train_on_all")}
         self.train = dataset.open_dataset(moved or data["data"], data["size"], "train", attributes, **how)
         self.images = {"train": self.train, "val": self.train.part("val")}
+        info = dataset.read_info(self.train.pack)
+        self.all_labels = info["classes"], info["attributes"]  # what the images have, whatever the run took
         self.protocol = self.net.options["protocol"]
         remedy = "give the run's folder the data it was trained on, or train again"
         training.check_same(data, self.train.info(), ("fingerprint", "size"), path, remedy)
@@ -961,6 +1049,16 @@ class Run:
         if self.training.fingerprint(state["model"]) != self.training.fingerprint(own):
             return None  # of other clusters
         return torch.eye(len(self.names))[state["assignments"][split].long()]
+
+    def judge(self, steps: int, seed: int) -> JudgeFeatures | None:
+        """Features of the independent judge of the run's images; None if these have no labels."""
+        import control
+
+        if (found := control.load_judge(self, seed, steps)) is None:
+            return None
+        judge, groups, _ = found
+        kind, names, _ = groups[0]
+        return JudgeFeatures(judge, kind, len(names))
 
     def generated(self, n: int, seed: int, y: Tensor | None = None) -> Generated:
         """n images; y by default drawn from the labels of the training images as they occur together.
@@ -1060,23 +1158,25 @@ def chamfer_results(values: list[float], floors: list[float], points: int) -> di
 # side for chamfer, seeds: of it; control: images for attribute control and information; each: images of one y for
 # diversity; judge: its training steps; imagenet: images for is_published.
 AMOUNTS = {
-    "gpu": dict(
-        num=50_000, inception=50_000, points=6400, seeds=5, control=20_000, each=500, judge=600, imagenet=100_000
-    ),
-    "cpu": dict(num=5000, inception=1000, points=500, seeds=3, control=1500, each=100, judge=600, imagenet=100_000),
+    "gpu": dict(num=50_000, inception=50_000, points=6400, seeds=5, control=20_000, each=500, judge=4000, imagenet=100_000),
+    "cpu": dict(num=5000, inception=1000, points=500, seeds=3, control=1500, each=100, judge=1500, imagenet=100_000),
     "smoke": dict(num=64, inception=64, points=64, seeds=1, control=60, each=8, judge=8, imagenet=64),
-}
+}  # fmt: skip
 
 
-def choose_features(option: str, inception: str | None, how: str, run: Run | None, world: World):
-    """The feature network for FID, IS and KID, by --features."""
+def choose_features(option: str, inception: str | None, how: str, steps: int, run: Run | None, world: World, seed: int):
+    """The feature network for FID, IS, KID, precision and recall, by --features. steps, seed: of the judge's training."""
     own, kind = run and run.features, "none"
+    if option in ("encoder", "judge") and run is None:
+        raise click.UsageError(f"--features {option} needs --network; two folders take inception or FILE")
     if option == "encoder":
-        if run is None:
-            raise click.UsageError("--features encoder needs --network; for two folders name an encoder.pt or gan.pt")
         if own is None:
             raise click.ClickException(f"there is no encoder in the run nor {run.folder / 'encoder.pt'}")
         return own
+    if option == "judge":
+        if (judge := run.judge(steps, seed)) is None:
+            raise click.ClickException("--features judge: the run's images have no labels that a judge could learn")
+        return judge
     if option not in ("auto", "inception"):
         with beside(f"--features {option}"):
             import encoder
@@ -1099,11 +1199,15 @@ def choose_features(option: str, inception: str | None, how: str, run: Run | Non
             world.first(lambda: published_weights(WEIGHTS_URL, "--inception"))
         features = InceptionFeatures(inception, how, world.device)
     except click.ClickException as error:
-        if option == "inception" or inception or own is None:
+        if option == "inception" or inception or run is None:
+            raise
+        features = run.judge(steps, seed) or own
+        if features is None:
             raise
         if world.rank == 0:
-            click.echo(f"Warning: FD through the run's own encoder in place of FID: {error.message}", err=True)
-        return own
+            who = "an independent judge" if features.name == "judge" else "the run's own encoder"
+            click.echo(f"Warning: FD and KD through {who} in place of FID and KID: {error.message}", err=True)
+        return features
     if not features.published and world.rank == 0:
         click.echo(
             f"Warning: {inception} is not the published weight file: its numbers compare with no others", err=True
@@ -1112,11 +1216,16 @@ def choose_features(option: str, inception: str | None, how: str, run: Run | Non
 
 
 def measure_fidelity(options: dict, amounts: dict, need: set, run: Run | None, world: World, notes: list[str]) -> dict:
-    """FID or FD, IS, KID, and for two folders Chamfer; what the user should know of them is added to `notes`."""
-    features = choose_features(options["features"], options["inception"], options["resize"], run, world)
+    """Frechet and kernel distance, IS, precision and recall, the spectrum, and for two folders Chamfer.
+
+    `need` says which of them; what the user should know of them is added to `notes`.
+    """
     num, seed, reference = options["num"], options["seed"], options["reference"] or ""
+    features = choose_features(
+        options["features"], options["inception"], options["resize"], amounts["judge"], run, world, seed
+    )
     results: dict = {"features": features.name, "resize": features.resize}
-    if options["features"] not in ("auto", "inception", "encoder"):
+    if options["features"] not in ("auto", "inception", "judge", "encoder"):
         results["features_file"] = options["features"]
     if run:
         if run.protocol == "paper" and not options["smoke"]:
@@ -1128,26 +1237,49 @@ def measure_fidelity(options: dict, amounts: dict, need: set, run: Run | None, w
         results["reference"] = f"{n:,} of {len(run.train):,} training images"
     else:
         num = num or (amounts["num"] if options["smoke"] else None)
-        images = Folder(options["images"], num, seed)
-        real = Folder(reference, num, seed) if reference and not is_stats(reference) else None
-        if real is None and need & {"kid", "chamfer"}:
-            raise click.UsageError("kid and chamfer need a folder as --reference: statistics hold no single features")
+        images = Folder(options["images"], num, seed, options["max_pixels"])
+        real = Folder(reference, num, seed, options["max_pixels"]) if reference and not is_stats(reference) else None
+        if real is None and need & {"kid", "pr", "chamfer"}:
+            raise click.UsageError(
+                "kid, pr and chamfer need a folder as --reference: statistics hold no single features"
+            )
     if features.name == "encoder" and features.classifier is None and "is" in need:
         notes.append("no IS: it needs class probabilities, and there is no classifier with this encoder")
         need = need - {"is"}
+    if len(images) < 10 and "is" in need and not options["metrics"]:
+        notes.append(f"no IS: it needs at least 10 images, one per split; there are {len(images)}")
+        need = need - {"is"}
+    if "kid" in need:
+        fewest = min(len(images), len(real))
+        subset = options["kid_subset"] or min(1000, fewest)
+        if subset > fewest:
+            raise click.UsageError(f"--kid-subset {subset} must be at most the {fewest} images there are")
+    if run is None and "chamfer" in need:
+        points = min(options["points"] or amounts["points"], len(images), len(real))
+        if points < FEWEST:
+            why = f"its t-SNE needs at least {FEWEST} images a side, there are {points}"
+            if options["metrics"]:
+                raise click.ClickException(f"no Chamfer distance: {why}")
+            notes.append(f"no Chamfer distance: {why}")
+            need = need - {"chamfer"}
+        else:
+            notes.extend(few_points(points))
 
     # One pass over each side.
-    keep = "kid" in need or (run is None and "chamfer" in need)
-    moments, scores, kept = measure(images, features, world, "generated" if run else "images", "is" in need, keep)
+    keep = bool(need & {"kid", "pr"}) or (run is None and "chamfer" in need)
+    spectra = [Spectrum() if "spectrum" in need else None for _ in range(2)]
+    what = "generated" if run else "images"
+    moments, scores, kept = measure(images, features, world, what, "is" in need, keep, spectra[0])
     results["n"] = moments.n
     if "is" in need:
         results["is"], results["is_std"] = scores.value()
-    if need & {"fid", "kid", "chamfer"} and real is None:
+    compared = need & {"fid", "kid", "pr", "spectrum", "chamfer"}
+    if compared and real is None:
         theirs, named = load_stats(reference, features)
         if not named:
             notes.append(f"{reference} does not name its network and resize: taken to be these")
-    elif need & {"fid", "kid", "chamfer"}:
-        theirs, _, kept_real = measure(real, features, world, "reference", keep=keep)
+    elif compared:
+        theirs, _, kept_real = measure(real, features, world, "reference", keep=keep, spectrum=spectra[1])
         if options["save_stats"]:
             world.first(lambda: save_stats(Path(options["save_stats"]), theirs, features))
         results["n_reference"] = theirs.n
@@ -1163,23 +1295,35 @@ def measure_fidelity(options: dict, amounts: dict, need: set, run: Run | None, w
             notes.append(f"{n:,} images for {features.dims:,} features: the covariance is singular and {name.upper()} "
                          "comes out too high; compare it at equal n only")  # fmt: skip
     if "kid" in need:
-        subset = options["kid_subset"] or min(1000, len(kept), len(kept_real))
-        results["kid"], results["kid_std"] = kernel_distance(kept, kept_real, subset)
-        results["kid_subset"] = subset
+        name = "kid" if features.name == "inception" else "kd"
+        mean, std = kernel_distance(kept, kept_real, subset)
+        results |= {name: mean, f"{name}_subset": subset}
+        if subset < max(len(kept), len(kept_real)):  # else all subsets are the same
+            results[f"{name}_std"] = std
+    if "pr" in need:
+        parts = (
+            f[np.random.default_rng([seed, 7]).permutation(len(f))[:MOST]].to(world.device) for f in (kept_real, kept)
+        )
+        results["precision"], results["recall"] = precision_recall(*parts)
+        results["pr_n"] = min(MOST, len(kept), len(kept_real))
+    if "spectrum" in need:
+        fake, true = (spectrum.nyquist() for spectrum in spectra)
+        results |= {f"nyquist_{way}": a / b for way, a, b in zip("hv", fake, true, strict=True) if b > 0}
     if run is None and "chamfer" in need:
-        points = min(options["points"] or amounts["points"], len(kept), len(kept_real))
-        if points >= 16:  # 32 points for a perplexity of 30
-            real_there, there = kept_real.to(world.device), kept.to(world.device)
-            seeds = options["seeds"] or amounts["seeds"]
-            results |= chamfer_of_folders(real_there, there, points, options["seed"], seeds)
-        elif options["metrics"]:
-            raise click.ClickException(f"chamfer needs at least 16 images a side for its t-SNE, there are {points}")
-        else:
-            notes.append(f"no Chamfer distance: its t-SNE needs at least 16 images a side, there are {points}")
+        real_there, there = kept_real.to(world.device), kept.to(world.device)
+        results |= chamfer_of_folders(real_there, there, points, seed, options["seeds"] or amounts["seeds"])
     for source in (images, real):
         if isinstance(source, Folder) and len(source.sizes) > 1:
             notes.append(f"{source.path} has images of {len(source.sizes)} sizes: each is resized from its own")
     return results
+
+
+def few_points(points: int) -> list[str]:
+    """What to say of a t-SNE of `points` a side, if these are few."""
+    if perplexity_of(points) == 30:
+        return []
+    return [f"Chamfer distance of {points} points a side: perplexity {perplexity_of(points):.0f} in place of 30; "
+            "compare it at equal numbers of points only"]  # fmt: skip
 
 
 def chamfer_of_folders(real: Tensor, images: Tensor, points: int, seed: int, seeds: int) -> dict:
@@ -1206,10 +1350,10 @@ def evaluate(options: dict, world: World) -> dict:
         run.protocol = options["protocol"]
     paper = run is not None and run.protocol == "paper"
     wanted = options["metrics"] and [m.strip() for m in options["metrics"].split(",")]
-    wanted = wanted and ["fid" if m == "fd" else m for m in wanted]
+    wanted = wanted and [{"fd": "fid", "kd": "kid"}.get(m, m) for m in wanted]
     possible = [m for m in METRICS if run or m in OF_FOLDERS]
     if run and run.features is None:  # the others look through the run's own encoder
-        possible = [m for m in possible if m in ("fid", "is", "kid")]
+        possible = [m for m in possible if m in ("fid", "is", "kid", "pr", "spectrum")]
     if run and run.kind == "none":
         possible = [m for m in possible if m not in ("accuracy", "diversity", "information")]
     for name in wanted or []:
@@ -1218,22 +1362,26 @@ def evaluate(options: dict, world: World) -> dict:
         if name not in possible:
             raise click.UsageError(f"--metrics {name} needs {'a run with labels and encoder' if run else '--network'}")
     notes = []
-    if run and len(run.train) < 32 and any(m.startswith("chamfer") for m in wanted or possible):
-        notes.append(f"no Chamfer distance: {len(run.train)} training images are too few for its t-SNE, 32 are needed")
+    if run and len(run.train) < 2 * FEWEST and any(m.startswith("chamfer") for m in wanted or possible):
+        few = f"{len(run.train)} training images are too few for its t-SNE, {2 * FEWEST} are needed"
+        notes.append(f"no Chamfer distance: {few}")
         wanted, possible = (m and [n for n in m if not n.startswith("chamfer")] for m in (wanted, possible))
+    if run and run.names and len(run.names) == 1 and run.kind == "one-hot" and "accuracy" in (wanted or possible):
+        notes.append("no control accuracy: with one class there is nothing to confuse it with")
+        wanted, possible = (m and [n for n in m if n != "accuracy"] for m in (wanted, possible))
     need = set(wanted if options["metrics"] else possible)
     if run and run.clusters and need & {"accuracy", "diversity", "information"} and run.labels("train") is None:
         notes.append(f"no judge, no diversity, no I(Y;E): they need the clusters' {run.folder / 'classifier.pt'}")
     if not wanted:
         need &= OF_PAPER if paper else need - {"is_published"}
-        need -= {"kid"} if run else {"kid", "chamfer"} if is_stats(options["reference"] or "") else set()
+        need -= {"kid", "pr", "chamfer"} if is_stats(options["reference"] or "") else set()
         need -= {"chamfer_sum"} if slow and not paper else set()  # an hour
     amounts = AMOUNTS["smoke" if options["smoke"] else "cpu" if slow else "gpu"]
     results: dict = {key: options[key] for key in ("network", "images", "reference") if options[key]}
     results |= {"seed": seed, "processes": world.size, "device": world.device.type}
     results |= {"protocol": run.protocol} if run else {}
 
-    if need & ({"fid", "is", "kid"} if run else {"fid", "is", "kid", "chamfer"}):
+    if need & ({"fid", "is", "kid", "pr", "spectrum"} | (set() if run else {"chamfer"})):
         results |= measure_fidelity(options, amounts, need, run, world, notes)
     if run:
         import control
@@ -1242,6 +1390,7 @@ def evaluate(options: dict, world: World) -> dict:
         for name in need & {"chamfer", "chamfer_sum"}:
             points = 6400 if name == "chamfer_sum" and not options["smoke"] else amounts["points"]
             points = min(options["points"] or points, len(run.train) // 2)
+            notes.extend(few_points(points))
             found = measure_chamfer(run, seeds, points, name == "chamfer_sum")
             results |= {name + key: value for key, value in found.items()} | {"seeds": seeds}
         if "is_published" in need:
@@ -1260,15 +1409,20 @@ def evaluate(options: dict, world: World) -> dict:
 # Lines of the report: key, name, number, remark.
 LINES = (
     ("fid", "FID", "{:.4f}", "lower is better"),
-    ("fd", "FD", "{:.4f}", "lower is better; by an encoder in place of Inception"),
+    ("fd", "FD", "{:.4f}", "lower is better; {by} in place of Inception"),
     ("is", "IS", "{:.4f}", "+- {is_std:.4f} over 10 splits; by the network above"),
     ("is_published", "IS as published", "{:.4f}", "ImageNet's classes, {is_published_n:,} images, one split"),
-    ("kid", "KID", "{:.6f}", "+- {kid_std:.6f} over 100 subsets of {kid_subset:,}"),
+    ("kid", "KID", "{:.6f}", "{kid_spread}"),
+    ("kd", "KD", "{:.6f}", "{kd_spread}; kernel distance, unbiased"),
+    ("precision", "precision", "{:.4f}", "part of the generated images among the real, {pr_n:,} + {pr_n:,}"),
+    ("recall", "recall", "{:.4f}", "part of the real images among the generated"),
+    ("nyquist_h", "Nyquist power across", "{:.2f}", "times that of the real images: far above 1 is a checkerboard"),
+    ("nyquist_v", "Nyquist power down", "{:.2f}", ""),
     ("chamfer", "t-SNE Chamfer", "{:.3f}", "+- {chamfer_std:.3f}; mean both ways, {chamfer_n:,} + {chamfer_n:,} images, seeds {seeds}"),
     ("chamfer_floor", "  real against real", "{:.3f}", "+- {chamfer_floor_std:.3f}"),
     ("chamfer_sum", "t-SNE Chamfer, sum", "{:.1f}", "+- {chamfer_sum_std:.1f}; real to generated, {chamfer_sum_n:,} + {chamfer_sum_n:,} images, seeds {seeds}"),
     ("chamfer_sum_floor", "  real against real", "{:.1f}", "+- {chamfer_sum_floor_std:.1f}"),
-    ("accuracy", "control accuracy", "{:.2%}", "by the run's own classifier, {accuracy_n:,} images"),
+    ("accuracy", "control accuracy", "{:.2%}", "by the run's own classifier, {accuracy_n:,} images{chance}"),
     ("accuracy_published", "", "{:.2%}", "as published: attribute on only, probability above 0.2"),
     ("accuracy_exact", "", "{:.2%}", "all attributes of an image at once"),
     ("accuracy_judge", "", "{:.2%}", "by an independent judge, right on {judge_real:.2%} of real images"),
@@ -1287,12 +1441,19 @@ def report(r: dict, columns: int = 5) -> str:
     if "features" in r:
         against = f", against {r['reference']}" if "network" in r else ""
         file = f" of {r['features_file']}" if "features_file" in r else ""
+        if "network" in r and r["features"] == "encoder" and not file:
+            file = " of the run, through which its generator was trained"
         lines.append(
             f"features: {r['features']}{file}, resize: {r['resize']}, seed: {r['seed']}, n: {r['n']:,}{against}"
         )
-    lines += [
-        f"  {name:25s}{form.format(r[key]):>12s}  {more.format(**r)}" for key, name, form, more in LINES if key in r
-    ]
+    words = {"by": "by an independent judge" if r.get("features") == "judge" else "by an encoder"}
+    words["chance"] = f"; chance {r['accuracy_chance']:.0%}" if "accuracy_chance" in r else ""
+    for key in {"kid", "kd"} & r.keys():
+        std, of = r.get(f"{key}_std"), f"{r[f'{key}_subset']:,}"
+        words[f"{key}_spread"] = f"of all {of}" if std is None else f"+- {std:.6f} over 100 subsets of {of}"
+    for key, name, form, more in LINES:
+        if key in r:
+            lines.append(f"  {name:25s}{form.format(r[key]):>12s}  {more.format(**r, **words)}".rstrip())
     lines += [f"  note: {note}" for note in r.get("notes", [])]
     if "accuracy" in r:
         names, distance = list(r["accuracy_labels"]), "fd" if "fd" in r else "fid"
@@ -1317,7 +1478,8 @@ def compare(results: Sequence[dict]) -> str:
     """Several runs as one table, a row each, named by their folders."""
     names = [Path(r["network"]).absolute().parent.name for r in results]
     distance = "fd" if any("fd" in r for r in results) else "fid"
-    columns = ((distance, distance.upper(), "{:.2f}"), ("is", "IS", "{:.3f}"), ("chamfer", "Chamfer", "{:.2f}"),
+    kernel = "kd" if distance == "fd" else "kid"
+    columns = ((distance, distance.upper(), "{:.2f}"), (kernel, kernel.upper(), "{:.4f}"), ("is", "IS", "{:.3f}"), ("chamfer", "Chamfer", "{:.2f}"),
                ("accuracy", "accuracy", "{:.2%}"), ("accuracy_judge", "judge", "{:.2%}"), ("diversity", "diversity", "{:.3f}"))  # fmt: skip
     columns = [c for c in columns if any(c[0] in r for r in results)]
     width = max(map(len, names))
@@ -1334,16 +1496,17 @@ OPTIONS = [
     click.option("--data", metavar="PATH", help="The run's images, if they have moved."),
     click.option("--images", metavar="DIR", help="Folder of images to score without a run."),
     click.option("--reference", metavar="DIR|NPZ", help="What to score --images against: a folder, or statistics."),
-    click.option("--metrics", metavar="A,B,...", help=f"Some of {', '.join(METRICS)}.  [default: those that apply, but kid for folders only, chamfer_sum on GPUs only]"),
+    click.option("--metrics", metavar="A,B,...", help=f"Some of {', '.join(METRICS)}.  [default: those that apply, chamfer_sum on GPUs only]"),
     click.option("--json", "json_file", metavar="FILE", help="Write the results as one JSON object (several runs: keyed by file)."),
-    click.option("--features", metavar="auto|inception|encoder|FILE", default="auto", help="Network of FID, IS and KID; FILE: an encoder.pt or gan.pt. auto: Inception if it can be had, else the run's encoder."),
+    click.option("--features", metavar="auto|inception|judge|encoder|FILE", default="auto", help="Network of FID, IS, KID and pr. judge: trained on the real images alone; encoder: the run's own, which the generator was trained through; FILE: of that encoder.pt or gan.pt. auto: Inception if it can be had, else the judge."),
     click.option("--inception", metavar="FILE", help="The Inception weights, if not to be downloaded."),
     click.option("--imagenet-inception", metavar="FILE", help="Weights of torchvision's Inception v3, for is_published, if not to be downloaded."),
     click.option("--protocol", type=click.Choice(["paper", "ours"]), help="paper: FID of as many generated as real images, IS, Chamfer and control accuracy as published.  [default: the run's]"),
     click.option("--resize", type=click.Choice(["torch", "tf", "clean"]), default="torch", help="To 299 px as pytorch-fid, torch-fidelity or clean-fid does."),
     click.option("--num", metavar="N", type=click.IntRange(2), help="Images a side.  [default: folders all; runs 50,000, on CPUs 5,000, with Inception 1,000]"),
-    click.option("--points", metavar="N", type=click.IntRange(32), help="Images a side for Chamfer.  [default: 6,400; chamfer on CPUs 500]"),
+    click.option("--points", metavar="N", type=click.IntRange(FEWEST, 25_000), help="Images a side for Chamfer.  [default: 6,400; chamfer on CPUs 500]"),
     click.option("--kid-subset", metavar="N", type=click.IntRange(2), help="Images in a subset of KID.  [default: 1,000, or all if fewer]"),
+    click.option("--max-pixels", metavar="N", type=click.IntRange(1), default=MAX_PIXELS, help="Largest picture that is read; memory grows with it."),
     click.option("--save-stats", metavar="NPZ", help="Keep the statistics of the reference here."),
     click.option("--seed", metavar="N", type=click.IntRange(0), default=0, help="Seed of everything random."),
     click.option("--seeds", metavar="N", type=click.IntRange(1), help="Seeds of Chamfer, from --seed on.  [default: 5, on CPUs 3]"),
@@ -1379,10 +1542,13 @@ def main(network: tuple[str, ...], json_file: str | None, **options) -> None:
     ):
         raise click.UsageError("--save-stats keeps the statistics of a folder or a run that FID is measured against")
     for name, file in (("--json", json_file), ("--save-stats", options["save_stats"])):
-        if file and (Path(file).is_dir() or not Path(file).absolute().parent.is_dir()):
-            raise click.UsageError(f"{name} {file} is a folder, or in no such folder")
+        if file and not os.path.isdir(os.path.dirname(os.path.abspath(file))):
+            raise click.UsageError(f"{name} {file}: there is no such folder")
+        if file and os.path.exists(file) and not os.path.isfile(file):
+            raise click.UsageError(f"{name} {file} is no regular file")
+    network = tuple(os.path.join(file, "gan.pt") if os.path.isdir(file) else file for file in network)
     for file in network:
-        if not Path(file).is_file():
+        if not os.path.isfile(file):
             raise click.ClickException(f"--network {file}: there is no such file; gan.py writes gan.pt to its --outdir")
     world = start(options["device"], options["batch"])
     results = []
@@ -1392,6 +1558,9 @@ def main(network: tuple[str, ...], json_file: str | None, **options) -> None:
         except click.ClickException as error:
             error.message = f"{file}: {error.message}" if len(network) > 1 else error.message
             raise
+        except OSError as error:
+            where = f"{error.filename}: " if error.filename else ""
+            raise click.ClickException(f"{where}{error.strerror or error}") from None
         if world.rank == 0:
             click.echo(report(results[-1]))
             if json_file:  # after each run: what is measured is not lost

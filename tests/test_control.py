@@ -58,10 +58,12 @@ def test_judge_learns_what_is_there_and_only_that():
     images = draw.integers(0, 100, (400, 16, 16, 3)).astype(np.uint8)
     labels = torch.from_numpy(draw.integers(0, 2, (400, 2))).float()
     images[..., 0] += (labels[:, 0].numpy() * 80).astype(np.uint8)[:, None, None]  # the second label is not to be seen
-    judge, accuracy = control.train_judge(images, labels[:, :1], "multi-label", 0, CPU, 60)
-    assert accuracy > 0.95 and not judge.training
-    assert control.train_judge(images, torch.eye(2)[labels[:, 0].long()], "one-hot", 0, CPU, 60)[1] > 0.95
-    assert control.train_judge(images, labels[:, 1:], "multi-label", 0, CPU, 60)[1] < 0.8
+    groups = [("multi-label", ["red"], labels[:, :1]), ("one-hot", ["dark", "red"], torch.eye(2)[labels[:, 0].long()])]
+    judge, right = control.train_judge(images, [*groups, ("multi-label", ["unseen"], labels[:, 1:])], 0, CPU, 60)
+    assert right[0] > 0.95 and right[1] > 0.95 and right[2] < 0.8 and not judge.training
+    features, logits = control.judged(judge, images, np.arange(400))
+    assert logits.shape == (400, 4) and ((logits[:, 0] > 0) == (labels[:, 0] > 0.5)).float().mean() > 0.95
+    assert abs(features.mean()) < 0.01 and features.std(0).median() == pytest.approx(1, abs=0.01)  # standardised
 
 
 def test_groups_of_one_y():

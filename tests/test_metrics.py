@@ -251,6 +251,35 @@ def test_kid_closed_form():
         metrics.kernel_distance(zero, one, 31)
 
 
+def test_precision_and_recall():
+    """Of a generator that copies half of the classes, all images are right and half of the real ones are found."""
+    draw = torch.Generator().manual_seed(0)
+    real = torch.cat([torch.randn(200, 4, generator=draw), torch.randn(200, 4, generator=draw) + 20])
+    fake = torch.randn(300, 4, generator=draw) * 0.9
+    precision, recall = metrics.precision_recall(real, fake, block=64)
+    assert precision > 0.9 and 0.4 < recall <= 0.5
+    assert metrics.precision_recall(fake, real) == (recall, precision)
+    assert metrics.precision_recall(real, fake + 100) == (0, 0) and metrics.precision_recall(real, real) == (1, 1)
+
+    # By its definition: each ball reaches to the third neighbour.
+    d = torch.cdist(real.double(), real.double()).sort(1).values[:, 3]
+    inside = (torch.cdist(fake.double(), real.double()) <= d).any(1).double().mean().item()
+    assert precision == pytest.approx(inside, abs=1e-9)
+
+
+def test_spectrum_finds_stripes():
+    images = torch.full((3, 8, 8, 3), 100, dtype=torch.uint8)
+    images[:, :, ::2] += 20  # dark and light columns
+    spectrum = metrics.Spectrum()
+    spectrum.add(images[:1])
+    spectrum.join(metrics.Spectrum(0))
+    spectrum.add(images[1:])
+    assert spectrum.n == 3 and spectrum.nyquist() == pytest.approx(((8 * 8 * 10.0) ** 2, 0))
+    spectrum = metrics.Spectrum()
+    spectrum.add(images.transpose(1, 2))
+    assert spectrum.nyquist() == pytest.approx((0, (8 * 8 * 10.0) ** 2))
+
+
 def test_chamfer_of_shifted_clouds():
     grid = torch.cartesian_prod(*[torch.arange(5.0) * 10] * 3)
     shifted = grid + torch.tensor([0.3, 0.0, 0.4])
@@ -390,10 +419,12 @@ def test_alone_in_a_folder_and_any_mix_of_images(space, tmp_path):
     assert done.returncode == 0, done.stderr
     results = json.loads((tmp_path / "out.json").read_text())
     assert results["fid"] == pytest.approx(0, abs=1e-3) and results["n"] == 16 and results["resize"] == "torch"
-    assert results["kid"] <= 0 and results["is"] >= 1 and results["chamfer_n"] == 16
+    assert results["kid"] <= 0 and results["is"] >= 1 and results["precision"] == results["recall"] == 1
+    assert "kid_std" not in results and "of all 16" in done.stdout and "chamfer" not in results
     notes = " ".join(results["notes"])
     assert "images of 16 sizes" in notes and "16 images for 2,048 features" in notes
-    assert "FID" in done.stdout and "t-SNE Chamfer" in done.stdout and "resize: torch" in done.stdout
+    assert "no Chamfer distance: its t-SNE needs at least 64 images a side, there are 16" in notes
+    assert "FID" in done.stdout and "resize: torch" in done.stdout
 
 
 def test_chamfer_of_two_sets_of_features():
@@ -465,8 +496,13 @@ def test_bad_folders_get_one_line(space, tmp_path):
         text=f"{corrupt}/001.png cannot be read",
     )
     write_pictures(tmp_path / "three", 3, 0)
-    fails("--images", tmp_path / "three", "--reference", space.b, *options, text="IS needs at least 10 images")
-    fails("--images", space.a, "--reference", space.b, *options, "--metrics", "chamfer", text="at least 16 images")
+    few = ("--images", tmp_path / "three", "--reference", space.b, *options)
+    fails(*few, "--metrics", "is", text="IS needs at least 10 images")
+    result = command(*few)
+    assert result.exit_code == 0 and "no IS: it needs at least 10 images" in result.output and "FID" in result.output
+    with mock.patch.object(metrics, "measure", side_effect=AssertionError):  # said before anything is measured
+        fails(*few, "--kid-subset", 4, text="--kid-subset 4 must be at most the 3 images", code=2)
+    fails("--images", space.a, "--reference", space.b, *options, "--metrics", "chamfer", text="at least 64 images")
     fails("--images", space.a, "--metrics", "fid,is", text="--reference", code=2)
     fails("--images", space.a, "--reference", space.b, "--metrics", "fid,beauty", text="'beauty'", code=2)
     fails("--images", space.a, "--reference", space.b, "--metrics", "accuracy", text="needs --network", code=2)
@@ -547,10 +583,16 @@ FAKES = {
             return encoder
         """,
     "dataset": """
+        from pathlib import Path
+
         import numpy as np
+
+        def read_info(pack):
+            return dict(classes=[], attributes=[])
 
         class Dataset:
             fingerprint, size, name = "f", 16, "fake"
+            pack, hidden = Path(__file__).parent, dict()
             def __init__(self, n, seed):
                 draw = np.random.default_rng(seed)
                 self.labels = np.eye(3, dtype=np.float32)[np.arange(n) % 3]
@@ -594,7 +636,7 @@ def stand_ins(tmp_path, monkeypatch):
         return path
 
     monkeypatch.setattr(metrics, "published_weights", mock.Mock(side_effect=click.ClickException("no weights")))
-    monkeypatch.setitem(metrics.AMOUNTS["cpu"], "judge", 80)
+    monkeypatch.setitem(metrics.AMOUNTS["cpu"], "judge", 40)
     yield make
     for name in FAKES:
         sys.modules.pop(name, None)
@@ -602,7 +644,7 @@ def stand_ins(tmp_path, monkeypatch):
 
 def score_run(path: Path, *arguments) -> dict:
     out = path.with_name("out.json")
-    result = command("--network", path, "--json", out, "--points", 40, "--seeds", 1, *arguments)
+    result = command("--network", path, "--json", out, "--points", 64, "--seeds", 1, *arguments)
     assert result.exit_code == 0, result.output
     return json.loads(out.read_text()) | {"output": result.output}
 
@@ -610,29 +652,44 @@ def score_run(path: Path, *arguments) -> dict:
 def test_run_of_a_perfect_generator(stand_ins):
     path = stand_ins()
     found = score_run(path, "--num", 150)
-    assert found["output"].count("Warning") == 1 and found["features"] == "encoder" and "fid" not in found
-    assert 0 <= found["fd"] < 0.05 and found["n"] == 150 and found["is"] == pytest.approx(3, abs=0.3)
+    assert found["output"].count("Warning") == 1 and found["features"] == "judge" and "fid" not in found
+    assert found["n"] == 150 and found["is"] == pytest.approx(3, abs=0.3)
+    assert found["kd_subset"] == 150 and "kd_std" not in found and "of all 150" in found["output"]
+    assert found["precision"] > 0.6 and found["recall"] > 0.5
+    assert found["nyquist_h"] == pytest.approx(1, abs=0.2) and found["nyquist_v"] == pytest.approx(1, abs=0.2)
     assert found["accuracy"] == 1 and found["accuracy_judge"] > 0.95 and found["judge_real"] > 0.95
+    assert found["accuracy_chance"] == 1 / 3 and "chance 33%" in found["output"]
     assert found["diversity"] == pytest.approx(found["diversity_real"], rel=0.1)
     assert found["h_y_bits"] == pytest.approx(math.log2(3))
     for key in ("mi_real_bits", "mi_generated_bits"):
         assert math.log2(3) - 0.05 < found[key] <= found["h_y_bits"] + 1e-6
-    assert found["chamfer"] < 4 * found["chamfer_floor"] and found["chamfer_n"] == 40
+    assert found["chamfer"] < 4 * found["chamfer_floor"] and found["chamfer_n"] == 64
     assert "100.00%" in found["output"] and "eqs. (4)-(5)" in found["output"]
-    assert (path.parent / "judge.pt").exists()
-    again = score_run(path, "--num", 150, "--metrics", "fid,accuracy")  # by the judge kept there
+    assert len(list(path.parent.glob("judge-*.pt"))) == 1
+    again = score_run(path.parent, "--num", 150, "--metrics", "fid,accuracy")  # by the judge kept there
     assert again["fd"] == found["fd"] and again["accuracy_judge"] == found["accuracy_judge"] and "chamfer" not in again
     other = score_run(path, "--num", 150, "--metrics", "fid", "--seed", 1)
     assert other["fd"] != found["fd"]
 
+    # The run's own encoder on request, marked as what it is.
+    own = score_run(path, "--num", 150, "--metrics", "fd", "--features", "encoder")
+    assert own["features"] == "encoder" and 0 <= own["fd"] < 0.05 and own["fd"] != found["fd"]
+    assert "through which its generator was trained" in own["output"]
+
+    # A generator without one class is far from the real images, and misses a part of them.
+    wrong = score_run(stand_ins(wrong=True), "--num", 150, "--metrics", "fd,kd,pr")
+    assert found["fd"] < 0.3 * wrong["fd"] and abs(found["kd"]) < 0.1 * wrong["kd"]
+    assert wrong["recall"] < found["recall"] - 0.2
+
 
 def test_run_of_a_generator_without_one_class(stand_ins):
     path = stand_ins(wrong=True)
-    found = score_run(path, "--num", 150, "--metrics", "fd,kid,accuracy,information,chamfer", "--seeds", 2)
+    options = ("--num", 150, "--features", "encoder", "--seeds", 2)
+    found = score_run(path, *options, "--metrics", "fd,kd,accuracy,information,chamfer")
     assert found["accuracy"] == pytest.approx(2 / 3, abs=0.01)
     assert found["accuracy_labels"]["red"]["accuracy"] == 1 and found["accuracy_labels"]["blue"]["accuracy"] == 0
     assert found["accuracy_judge"] == pytest.approx(2 / 3, abs=0.1)
-    assert found["fd"] > 0.3 and found["kid"] > 0.01 and found["mi_generated_bits"] < 1
+    assert found["fd"] > 0.3 and found["kd"] > 0.01 and found["mi_generated_bits"] < 1
     assert len(found["chamfer_values"]) == 2 and found["chamfer_values"][0] != found["chamfer_values"][1]
     assert found["chamfer"] > 3 * found["chamfer_floor"]
 
@@ -700,6 +757,8 @@ def test_several_runs_are_one_table(stand_ins):
 def test_run_without_labels(stand_ins):
     path = stand_ins(kind="none")
     found = score_run(path, "--num", 150)
+    assert found["features"] == "encoder"  # nor are there labels that a judge could learn
+    fails("--network", path, "--features", "judge", text="no labels that a judge could learn")
     assert {"fd", "chamfer"} <= found.keys() and not {"is", "accuracy", "diversity", "h_y_bits"} & found.keys()
     assert "no IS" in found["notes"][0]
     fails("--network", path, "--metrics", "accuracy", text="needs a run with labels", code=2)
@@ -707,19 +766,41 @@ def test_run_without_labels(stand_ins):
 
 def test_batch_and_processes_change_nothing(stand_ins):
     path = stand_ins()
-    options = ("--num", 60, "--metrics", "fid,is,kid,chamfer,chamfer_sum,accuracy,diversity,information", "--smoke")
+    options = (
+        "--num",
+        60,
+        "--features",
+        "encoder",
+        "--metrics",
+        "fid,is,kid,pr,spectrum,chamfer,chamfer_sum,accuracy,diversity,information",
+        "--smoke",
+    )
     one, other = score_run(path, *options), score_run(path, *options, "--batch", 7)
     out = path.with_name("two.json")
-    arguments = ["--network", str(path), "--json", str(out), "--points", "40", "--seeds", "1", *map(str, options)]
+    arguments = ["--network", str(path), "--json", str(out), "--points", "64", "--seeds", "1", *map(str, options)]
     launch = [*TORCHRUN, "metrics.py"]
-    arguments += ["--features", "encoder", "--device", "cpu"]
+    arguments += ["--device", "cpu"]
     shutil.copytree(ROOT / "ops", path.parent / "ops")  # both sides take the same pass of t-SNE
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run([*launch, *arguments], cwd=path.parent, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     two = json.loads(out.read_text())
     assert two["processes"] == 2
-    keys = ["fd", "is", "is_std", "kid", "chamfer", "chamfer_sum", "accuracy", "accuracy_judge", "diversity"]
+    keys = [
+        "fd",
+        "is",
+        "is_std",
+        "kd",
+        "precision",
+        "recall",
+        "nyquist_h",
+        "nyquist_v",
+        "chamfer",
+        "chamfer_sum",
+        "accuracy",
+        "accuracy_judge",
+        "diversity",
+    ]
     for key in (*keys, "mi_generated_bits", "mi_real_bits"):
         assert one[key] == pytest.approx(other[key], rel=1e-4, abs=1e-6), key
         assert one[key] == pytest.approx(two[key], rel=1e-4, abs=1e-6), key
@@ -764,6 +845,15 @@ def test_small_or_finely_labelled_runs(stand_ins, monkeypatch):
     assert [note.split(":")[0] for note in found["notes"]] == ["no Chamfer distance", "no diversity"]
 
 
+def test_one_class_has_no_control_accuracy(stand_ins, monkeypatch):
+    path = stand_ins()
+    gan = sys.modules.get("gan") or __import__("gan")
+    monkeypatch.setattr(gan.Network, "label_names", ["red"])
+    monkeypatch.setattr(gan.Network, "real_labels", torch.ones(300, 1))
+    found = score_run(path, "--num", 30, "--metrics", "accuracy,fd", "--smoke", "--features", "encoder")
+    assert "fd" in found and "accuracy" not in found and "no control accuracy: with one class" in found["output"]
+
+
 def test_encoder_of_another_size(space):
     class Mean(nn.Module):
         features = 3
@@ -801,7 +891,8 @@ def test_statistics_and_weights_that_make_no_sense(space, tmp_path):
         output = command(*fid, tmp_path / name, "--reference", space.b).output
         assert len(output) < 600 and "weights_only" not in output
     out = ("--reference", space.b, *fid, space.weights)
-    fails(*out, "--json", tmp_path, text="is a folder", code=2)
+    fails(*out, "--json", tmp_path, text="is no regular file", code=2)
+    fails(*out, "--save-stats", "/dev/full", text="/dev/full is no regular file", code=2)
     np.savez(tmp_path / "fine.npz", mu=np.zeros(2048), sigma=np.eye(2048))
     stats = ("--reference", tmp_path / "fine.npz", *fid, space.weights, "--save-stats", tmp_path / "s.npz")
     fails(*stats, text="--save-stats keeps", code=2)
