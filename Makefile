@@ -2,12 +2,13 @@
 # make test   run the tests          make lint    check style
 # make ablations  after the demo: train each variant of stage 3 on its encoder and classifier, one table of all
 # make page   the page in the browser: of the demo, or of NETWORK=FILE
+# make pretrained  train the network of pretrained/ again: longer than the demo, a few hours; goes on where it stopped
 # make bench  time ops, training step, metrics and data loading against the usual ways
 
 PYTHON ?= python3
 BIN := .venv/bin
 RUN := runs/critters
-GAN := $(BIN)/python gan.py --kimg 55
+GAN := $(BIN)/python gan.py
 
 .venv/done: requirements.txt requirements-test.txt
 	$(PYTHON) -m venv .venv
@@ -25,6 +26,16 @@ demo: .venv/done
 	$(BIN)/python metrics.py --network $(RUN)/gan.pt --json $(RUN)/metrics.json
 	@echo "pictures: $(RUN)/sample.png, $(RUN)/traverse.png, $(RUN)/embedding.png"
 
+LONG := runs/pretrained
+
+pretrained: .venv/done
+	$(BIN)/python encoder.py --epochs 4 --outdir $(LONG)
+	$(BIN)/python classifier.py --outdir $(LONG)
+	$(BIN)/python gan.py --kimg 300 --outdir $(LONG)
+	$(BIN)/python metrics.py --network $(LONG) --json pretrained/metrics.json
+	$(BIN)/python explore.py dimensions --network $(LONG)
+	$(BIN)/python explore.py export --network $(LONG) --out pretrained/critters.pt
+
 NETWORK := $(wildcard pretrained/critters.pt)
 ifeq ($(NETWORK),)
 NETWORK := $(RUN)
@@ -33,7 +44,7 @@ endif
 page: .venv/done
 	$(BIN)/python explore.py serve --network $(NETWORK)
 
-VARIANTS := --orth=penalty --orth=exact --orth=none --reg-mode=joint --per-class --unconditional
+VARIANTS := --seed=0 --width=16 --lr-decay=0 --no-projection --per-class --orth=exact --orth=none --reg-mode=joint --unconditional
 
 ablations: .venv/done
 	for option in $(VARIANTS); do \
@@ -52,4 +63,4 @@ lint: .venv/done
 bench: .venv/done
 	$(BIN)/python -m bench
 
-.PHONY: demo page ablations test lint bench
+.PHONY: demo pretrained page ablations test lint bench

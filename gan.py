@@ -38,18 +38,20 @@ R1_EVERY = 16  # iterations
 EMA_HALF_LIFE = 10_000  # images
 LOG_EVERY = 2_000  # images
 
-# Settings by data, '' for any. r1 None: by size, see `set_by_size`.
+# Settings by data, '' for any. None: by size, see `set_by_size`.
 PRESETS = {
-    "":              dict(batch=32, lr=1e-4, kimg=200.0, snap=50.0, augment="color,translation,cutout", r1=None, reg_clip=True,
-                          r1_at="augmented", draw_y="data", reg_over="sum", start="he"),
-    "critters":      dict(batch=16, lr=5e-4, kimg=60.0, snap=10.0, augment="none"),
-    "fashion-mnist": dict(batch=16, lr=5e-4, kimg=60.0, snap=10.0, augment="none"),
+    "":              dict(width=32, batch=None, lr=None, lr_decay=0.5, kimg=None, snap=None, projection=True, r1=None,
+                          augment="color,translation,cutout", reg_clip=True, r1_at="augmented", draw_y="data",
+                          reg_over="sum", start="he"),
+    "critters":      dict(augment="none"),
+    "fashion-mnist": dict(augment="none"),
 }  # fmt: skip
 
 # --protocol paper: the published settings, for AFHQ at 256 px and CelebA at 128 px; 200,000 iterations each.
 PAPER = {
-    "":       dict(batch=32, lr=1e-4, kimg=6400.0, snap=200.0, augment="color,translation,cutout", r1=10.0, reg_clip=False,
-                   r1_at="image", draw_y="uniform", reg_over="mean", start="torch"),
+    "":       dict(width=16, batch=32, lr=1e-4, lr_decay=0.0, kimg=6400.0, snap=200.0, projection=False, r1=10.0,
+                   augment="color,translation,cutout", reg_clip=False, r1_at="image", draw_y="uniform",
+                   reg_over="mean", start="torch"),
     "celeba": dict(batch=64, kimg=12800.0),
 }  # fmt: skip
 
@@ -57,9 +59,9 @@ PAPER = {
 # Decoder: mapper r(eps | y, noise), then generator G(eps, z).
 
 
-def channels_at(size: int, resolution: int) -> int:
-    """Channels of a map: 16 at full size, doubling toward 4x4, at most 512."""
-    return min(16 * size // resolution, 512)
+def channels_at(size: int, resolution: int, width: int = 16) -> int:
+    """Channels of a map: `width` at full size, doubling toward 4x4, at most 512. 16 is the published width."""
+    return min(width * size // resolution, 512)
 
 
 def full(x: Tensor) -> Tensor:
@@ -165,16 +167,17 @@ class EigenBlock(nn.Module):
 class Generator(nn.Module):
     """G(eps [B, 512], z [B, layers, 6]) -> x [B, 3, size, size] float32 in [-1, 1] (EigenGAN, He et al. 2021)."""
 
-    def __init__(self, size: int, orthonormal: bool = False):
+    def __init__(self, size: int, orthonormal: bool = False, width: int = 16):
         super().__init__()
         self.size = size
-        resolutions = [4 * 2**i for i in range(int(math.log2(size)) - 2)]
-        self.first = nn.Linear(NOISE, 16 * channels_at(size, 4))
+        resolutions = [4 * 2**i for i in range(int(math.log2(size)) - 1)]
+        channels = [channels_at(size, r, width) for r in resolutions]
+        self.first = nn.Linear(NOISE, 16 * channels[0])
         self.blocks = nn.ModuleList(
-            EigenBlock(channels_at(size, r), channels_at(size, 2 * r), r, orthonormal, last=2 * r == size)
-            for r in resolutions
+            EigenBlock(C, narrower, r, orthonormal, last=2 * r == size)
+            for r, (C, narrower) in zip(resolutions, itertools.pairwise(channels), strict=False)
         )
-        self.last = nn.Conv2d(channels_at(size, size), 3, 7, padding=3)
+        self.last = nn.Conv2d(channels[-1], 3, 7, padding=3)
 
     def convolved(self) -> list[tuple[Tensor, Tensor]]:
         """The convolved basis maps of every layer: they depend on the weights alone, so generation keeps them."""
@@ -192,11 +195,11 @@ class Generator(nn.Module):
 class Decoder(nn.Module):
     """Mapper r(eps | y, noise) and generator G(eps, z); labels=0 is the vanilla EigenGAN, eps = noise."""
 
-    def __init__(self, size: int, labels: int, orthonormal: bool = False):
+    def __init__(self, size: int, labels: int, orthonormal: bool = False, width: int = 16):
         super().__init__()
         self.embed = nn.Linear(labels, labels) if labels else None
         self.mapper = nn.Linear(labels + NOISE, NOISE) if labels else None
-        self.generator = Generator(size, orthonormal)
+        self.generator = Generator(size, orthonormal, width)
 
     @property
     def latent_width(self) -> int:
@@ -244,13 +247,17 @@ class ConvNormLrelu(nn.Module):
 
 
 class GlobalDiscriminator(nn.Module):
-    """x [B, 3, size, size] -> one logit per image, [B, 1]. Convolutions down to 4x4, as in EigenGAN."""
+    """x [B, 3, size, size] -> one logit per image, [B, 1]. Convolutions down to 4x4, as in EigenGAN.
+
+    width: channels at full size. labels > 0: y [B, labels] has a say, by the projection <V y, h> of the last features h
+    (Miyato and Koyama 2018), which is D(x | y) with a shared trunk.
+    """
 
     batch_statistics = False
 
-    def __init__(self, size: int):
+    def __init__(self, size: int, width: int = 16, labels: int = 0):
         super().__init__()
-        widths = [min(16 * 2**i, 512) for i in range(int(math.log2(size)) - 1)]
+        widths = [min(width * 2**i, 512) for i in range(int(math.log2(size)) - 1)]
         layers: list[nn.Module] = [ConvLrelu(3, widths[0], 7, padding=3)]
         for C, wider in itertools.pairwise(widths):
             layers += [ConvLrelu(C, C, 3, padding=1), ConvLrelu(C, wider, 3, 2, padding=1)]
@@ -258,10 +265,17 @@ class GlobalDiscriminator(nn.Module):
         self.hidden = nn.Linear(widths[-1] * 16, widths[-1], bias=False)
         self.hidden_bias = nn.Parameter(torch.zeros(widths[-1]))
         self.score = nn.Linear(widths[-1], 1)
+        # Rows of unit variance, and a product divided by the root of its length: y then counts as much as the score.
+        self.projection = nn.Parameter(torch.randn(labels, widths[-1])) if labels else None
 
     def forward(self, x: Tensor, y: Tensor | None = None) -> Tensor:
         h = self.hidden(self.features(x).flatten(1))
-        return full(self.score(bias_lrelu(h, self.hidden_bias, inplace=True)))
+        h = bias_lrelu(h, self.hidden_bias, inplace=True)
+        score = full(self.score(h))
+        if self.projection is None:
+            return score
+        by_label = full(F.linear(h, self.projection)) / h.shape[1] ** 0.5  # [B, labels]
+        return score + (by_label * y).sum(1, keepdim=True)
 
 
 class PatchDiscriminator(nn.Module):
@@ -305,11 +319,18 @@ def patch_layers(size: int) -> int:
     return int(math.log2(size)) - 2
 
 
-def build_discriminator(kind: str, size: int, layers: int | None = None, classes: int = 0) -> nn.Module:
-    """kind 'global' or 'patch', which has `layers`, by default `patch_layers`; classes > 0: one discriminator per class."""
+def build_discriminator(
+    kind: str, size: int, layers: int | None = None, classes: int = 0, width: int = 16, labels: int = 0
+) -> nn.Module:
+    """kind 'patch' of `layers`, by default `patch_layers`, or 'global' of `width` with the projection of `labels`.
+
+    classes > 0: one discriminator per class.
+    """
 
     def make() -> nn.Module:
-        return PatchDiscriminator(size, layers or patch_layers(size)) if kind == "patch" else GlobalDiscriminator(size)
+        if kind == "patch":
+            return PatchDiscriminator(size, layers or patch_layers(size))
+        return GlobalDiscriminator(size, width, labels)
 
     return PerClass([make() for _ in range(classes)]) if classes else make()
 
@@ -442,11 +463,14 @@ class Trainer:
         self.entropy = 0.0 if labels is None else training.entropy_bits(self.labels)  # H(Y)
         torch.manual_seed(run.seed)  # the same weights in every process
         width, classes = (0, 0) if labels is None else (labels.shape[1], labels.shape[1] * options["per_class"])
-        decoder = Decoder(options["size"], width, options["orth"] == "exact")
+        decoder = Decoder(options["size"], width, options["orth"] == "exact", options["width"])
         if options["start"] == "he":
             he_init(decoder)
             decoder.generator.last.weight.data.mul_(0.5)  # keeps the first images out of tanh's saturation
-        D = build_discriminator(options["disc"], options["size"], options["disc_layers"], classes)
+        projected = 0 if options["per_class"] else width * options["projection"]
+        D = build_discriminator(
+            options["disc"], options["size"], options["disc_layers"], classes, options["width"], projected
+        )
         if options["start"] == "he":
             he_init(D)
         self.decoder, self.D = (n.to(run.device, memory_format=torch.channels_last) for n in (decoder, D))
@@ -567,9 +591,18 @@ class Trainer:
         update = torch.optim.swa_utils.get_ema_multi_avg_fn(decay)
         update(list(self.ema.parameters()), list(self.decoder.parameters()), None)
 
+    def decay(self, i: int) -> float:
+        """What the learning rate is multiplied by in iteration i: 1, falling to 0 over the last part of the run."""
+        left = 1 - i * self.options["batch"] / (1000 * self.options["kimg"])
+        return max(0.0, min(1.0, left / self.options["lr_decay"])) if self.options["lr_decay"] else 1.0
+
     def iteration(self, i: int, real: Tensor, y_real: Tensor | None) -> dict[str, Tensor]:
         """Iteration i on a batch of real images in [-1, 1] and their labels; returns scalars for the log."""
         o = self.options
+        rate = o["lr"] * self.decay(i)
+        for step in (self.step_g, self.step_d):
+            for group in step.optimizer.param_groups:
+                group["lr"] = rate
         regularised = self.labels is not None and o["reg_every"] > 0 and i % o["reg_every"] == 0
         joint = regularised and o["reg_mode"] == "joint"
 
@@ -668,7 +701,8 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> Network:
     data, labels = state["data"], state.get("labels")
     with training.reading(path):
         names = data["label_names"] if labels else []
-        decoder = Decoder(data["size"], len(names), state["options"]["orth"] == "exact")
+        options = state["options"]
+        decoder = Decoder(data["size"], len(names), options["orth"] == "exact", options["width"])
         decoder.load_state_dict(state["ema"])
         decoder.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
         encoder = frozen_encoder(stage1.build(state["encoder"]), data["size"], device) if state.get("encoder") else None
@@ -682,7 +716,7 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> Network:
         kind = data["label_kind"] if labels else "none"
         return Network(
             decoder, encoder, classifier, balance, data, names, kind, rows, data["size"], state["images_seen"],
-            state["options"], convolved, state.get("dimensions"),
+            options, convolved, state.get("dimensions"),
         )  # fmt: skip
 
 
@@ -784,6 +818,8 @@ OPTIONS = [
     click.option("--disc",          type=click.Choice(["global", "patch"]), default="global", help="Discriminator: one score per image, or one per patch."),
     click.option("--disc-layers",   metavar="N", type=click.IntRange(1, 8), help="Layers of --disc patch that halve the image.  [default: as many as leave 2x2 scores; 6 at 256 px]"),
     click.option("--per-class",     is_flag=True, help="One discriminator for each class, D(x | y); one-hot labels only."),
+    click.option("--projection/--no-projection", default=None, help="Let y have a say in the global discriminator: D(x | y) with a shared trunk.  [default: on; off with --per-class, --disc patch, --protocol paper]"),
+    click.option("--width",         metavar="N", type=click.IntRange(1, 512), help="Channels of the decoder and the global discriminator at full size.  [default: 32; --protocol paper: 16]"),
     click.option("--loss",          type=click.Choice(LOSSES), default="hinge", help="Adversarial loss; ns: non-saturating; hinge-v1, lsgan-published: as the published code has them."),
     click.option("--reg-every",     metavar="N", type=click.IntRange(0), default=2, help="Iterations between classification regularisations; 0: never."),
     click.option("--reg-mode",      type=click.Choice(["separate", "joint"]), default="separate", help="Regularise by an update of its own, or in the adversarial one."),
@@ -796,8 +832,9 @@ OPTIONS = [
     click.option("--draw-y",        type=click.Choice(["data", "uniform"]), help="Labels of generated images: as they occur in the data, or classes alike and fair coins.  [default: data; --protocol paper: uniform]"),
     click.option("--start",         type=click.Choice(["he", "torch"]), help="First weights: at He et al.'s scale, with smooth upsampling, or PyTorch's.  [default: he; --protocol paper: torch]"),
     click.option("--unconditional", is_flag=True, help="Vanilla EigenGAN: no labels, no regularisation; needs no earlier stage."),
-    click.option("--lr",            metavar="RATE", type=click.FloatRange(0, min_open=True), help="Learning rate of both Adams.  [default: by data]"),
-    click.option("--kimg",          metavar="KIMG", type=click.FloatRange(0, min_open=True), help="Length in thousands of real images.  [default: by data]"),
+    click.option("--lr",            metavar="RATE", type=click.FloatRange(0, min_open=True), help="Learning rate of both Adams.  [default: 5e-4 up to 64 px, then 1e-4]"),
+    click.option("--lr-decay",      metavar="PART", type=click.FloatRange(0, 1), help="Over this last part of the run, the learning rate falls to 0.  [default: 0.5; --protocol paper: 0]"),
+    click.option("--kimg",          metavar="KIMG", type=click.FloatRange(0, min_open=True), help="Length in thousands of real images.  [default: by size, 60 at 32 px]"),
     click.option("--keep",          metavar="N", type=click.IntRange(1), default=5, help="Snapshots to keep, the last ones, beside every tenth."),
     click.option("--snap",          metavar="KIMG", type=click.FloatRange(0, min_open=True), help="Thousands of images between snapshots.  [default: by data]"),
 ]
@@ -810,12 +847,19 @@ FREE = {"data", "kimg", "snap", "keep", "outdir", "precision", "device", "worker
 def set_by_size(options: dict) -> None:
     """Set the options whose default depends on the size of the images."""
     patch, size = options["disc"] == "patch", options["size"]
+    if patch or options["per_class"] or options["unconditional"]:
+        options["projection"] = False
     if patch and options["disc_layers"] is None:
         options["disc_layers"] = patch_layers(size)
     if options["r1"] is None:
         # Found by trying: at 10, discriminators of small images are flat; the global one then learns slowly, the patch
         # one does not keep the generator from saturated colours.
         options["r1"] = 10 * (size / 256) ** (2 if patch else 0.5)
+    # Small images take a higher rate and smaller batches, found by trying at 32 px; above, the published ones.
+    batch, lr = (16, 5e-4) if size <= 64 else (32, 1e-4)
+    kimg = options["kimg"] or 60.0 * max(1, size / 32) ** 2
+    by_size = dict(batch=batch, lr=lr, kimg=kimg, snap=kimg / 6)
+    options |= {name: value for name, value in by_size.items() if options[name] is None}
 
 
 def default_options(size: int, **given) -> dict:
@@ -826,17 +870,19 @@ def default_options(size: int, **given) -> dict:
     return options
 
 
-def check_options(options: dict, given_clip: bool | None) -> None:
-    """Raise click.UsageError for options that contradict each other."""
+def check_options(options: dict, given: dict) -> None:
+    """Raise click.UsageError for options that contradict each other; given: as the user gave them."""
     size, most = options["size"], patch_layers(options["size"]) if options["size"] else 8
     patch = options["disc"] == "patch"
     for bad, why in (
         (patch and most < 3, f"--disc patch needs images of at least 32 px, not {size}: use --disc global"),
         (patch and (options["disc_layers"] or 1) > most, f"--disc-layers: images of {size} px are enough for {most}"),
         (options["disc_layers"] and not patch, "--disc-layers goes with --disc patch"),
+        (given["projection"] and (patch or options["per_class"] or options["unconditional"]),
+         "--projection goes with --disc global, without --per-class or --unconditional"),
         (options["per_class"] and options["unconditional"], "--per-class needs labels, --unconditional has none"),
         (options["unconditional"] and options["reg_mode"] == "joint", "--reg-mode joint needs labels"),
-        (given_clip and options["reg_mode"] == "joint", "--reg-clip limits a regularisation of its own, not a joint one"),
+        (given["reg_clip"] and options["reg_mode"] == "joint", "--reg-clip limits a regularisation of its own, not a joint one"),
         (set(options["augment"].split(",")) - {"color", "translation", "cutout", "none"},
          f"--augment {options['augment']}: choose from color, translation, cutout, separated by commas, or none"),
     ):  # fmt: skip
@@ -860,12 +906,12 @@ def main(**options):
     # Resolve the options.
     smoke = {"batch": 8, "kimg": 0.256, "snap": 0.128} if options["smoke"] else {}
     options |= {name: value for name, value in smoke.items() if options[name] is None}
-    given_clip = options["reg_clip"]
+    given = dict(options)
     preset = layouts.preset_of(options["data"], options["preset"])
     options = training.resolve(PRESETS, PAPER, preset, options)
     outdir = training.out_folder(options)
     options["size"] = options["size"] or layouts.PRESETS.get(preset)
-    check_options(options, given_clip)
+    check_options(options, given)
     if options["size"]:
         set_by_size(options)
     if options["dry_run"]:
@@ -876,8 +922,6 @@ def main(**options):
 
     # Set up the device, the earlier stages and the data.
     run = training.start(options["device"], options["precision"], options["seed"], options["tf32"])
-    if options["batch"] % run.world:
-        raise click.UsageError(f"--batch {options['batch']} must be a multiple of the {run.world} processes")
     conditional = not options["unconditional"]
     encoder_pt, classifier_pt = run.first(lambda: earlier_stages(outdir, conditional))
     remedy = "give the same --data and --size to all stages, or run the earlier stages again"
@@ -904,8 +948,10 @@ def main(**options):
             "--per-class: images with several attributes belong to no single class; use one-hot labels"
         )
     options |= {"size": data.size, "attributes": attributes}
-    check_options(options, given_clip)
+    check_options(options, given)
     set_by_size(options)
+    if options["batch"] % run.world:
+        raise click.UsageError(f"--batch {options['batch']} must be a multiple of the {run.world} processes")
 
     # Build the networks.
     with training.reading(f"{outdir / 'encoder.pt'} or {outdir / 'classifier.pt'}"):

@@ -3,8 +3,10 @@
 import copy
 import json
 import math
+import os
 import shutil
 import subprocess
+from pathlib import Path
 
 import click
 import pytest
@@ -16,7 +18,7 @@ from PIL import Image
 import gan
 import training
 
-OPTIONS = gan.default_options(32, batch=8, loss="ns", lr=1e-3, r1=10.0, reg_clip=False)
+OPTIONS = gan.default_options(32, batch=8, loss="ns", lr=1e-3, r1=10.0, reg_clip=False, width=16)
 CPU = training.Run(torch.device("cpu"), None, 0)
 
 
@@ -111,6 +113,40 @@ def test_exact_orthonormal_basis():
     U = s.maps()[:-1].flatten(1)
     torch.testing.assert_close(U @ U.T, torch.eye(6).double(), rtol=0, atol=1e-12)
     torch.testing.assert_close(s.gram(), torch.eye(6).double(), rtol=0, atol=1e-12)  # what the log calls orthogonality
+
+
+def test_width_is_the_channels_at_full_size():
+    decoder, D = gan.Decoder(32, 0, width=24), gan.GlobalDiscriminator(32, width=24)
+    assert decoder.generator.last.in_channels == 24 and decoder.generator.blocks[0].feature_conv1.in_channels == 192
+    assert [layer.out_channels for layer in D.features] == [24, 24, 48, 48, 96, 96, 192, 192]
+    assert decoder(None, torch.randn(2, decoder.latent_width)).shape == (2, 3, 32, 32)
+
+
+def test_projection_discriminator():
+    """The score is that without labels plus <V y, h> / sqrt(C): linear in y, and another for each label."""
+    D = gan.GlobalDiscriminator(32, labels=3).double()
+    x, y = torch.randn(4, 3, 32, 32).double(), torch.eye(3)[[0, 2, 1, 0]].double()
+    seen = []
+    D.score.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    by_label = D(x, y) - D(x, torch.zeros(4, 3).double())
+    torch.testing.assert_close(by_label, ((y @ D.projection) * seen[0]).sum(1, keepdim=True) / 128**0.5)
+    both = D(x, torch.tensor([[1.0, 1, 0]] * 4).double()) - D(x, torch.tensor([[0.0, 1, 0]] * 4).double())
+    torch.testing.assert_close(both, D(x, torch.eye(3).double()[[0] * 4]) - D(x, torch.zeros(4, 3).double()))
+
+    # The gradient penalty sees the labels too, and reaches the projection.
+    penalty = [gan.r1_penalty(D, x, torch.eye(3).double()[[c] * 4]) for c in (0, 1)]
+    assert penalty[0] != penalty[1]
+    penalty[0].backward()
+    assert D.projection.grad[0].abs().sum() > 0 and D.projection.grad[1:].abs().sum() == 0
+
+
+def test_learning_rate_falls_to_zero():
+    t = trainer(labels=0, kind="none", reg_every=0, lr=1e-3, lr_decay=0.5, kimg=0.08)  # ten iterations of 8 images
+    assert [t.decay(i) for i in (0, 5, 6, 9, 10, 99)] == pytest.approx([1, 1, 0.8, 0.2, 0, 0])
+    t.iteration(6, torch.zeros(8, 3, 32, 32), None)
+    assert [g["lr"] for step in (t.step_g, t.step_d) for g in step.optimizer.param_groups] == pytest.approx([8e-4] * 2)
+    constant = trainer(labels=0, kind="none", lr_decay=0.0, kimg=0.08)
+    assert constant.decay(9) == 1
 
 
 def test_per_class_discriminator_scores_by_its_class():
@@ -441,7 +477,7 @@ def digest(path):
 
 
 def test_command_writes_what_it_says(command, class_folder, run_folder):
-    command("gan", "--data", class_folder, "--outdir", run_folder, "--smoke")
+    command("gan", "--data", class_folder, "--outdir", run_folder, "--smoke", "--width", 16)
     for name in ("gan.pt", "gan.json", "stats.jsonl", "samples/00000256.png"):
         assert (run_folder / name).exists(), name
     assert list((run_folder / "tensorboard" / "gan").iterdir()) and list((run_folder / "snapshots").iterdir())
@@ -491,16 +527,18 @@ def test_resumed_run_equals_an_unbroken_one(command, class_folder, class_run, tm
 
 def test_options_of_the_command_reach_the_run(command, class_folder, class_run, tmp_path):
     variants = [[], ["--disc", "patch"], ["--unconditional"], ["--seed", "1"], ["--precision", OTHER_PRECISION]]
-    variants += [["--init", tmp_path / "0" / "gan.pt"]]
+    variants += [["--init", tmp_path / "0" / "gan.pt"], ["--width", 8], ["--no-projection"], ["--per-class"]]
+    variants += [["--lr-decay", 1.0]]
     seen, used = set(), []
     for i, variant in enumerate(variants):
         outdir = copy_run(class_run, tmp_path / str(i))
-        command("gan", "--data", class_folder, "--outdir", outdir, "--smoke", "--kimg", 0.008, *variant)
+        command("gan", "--data", class_folder, "--outdir", outdir, "--smoke", "--kimg", 0.016, *variant)
         seen.add(digest(outdir / "gan.pt"))
         used.append(json.loads((outdir / "gan.json").read_text()))
         if i:
             shutil.rmtree(outdir)
     assert len(seen) == len(variants)
+    assert [o["projection"] for o in used[:2]] == [True, False] and not used[2]["projection"]  # unconditional
     assert [o["r1"] for o in used[:2]] == [10 * (used[0]["size"] / 256) ** power for power in (0.5, 2)]  # --disc patch
     outdir = copy_run(class_run, tmp_path / "snap")
     few = ("--kimg", 0.024, "--snap", 0.008, "--workers", 0)
@@ -546,6 +584,7 @@ def test_refusals(command, class_folder, attribute_folder, run_folder, tmp_path)
     few = ("--disc", "patch", "--disc-layers", 4)
     assert "--disc-layers" in refused(*data, "--outdir", run_folder, *few, code=2)
     assert "--disc patch" in refused(*data, "--outdir", run_folder, "--disc-layers", 3, code=2)
+    assert "--projection" in refused(*data, "--outdir", run_folder, "--disc", "patch", "--projection", code=2)
     assert "--reg-clip" in refused(*data, "--outdir", run_folder, "--smoke", *joint, code=2)
     alone = ("--unconditional", "--reg-mode", "joint")
     assert "needs labels" in refused(*data, "--outdir", run_folder, "--smoke", *alone, code=2)
@@ -566,6 +605,7 @@ def test_dry_run_touches_nothing(command, tmp_path, monkeypatch):
     published |= dict(
         ema_half_life=10_000, augment="color,translation,cutout", reg_clip=False, draw_y="uniform", start="torch"
     )
+    published |= dict(width=16, lr_decay=0, projection=False)
     assert options["protocol"] == "paper" and {key: options[key] for key in published} == published
     celeba = json.loads(command("gan", "--data", "celeba", "--dry-run").output)
     published |= dict(size=128, batch=64, kimg=12_800, disc_layers=None, reg_over="mean")
@@ -576,7 +616,11 @@ def test_dry_run_touches_nothing(command, tmp_path, monkeypatch):
     assert json.loads(command("gan", *best, "--protocol", "ours").output)["start"] == "he"
     assert json.loads(command("gan", "--protocol", "paper", "--dry-run").output)["start"] == "torch"
     assert json.loads(command("gan", "--dry-run").output)["start"] == "he"
-    assert json.loads(command("gan", "--preset", "none", "--dry-run").output)["batch"] == 32
+    # On other data, length, rate and batch go by the size.
+    names = ("width", "batch", "lr", "lr_decay", "kimg", "snap")
+    for size, expected in ((32, (32, 16, 5e-4, 0.5, 60, 10)), (128, (32, 32, 1e-4, 0.5, 960, 160))):
+        options = json.loads(command("gan", "--preset", "none", "--size", size, "--dry-run").output)
+        assert tuple(options[name] for name in names) == expected
     assert not list(tmp_path.iterdir())
 
 
@@ -604,11 +648,12 @@ def test_metrics_of_clusters_made_again(command, class_folder, class_run, tmp_pa
     found.append(json.loads((outdir / "m.json").read_text()))
     assert "mi_real_bits" in found[0] and "accuracy_judge" in found[0] and "jsd_bits" in found[0]
     assert "mi_real_bits" not in found[1] and "accuracy_judge" not in found[1]
-    key = torch.load(outdir / "judge.pt")["key"]
+    judges = {file.name for file in Path(os.environ["INFOSCC_CACHE"]).rglob("judge-*.pt")}
     command("gan", *options, "--kimg", 0.016, "--loss", "hinge")
     command(*score)
     found.append(json.loads((outdir / "m.json").read_text()))
-    assert "mi_real_bits" in found[2] and torch.load(outdir / "judge.pt")["key"] != key
+    assert "mi_real_bits" in found[2]
+    assert {file.name for file in Path(os.environ["INFOSCC_CACHE"]).rglob("judge-*.pt")} - judges
     assert "jsd_bits" not in found[2]  # that was the run before, started over
 
 
