@@ -562,10 +562,11 @@ def previous(path: Path) -> Path:
     return path.with_suffix(".previous.pt")
 
 
-def load(path: Path | str, stage: str, finished: bool = False) -> dict:
+def load(path: Path | str, stage: str, finished: bool = False, others: bool = True) -> dict:
     """Read a checkpoint of the named stage ('encoder', 'classifier' or 'gan') to the CPU.
 
-    finished: refuse the encoder or classifier of a run that was stopped before its end. Raises click.ClickException if
+    finished: refuse the encoder or classifier of a run that was stopped before its end. others: name the whole
+    checkpoint that there is in place of a damaged one. Raises click.ClickException if
     the file is missing, damaged (the checksums of its parts are compared), not a checkpoint, of another stage or format,
     incomplete, or has weights that are not finite.
     """
@@ -579,9 +580,12 @@ def load(path: Path | str, stage: str, finished: bool = False) -> dict:
     except Exception as error:  # damaged files raise nearly anything
         raise click.ClickException(
             f"{path} is not a checkpoint of this project, or damaged ({type(error).__name__} while reading it)"
+            + (instead(path, stage) if others else "")
         ) from None
     if damaged:
-        raise click.ClickException(f"{path} is damaged: a checksum of it is wrong")
+        raise click.ClickException(
+            f"{path} is damaged: a checksum of it is wrong" + (instead(path, stage) if others else "")
+        )
     if not isinstance(state, dict) or "stage" not in state:
         raise click.ClickException(f"{path} is not a checkpoint of this project: it has no entry 'stage'")
     if state["stage"] != stage:
@@ -601,6 +605,16 @@ def load(path: Path | str, stage: str, finished: bool = False) -> dict:
     if finished and "results" not in state:
         raise click.ClickException(f"{path} is of an unfinished run: run {stage}.py again, to its end")
     return state
+
+
+def instead(path: Path, stage: str) -> str:
+    """What to say about the newest checkpoint that is whole, beside a damaged one, if there is any."""
+    snapshots = sorted(path.parent.glob(f"snapshots/{stage}-*.pt"), reverse=True)
+    for other in (previous(path), *snapshots):
+        with contextlib.suppress(click.ClickException):
+            load(other, stage, others=False)
+            return f"; the newest whole one is {other}"
+    return ""
 
 
 @contextlib.contextmanager
@@ -624,11 +638,13 @@ def resume(path: Path, stage: str, options: dict, data, keys: Iterable[str]) -> 
     if not options["resume"] or not path.exists():
         return {}
     try:
-        state = load(path, stage)
+        state = load(path, stage, others=False)
     except click.ClickException as error:
-        if not previous(path).exists():
-            raise click.ClickException(f"{error.message}; {RESUME_REMEDY}") from None
-        state = load(previous(path), stage)
+        try:
+            state = load(previous(path), stage, others=False)
+        except click.ClickException:
+            message = f"{error.message}{instead(path, stage)}; {RESUME_REMEDY}"
+            raise click.ClickException(message) from None
         click.echo(f"Warning: {error.message}; going on from the save before, {previous(path)}", err=True)
     check_images(state["data"], data, path, RESUME_REMEDY)
     # Weights to start from do not matter to a run that has started, unless other ones are asked for.
@@ -641,7 +657,7 @@ def check_size(path: Path, stage: str, options: dict) -> None:
     """Refuse to go on at another size, as `resume` does, but before images of that size are packed."""
     if options["resume"] and options["size"] and path.exists():
         try:
-            theirs = load(path, stage)["options"]
+            theirs = load(path, stage, others=False)["options"]
         except click.ClickException:  # `resume` says what is wrong with it, and may take the one before
             return
         check_same(theirs, options, ["size"], path, RESUME_REMEDY)
