@@ -209,13 +209,13 @@ def report(results: dict, one_hot: bool, balance: bool) -> None:
 OPTIONS = [
     click.option("--attributes", metavar="SPEC", help="class; names separated by commas; celeba5, celeba10, celeba15; clusters:K or clusters:auto (K from 3 to 15), found in the "
                  "encoder's embeddings; TRAIN.csv,VAL.csv or one table for both: clusters of images, with the header img,cluster.  [default: classes if there are any, else all attributes; celeba: celeba5]"),
-    click.option("--epochs", metavar="N", type=click.IntRange(1), help="Passes over the embeddings.  [default: 200, and at least 3,000 steps]"),
+    click.option("--epochs", metavar="N", type=click.IntRange(1, 10**6), help="Passes over the embeddings.  [default: 200, and at least 3,000 steps]"),
     click.option("--balance/--no-balance", default=None, help="Let the images with and without an attribute weigh the same.  [default: balance; --protocol paper: no]"),
 ]
 # fmt: on
 
 
-@click.command(context_settings=dict(max_content_width=120, show_default=True))
+@click.command(cls=training.OneLine, context_settings=dict(max_content_width=120, show_default=True))
 @training.with_options(OPTIONS)
 def main(**options):
     """Train the attribute classifier (stage 2); needs encoder.pt in the output folder.

@@ -37,6 +37,7 @@ from tqdm import tqdm
 
 import critters
 import layouts
+import training
 from download import AFHQ, download
 from files import MAX_FILE, MAX_PIXELS, UNREADABLE, fail, list_files, open_file, printable, read, read_idx, read_image
 from layouts import CELEBA, PRESETS, Source
@@ -614,8 +615,8 @@ def sheet(ds: Dataset, columns: int = 8) -> np.ndarray:
     return np.concatenate([np.concatenate([*ds.images[row], *blank[len(row) :]], axis=1) for row in rows])
 
 
-@click.command()
-@click.option("--data",       metavar="NAME|PATH", default="critters", show_default=True, help="critters, afhq, celeba, fashion-mnist, or a path to a folder or zip.")  # fmt: skip
+@click.command(cls=training.OneLine)
+@click.option("--data",       metavar="NAME|PATH", type=training.FilePath(), default="critters", show_default=True, help="critters, afhq, celeba, fashion-mnist, or a path to a folder or zip.")  # fmt: skip
 @click.option("--preset",     metavar="NAME|none", help="Take the usual size and attributes of another data set.  [default: by data]")  # fmt: skip
 @click.option("--size",       metavar="PIXELS", type=int, help="Image size, a power of two from 16 to 1024.  [default: by data]")  # fmt: skip
 @click.option("--attributes", metavar="NAMES", help="class, A,B,..., celeba5, celeba10 or celeba15.  [default: by data]")  # fmt: skip
@@ -625,8 +626,8 @@ def sheet(ds: Dataset, columns: int = 8) -> np.ndarray:
 @click.option("--version",    type=click.Choice(list(AFHQ)), help="Which AFHQ to fetch.  [default: v1]")  # fmt: skip
 @click.option("--skip-broken", is_flag=True, help="Pack without the images that cannot be read, and list them.")
 @click.option("--strict",     is_flag=True, help="Refuse annotations with lines for images that are not there.")  # fmt: skip
-@click.option("--max-pixels", metavar="N", type=click.IntRange(1), default=MAX_PIXELS, show_default=True, help="Refuse larger images; decoding takes up to 20 bytes per pixel.")  # fmt: skip
-@click.option("--sheet",      "picture", metavar="FILE", help="Write a picture of some images of each class or attribute.")  # fmt: skip
+@click.option("--max-pixels", metavar="N", type=click.IntRange(1, 2**31), default=MAX_PIXELS, show_default=True, help="Refuse larger images; decoding takes up to 20 bytes per pixel.")  # fmt: skip
+@click.option("--sheet",      "picture", metavar="FILE", type=training.FilePath(), help="Write a picture of some images of each class or attribute.")  # fmt: skip
 def main(data, size, attributes, wanted, version, picture, **options) -> None:
     """Find a data set, pack it, and print what it holds."""
     if version and not wanted:

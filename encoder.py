@@ -468,7 +468,7 @@ OPTIONS = [
     click.option("--schedule", type=click.Choice(["cosine", "published"]), help="Of the learning rate: to 0, or as published.  [default: cosine; --protocol paper: published]"),
     click.option("--stem",     type=click.Choice(["auto", "imagenet", "small"]), help="First layers; imagenet works at a quarter of the image's size, small at the full size "
                  "(15 times the work); auto: small below 64 px on a GPU, else imagenet.  [default: auto; critters, fashion-mnist, --protocol paper: imagenet]"),
-    click.option("--epochs",   metavar="N", type=click.FloatRange(0, min_open=True), help="Passes over the training images.  [default: 200; critters 5; fashion-mnist 0.5; "
+    click.option("--epochs",   metavar="N", type=click.FloatRange(0, 1e6, min_open=True), help="Passes over the training images.  [default: 200; critters 5; fashion-mnist 0.5; "
                  "other data on a CPU: at most 40,000 images]"),
     click.option("--squash/--crop", default=None, help="Squash images to squares without antialiasing, or crop their centre and resize with it.  [default: crop; celeba under --protocol paper: squash]"),
     click.option("--train-on-all/--train-on-train", default=None, help="Train on the images of all splits, or of train.  [default: train; celeba under --protocol paper: all]"),
@@ -476,7 +476,7 @@ OPTIONS = [
 # fmt: on
 
 
-@click.command(context_settings=dict(max_content_width=120, show_default=True))
+@click.command(cls=training.OneLine, context_settings=dict(max_content_width=120, show_default=True))
 @training.with_options(OPTIONS)
 def main(**options):
     """Train the encoder (stage 1).
@@ -502,6 +502,9 @@ def main(**options):
     run = training.start(options["device"], options["precision"], options["seed"], options["tf32"])
     if options["batch"] % run.world:
         raise click.UsageError(f"--batch {options['batch']} cannot be shared by {run.world} processes: give a multiple")
+    outdir = training.out_folder(options)
+    path = outdir / "encoder.pt"
+    run.first(lambda: training.check_size(path, "encoder", options))
     how = {name: options[name] for name in ("preset", "squash", "train_on_all")}
     ds = dataset.open_dataset(options["data"], options["size"], **how)
     val = ds.part("val")
@@ -517,8 +520,6 @@ def main(**options):
         total = min(total, options["cpu_images"])
     if options["smoke"]:
         total = 4 * options["batch"]
-    outdir = training.out_folder(options)
-    path = outdir / "encoder.pt"
 
     # Go on from a checkpoint, or build the network.
     config, weights = dict(backbone=options["backbone"], stem=options["stem"]), None

@@ -15,13 +15,15 @@ latents.py does what these commands draw, page.py is what `serve` shows.
 """
 
 import json
-import math
+import os
 import re
 import shutil
 import subprocess
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
+
+os.environ["MPLBACKEND"] = "agg"  # read when matplotlib is imported; notebooks' shells name one that may not be there
 
 import click
 import matplotlib
@@ -204,29 +206,15 @@ def write_figure(figure: Figure, path: Path) -> None:
 # The commands.
 
 
-class OneLine(click.Group):
-    """A group of commands that reports whatever the user got wrong in one line."""
+class Commands(training.OneLine, click.Group):
+    """A group of commands that reports errors in one line."""
 
-    def invoke(self, ctx: click.Context) -> object:
-        try:
-            return super().invoke(ctx)
-        except click.UsageError as error:
-            raise training.BadOption(error.format_message()) from None  # click would print its usage lines above it
-        except OSError as error:
-            if error.filename is None:
-                raise
-            raise click.ClickException(f"{error.filename}: {error.strerror}") from None
-
-
-def finite(context: click.Context, option: click.Parameter, value: float) -> float:
-    if not math.isfinite(value):
-        raise click.BadParameter("give a finite number")
-    return value
+    command_class = training.OneLine
 
 
 def find(context: click.Context, option: click.Parameter, value: str | None) -> Path | None:
     """The checkpoint that --network names: in a run's folder gan.pt, or else its encoder.pt."""
-    path = Path(value) if value else None
+    path = None if value is None else Path(value)
     if path and path.is_dir():
         return next((path / name for name in ("gan.pt", "encoder.pt") if (path / name).exists()), path / "gan.pt")
     return path
@@ -234,20 +222,20 @@ def find(context: click.Context, option: click.Parameter, value: str | None) -> 
 
 # fmt: off
 Y = "A class, or attributes to turn on (A,B,...; none: all off)"
-NETWORK = click.option("--network", metavar="FILE|DIR", required=True, callback=find, help="gan.pt, a snapshot or an export; or a run's folder.")
+NETWORK = click.option("--network", metavar="FILE|DIR", type=training.FilePath(), required=True, callback=find, help="gan.pt, a snapshot or an export; or a run's folder.")
 DEVICE = click.option("--device", metavar="DEVICE", default="auto", help="cpu, cuda, cuda:1; auto: cuda if there is one.")
 SEED = click.option("--seed", metavar="N", type=click.IntRange(0, 2**31), default=0, help="Seed of what is random.")
-DATA = click.option("--data", metavar="PATH", help="The run's images, if they have moved.")
-OUT = click.option("--out", metavar="FILE", type=click.Path(path_type=Path), help="What to write.  [default: beside the network]")
+DATA = click.option("--data", metavar="PATH", type=training.FilePath(), help="The run's images, if they have moved.")
+OUT = click.option("--out", metavar="FILE", type=training.FilePath(path_type=Path), help="What to write.  [default: beside the network]")
 TILE = click.option("--tile", metavar="PIXELS", type=click.IntRange(8, 1024), default=64, help="Size of an image in the picture.")
-TRUNCATION = click.option("--truncation", metavar="T", type=click.FloatRange(0), callback=finite, default=1.0, help="Scale of the latents: below 1 more typical, less varied.")
+TRUNCATION = click.option("--truncation", metavar="T", type=click.FloatRange(0, 100), default=1.0, help="Scale of the latents: below 1 more typical, less varied.")
 
 SAMPLE = [
     NETWORK,
     click.option("--y", metavar="NAMES", multiple=True, help=f"{Y}; may be repeated.  [default: each in turn]"),
     click.option("--seeds", metavar="LIST", help="Seeds, such as 0-63 or 1,5,9-11.  [default: 0-7]"),
     click.option("--vary", type=click.Choice(["eps,z", "eps", "z", "y"]), help="What differs within a row; the rest is held as in the first seed.  [default: eps,z]"),
-    click.option("--latent", metavar="JSON", multiple=True, help="A latent that the page saved, in place of --y, --seeds and --vary; may be repeated."),
+    click.option("--latent", metavar="JSON", type=training.FilePath(), multiple=True, help="A latent that the page saved, in place of --y, --seeds and --vary; may be repeated."),
     click.option("--separate", is_flag=True, help="A PNG for each image, at its own size, in the folder --out.  [default: images]"),
     TRUNCATION, TILE, DEVICE, OUT,
 ]
@@ -266,19 +254,19 @@ TRAVERSE = [
 DIMENSIONS = [
     NETWORK, DATA,
     click.option("--num", metavar="N", type=click.IntRange(8, 10_000), default=64, help="Images to move each dimension of."),
-    click.option("--steps", metavar="N", type=click.IntRange(1), default=600, help="Training steps of the judge, of 64 images."),
-    click.option("--json", "json_file", metavar="FILE", type=click.Path(path_type=Path), help="What to write.  [default: dimensions.json beside the network]"),
+    click.option("--steps", metavar="N", type=click.IntRange(1, 10**6), default=600, help="Training steps of the judge, of 64 images."),
+    click.option("--json", "json_file", metavar="FILE", type=training.FilePath(path_type=Path), help="What to write.  [default: dimensions.json beside the network]"),
     SEED, DEVICE, OUT,
 ]
 
 PROJECT = [
     NETWORK,
-    click.option("--steps", metavar="N", type=click.IntRange(2), default=300, help="Steps of gradient descent."),
+    click.option("--steps", metavar="N", type=click.IntRange(2, 10**6), default=300, help="Steps of gradient descent."),
     SEED, TILE, DEVICE, OUT,
 ]
 
 SERVE = [
-    click.option("--network", metavar="FILE|DIR", callback=find, help="gan.pt, a snapshot or an export; or a run's folder.  [default: pretrained/critters.pt]"),
+    click.option("--network", metavar="FILE|DIR", type=training.FilePath(), callback=find, help="gan.pt, a snapshot or an export; or a run's folder.  [default: pretrained/critters.pt]"),
     click.option("--host", metavar="ADDRESS", default="127.0.0.1", help="Address to listen at; 0.0.0.0 lets other machines in."),
     click.option("--port", metavar="N", type=click.IntRange(1, 65535), default=7860, help="Port to listen at."),
     DEVICE,
@@ -297,7 +285,7 @@ def with_options(options: Sequence[Callable]) -> Callable:
     return decorate
 
 
-@click.group(cls=OneLine, context_settings=dict(max_content_width=120, show_default=True))
+@click.group(cls=Commands, context_settings=dict(max_content_width=120, show_default=True))
 def main():
     """Look at a trained run."""
 
@@ -442,7 +430,7 @@ def dimensions_command(network, data, num, steps, json_file, seed, device, out):
 
 
 @main.command("project")
-@click.argument("picture", metavar="FILE", type=click.Path(path_type=Path))
+@click.argument("picture", metavar="FILE", type=training.FilePath(path_type=Path))
 @with_options(PROJECT)
 def project_command(picture, network, steps, seed, tile, device, out):
     """The latent of a given picture.

@@ -821,22 +821,22 @@ OPTIONS = [
     click.option("--projection/--no-projection", default=None, help="Let y have a say in the global discriminator: D(x | y) with a shared trunk.  [default: on; off with --per-class, --disc patch, --protocol paper]"),
     click.option("--width",         metavar="N", type=click.IntRange(1, 512), help="Channels of the decoder and the global discriminator at full size.  [default: 32; --protocol paper: 16]"),
     click.option("--loss",          type=click.Choice(LOSSES), default="hinge", help="Adversarial loss; ns: non-saturating; hinge-v1, lsgan-published: as the published code has them."),
-    click.option("--reg-every",     metavar="N", type=click.IntRange(0), default=2, help="Iterations between classification regularisations; 0: never."),
+    click.option("--reg-every",     metavar="N", type=click.IntRange(0, 10**6), default=2, help="Iterations between classification regularisations; 0: never."),
     click.option("--reg-mode",      type=click.Choice(["separate", "joint"]), default="separate", help="Regularise by an update of its own, or in the adversarial one."),
     click.option("--reg-over",      type=click.Choice(["sum", "mean"]), help="Add up an image's attributes in the regularisation, or average them.  [default: sum; --protocol paper: mean]"),
     click.option("--reg-clip/--no-reg-clip", default=None, help="Limit a regularisation's gradient to N times the adversarial one's norm.  [default: by data]"),
     click.option("--orth",          type=click.Choice(["penalty", "exact", "none"]), default="penalty", help="How the bases U are kept orthonormal."),
-    click.option("--r1",            metavar="W", type=click.FloatRange(0), help="Weight of the gradient penalty, every 16th iteration; 0: none.  [default: by data and --disc]"),
+    click.option("--r1",            metavar="W", type=click.FloatRange(0, 1e6), help="Weight of the gradient penalty, every 16th iteration; 0: none.  [default: by data and --disc]"),
     click.option("--r1-at",         type=click.Choice(["augmented", "image"]), help="The gradient penalty is with respect to what D sees, or through the augmentation to the image.  [default: augmented; --protocol paper: image]"),
     click.option("--augment",       metavar="LIST|none", help="Of the discriminator's inputs: color,translation,cutout or some of them.  [default: by data]"),
     click.option("--draw-y",        type=click.Choice(["data", "uniform"]), help="Labels of generated images: as they occur in the data, or classes alike and fair coins.  [default: data; --protocol paper: uniform]"),
     click.option("--start",         type=click.Choice(["he", "torch"]), help="First weights: at He et al.'s scale, with smooth upsampling, or PyTorch's.  [default: he; --protocol paper: torch]"),
     click.option("--unconditional", is_flag=True, help="Vanilla EigenGAN: no labels, no regularisation; needs no earlier stage."),
-    click.option("--lr",            metavar="RATE", type=click.FloatRange(0, min_open=True), help="Learning rate of both Adams.  [default: 5e-4 up to 64 px, then 1e-4]"),
+    click.option("--lr",            metavar="RATE", type=click.FloatRange(0, 1e6, min_open=True), help="Learning rate of both Adams.  [default: 5e-4 up to 64 px, then 1e-4]"),
     click.option("--lr-decay",      metavar="PART", type=click.FloatRange(0, 1), help="Over this last part of the run, the learning rate falls to 0.  [default: 0.5; --protocol paper: 0]"),
-    click.option("--kimg",          metavar="KIMG", type=click.FloatRange(0, min_open=True), help="Length in thousands of real images.  [default: by size, 60 at 32 px]"),
-    click.option("--keep",          metavar="N", type=click.IntRange(1), default=5, help="Snapshots to keep, the last ones, beside every tenth."),
-    click.option("--snap",          metavar="KIMG", type=click.FloatRange(0, min_open=True), help="Thousands of images between snapshots.  [default: by data]"),
+    click.option("--kimg",          metavar="KIMG", type=click.FloatRange(0, 1e6, min_open=True), help="Length in thousands of real images.  [default: by size, 60 at 32 px]"),
+    click.option("--keep",          metavar="N", type=click.IntRange(1, 10**6), default=5, help="Snapshots to keep, the last ones, beside every tenth."),
+    click.option("--snap",          metavar="KIMG", type=click.FloatRange(0, 1e6, min_open=True), help="Thousands of images between snapshots.  [default: a sixth of --kimg]"),
 ]
 # fmt: on
 
@@ -890,7 +890,7 @@ def check_options(options: dict, given: dict) -> None:
             raise click.UsageError(why)
 
 
-@click.command(context_settings=dict(max_content_width=120, show_default=True))
+@click.command(cls=training.OneLine, context_settings=dict(max_content_width=120, show_default=True))
 @training.with_options(OPTIONS)
 def main(**options):
     """Train the decoder (stage 3); needs encoder.pt and classifier.pt in the output folder unless --unconditional.
@@ -924,9 +924,11 @@ def main(**options):
     run = training.start(options["device"], options["precision"], options["seed"], options["tf32"])
     conditional = not options["unconditional"]
     encoder_pt, classifier_pt = run.first(lambda: earlier_stages(outdir, conditional))
+    start = run.first(lambda: training.load(options["init"], "gan")) if options["init"] else None
     remedy = "give the same --data and --size to all stages, or run the earlier stages again"
     if encoder_pt and options["size"]:  # before images of another size are packed
         training.check_same(encoder_pt["data"], options, ("size",), outdir / "encoder.pt", remedy)
+    run.first(lambda: training.check_size(outdir / "gan.pt", "gan", options))
     how = {"preset": options["preset"]}
     if encoder_pt:
         how |= {name: encoder_pt["data"][name] for name in ("squash", "train_on_all")}
@@ -962,8 +964,7 @@ def main(**options):
 
     # Take first weights from another run, or go on from this one's checkpoint.
     checkpoint, images, iteration = outdir / "gan.pt", 0, 0
-    if options["init"]:
-        start = run.first(lambda: training.load(options["init"], "gan"))
+    if start:
         training.init_weights(trainer.decoder, start["ema"], options["init"])
         trainer.ema.load_state_dict(trainer.decoder.state_dict())
         same = all(start["options"].get(key) == options[key] for key in ("disc", "disc_layers", "per_class"))

@@ -41,26 +41,40 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 VERSION = 2  # of the checkpoint format
+PATH_MAX = 4096  # characters of a path, as Linux has it
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Options that every stage takes.
 
 
+class FilePath(click.Path):
+    """A path, with ~ as the home. Refuses what no file can be called; a user that ~ does not know stays as written."""
+
+    def convert(self, value: str, *where) -> object:
+        value = os.path.expanduser(value)
+        if "\0" in os.fspath(value) or len(os.fspath(value)) >= PATH_MAX:
+            self.fail(f"a path has fewer than {PATH_MAX:,} characters, none of them NUL", *where)
+        if any("\ud800" <= c <= "\udfff" for c in os.fspath(value)):  # how Python writes what is not UTF-8
+            self.fail(f"{value!r} is not UTF-8: rename it", *where)
+        return super().convert(value, *where)
+
+
+# The upper bounds are far above what anybody trains: they tell a slip of the keyboard before it costs time or memory.
 # fmt: off
 OPTIONS = [
-    click.option("--data",      metavar="NAME|PATH", default="critters", help="critters, afhq, celeba, fashion-mnist, or a path to a folder or zip."),
-    click.option("--outdir",    metavar="DIR", help="Where results go.  [default: runs/<data name>]"),
+    click.option("--data",      metavar="NAME|PATH", type=FilePath(), default="critters", help="critters, afhq, celeba, fashion-mnist, or a path to a folder or zip."),
+    click.option("--outdir",    metavar="DIR", type=FilePath(), help="Where results go.  [default: runs/<data name>]"),
     click.option("--preset",    metavar="NAME|none", help="Settings of critters, afhq, celeba or fashion-mnist.  [default: those of the data, where it is recognised]"),
     click.option("--protocol",  type=click.Choice(["paper", "ours"]), help="paper: every setting as published; each can still be overridden by its own option.  [default: paper for afhq and celeba]"),
     click.option("--size",      metavar="PIXELS", type=click.IntRange(16, 1024), help="Image size, a power of two.  [default: by data]"),
-    click.option("--batch",     metavar="N", type=click.IntRange(2), help="Images per step, over all processes.  [default: by data]"),
-    click.option("--init",      metavar="FILE", help="Checkpoint to take the network's first weights from."),
+    click.option("--batch",     metavar="N", type=click.IntRange(2, 2**16), help="Images per step, over all processes.  [default: by data]"),
+    click.option("--init",      metavar="FILE", type=FilePath(), help="Checkpoint to take the network's first weights from."),
     click.option("--seed",      metavar="N", type=click.IntRange(0, 2**32 - 1), default=0, help="Seed of everything random."),
     click.option("--precision", type=click.Choice(["auto", "fp32", "bf16", "fp16"]), default="auto", help="auto: bf16 where a GPU has it or a CPU multiplies matrices in it (AMX); else fp16 on GPUs, fp32 on CPUs (the encoder's below 64 px always)."),
     click.option("--tf32/--no-tf32", default=False, help="Let GPUs multiply fp32 matrices in TF32: faster, and 1,000 times less exact."),
     click.option("--device",    metavar="DEVICE", default="auto", help="cpu, cuda, cuda:1; auto: cuda if there is one."),
-    click.option("--workers",   metavar="N", type=click.IntRange(0), default=1, help="Threads that prepare batches; 0: none."),
+    click.option("--workers",   metavar="N", type=click.IntRange(0, 256), default=1, help="Threads that prepare batches; 0: none."),
     click.option("--resume/--no-resume", default=True, help="Go on from the checkpoint in the output folder, or start over."),
     click.option("--smoke",     is_flag=True, help="A run of seconds that takes every code path; its results mean nothing."),
     click.option("--dry-run",   is_flag=True, help="Print the options, as far as they are known without the data, and stop."),
@@ -85,32 +99,63 @@ class Stopped(click.ClickException):
         click.echo(self.message, err=True)
 
 
-def with_options(own: list[Callable]) -> Callable:
-    """Decorator: gives a click command the options of its stage, then those that every stage takes.
+@contextlib.contextmanager
+def one_line() -> Iterator[None]:
+    """Within it, what the user got wrong, and what the machine has no room for, is reported in one line."""
+    try:
+        try:
+            yield
+        except click.UsageError as error:
+            if type(error).__name__ == "NoArgsIsHelpError":  # no error: a group of commands shows its help
+                raise
+            raise BadOption(error.format_message()) from None  # click would print its usage lines above the error
+        except KeyboardInterrupt:
+            raise Stopped(signal.SIGINT, "stopped") from None
+        except OSError as error:
+            where = f"{error.filename}: " if error.filename else ""
+            raise click.ClickException(f"{where}{error.strerror or error}") from None
+        except (MemoryError, RuntimeError) as error:
+            if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "allocate memory" not in str(error):
+                raise
+            raise click.ClickException("not enough memory: smaller images or batches take less") from None
+    except click.ClickException as error:
+        # Names come from anywhere, and may hold control characters, or be as long as a page.
+        text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in error.message)
+        error.message = text if len(text) < 2000 else f"{text[:1000]} ... {text[-900:]}"
+        if int(os.environ.get("RANK", 0)) > 0:
+            time.sleep(3)  # where the first process says the same, torchrun ends this one meanwhile
+        raise
 
-    Whatever goes wrong with an option or a file is reported in one line.
-    """
+
+class OneLine(click.Command):
+    """A command that reports errors by `one_line`, prints on any terminal, and draws without one."""
+
+    def make_context(self, *arguments, **options) -> click.Context:
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(AttributeError, ValueError):  # notebooks put streams of their own there
+                stream.reconfigure(errors="backslashreplace")  # names may have letters that the terminal has not
+        os.environ["MPLBACKEND"] = "agg"  # notebooks' shells name one that may not be installed
+        with one_line():
+            return super().make_context(*arguments, **options)
+
+    def invoke(self, context: click.Context) -> object:
+        with one_line():
+            for name, value in context.params.items():
+                if isinstance(value, float) and not math.isfinite(value):
+                    raise BadOption(f"--{name} {value}: give a finite number")
+            return super().invoke(context)
+
+
+def with_options(own: list[Callable]) -> Callable:
+    """Decorator: gives a click command the options of its stage, then those that every stage takes."""
 
     def decorate(command: Callable) -> Callable:
         @functools.wraps(command)
         def guarded(**options):
-            for name, value in options.items():
-                if isinstance(value, float) and not math.isfinite(value):
-                    raise BadOption(f"--{name} {value}: give a finite number")
             try:
-                try:
-                    command(**options)
-                except click.UsageError as error:
-                    raise BadOption(error.message) from None  # click would print its usage lines above the error
-                except KeyboardInterrupt:
-                    raise Stopped(signal.SIGINT, "stopped; the same command goes on") from None
-                except OSError as error:
-                    where = f"{error.filename}: " if error.filename else ""
-                    raise click.ClickException(f"{where}{error.strerror or error}") from None
-            except click.ClickException:
-                if int(os.environ.get("RANK", 0)) > 0:
-                    time.sleep(3)  # where the first process says the same, torchrun ends this one meanwhile
-                raise
+                command(**options)
+            except KeyboardInterrupt:
+                raise Stopped(signal.SIGINT, "stopped; the same command goes on") from None
             if dist.is_initialized():
                 dist.destroy_process_group()
 
@@ -137,7 +182,7 @@ def resolve(presets: dict[str, dict], paper: dict[str, dict], preset: str, optio
 
 def out_folder(options: dict) -> Path:
     """The run's folder: --outdir, or runs/<data name>; smoke runs stay apart."""
-    data = Path(options["data"]).expanduser().resolve()
+    data = Path(os.path.realpath(os.path.expanduser(options["data"])))
     name = re.sub(r"[^\w.-]+", "_", data.stem if data.is_file() else data.name) or "data"
     return Path(options["outdir"] or Path("runs") / (name + "-smoke" * options["smoke"]))
 
@@ -335,7 +380,7 @@ def choose_device(device: str | torch.device = "auto") -> torch.device:
             dev = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.empty(1, device=dev)
         return dev
-    except (RuntimeError, AssertionError) as error:
+    except (RuntimeError, AssertionError, ValueError, OverflowError) as error:
         raise click.ClickException(f"--device {device}: {str(error).splitlines()[0]}") from None
 
 
@@ -474,6 +519,7 @@ ENTRIES = {
     "classifier": dict(config=dict, model=dict, data=dict, options=dict, encoder_hash=str, balance=list),
     "gan": dict(ema=dict, data=dict, options=dict, images_seen=int),
 }
+RESUME_REMEDY = "give --no-resume to start over, or another --outdir"
 DATA = dict(data=str, name=str, size=int, fingerprint=str, label_names=list, label_kind=str, splits=dict, preset=str)
 
 
@@ -516,10 +562,11 @@ def previous(path: Path) -> Path:
     return path.with_suffix(".previous.pt")
 
 
-def load(path: Path | str, stage: str, finished: bool = False) -> dict:
+def load(path: Path | str, stage: str, finished: bool = False, others: bool = True) -> dict:
     """Read a checkpoint of the named stage ('encoder', 'classifier' or 'gan') to the CPU.
 
-    finished: refuse the encoder or classifier of a run that was stopped before its end. Raises click.ClickException if
+    finished: refuse the encoder or classifier of a run that was stopped before its end. others: name the whole
+    checkpoint that there is in place of a damaged one. Raises click.ClickException if
     the file is missing, damaged (the checksums of its parts are compared), not a checkpoint, of another stage or format,
     incomplete, or has weights that are not finite.
     """
@@ -533,9 +580,12 @@ def load(path: Path | str, stage: str, finished: bool = False) -> dict:
     except Exception as error:  # damaged files raise nearly anything
         raise click.ClickException(
             f"{path} is not a checkpoint of this project, or damaged ({type(error).__name__} while reading it)"
+            + (instead(path, stage) if others else "")
         ) from None
     if damaged:
-        raise click.ClickException(f"{path} is damaged: a checksum of it is wrong")
+        raise click.ClickException(
+            f"{path} is damaged: a checksum of it is wrong" + (instead(path, stage) if others else "")
+        )
     if not isinstance(state, dict) or "stage" not in state:
         raise click.ClickException(f"{path} is not a checkpoint of this project: it has no entry 'stage'")
     if state["stage"] != stage:
@@ -555,6 +605,16 @@ def load(path: Path | str, stage: str, finished: bool = False) -> dict:
     if finished and "results" not in state:
         raise click.ClickException(f"{path} is of an unfinished run: run {stage}.py again, to its end")
     return state
+
+
+def instead(path: Path, stage: str) -> str:
+    """What to say about the newest checkpoint that is whole, beside a damaged one, if there is any."""
+    snapshots = sorted(path.parent.glob(f"snapshots/{stage}-*.pt"), reverse=True)
+    for other in (previous(path), *snapshots):
+        with contextlib.suppress(click.ClickException):
+            load(other, stage, others=False)
+            return f"; the newest whole one is {other}"
+    return ""
 
 
 @contextlib.contextmanager
@@ -577,19 +637,30 @@ def resume(path: Path, stage: str, options: dict, data, keys: Iterable[str]) -> 
     """
     if not options["resume"] or not path.exists():
         return {}
-    remedy = "give --no-resume to start over, or another --outdir"
     try:
-        state = load(path, stage)
+        state = load(path, stage, others=False)
     except click.ClickException as error:
-        if not previous(path).exists():
-            raise click.ClickException(f"{error.message}; {remedy}") from None
-        state = load(previous(path), stage)
+        try:
+            state = load(previous(path), stage, others=False)
+        except click.ClickException:
+            message = f"{error.message}{instead(path, stage)}; {RESUME_REMEDY}"
+            raise click.ClickException(message) from None
         click.echo(f"Warning: {error.message}; going on from the save before, {previous(path)}", err=True)
-    check_images(state["data"], data, path, remedy)
+    check_images(state["data"], data, path, RESUME_REMEDY)
     # Weights to start from do not matter to a run that has started, unless other ones are asked for.
     keys = [*keys, "init"] if options["init"] else keys
-    check_same(state["options"], options, keys, path, remedy)
+    check_same(state["options"], options, keys, path, RESUME_REMEDY)
     return state
+
+
+def check_size(path: Path, stage: str, options: dict) -> None:
+    """Refuse to go on at another size, as `resume` does, but before images of that size are packed."""
+    if options["resume"] and options["size"] and path.exists():
+        try:
+            theirs = load(path, stage, others=False)["options"]
+        except click.ClickException:  # `resume` says what is wrong with it, and may take the one before
+            return
+        check_same(theirs, options, ["size"], path, RESUME_REMEDY)
 
 
 @contextlib.contextmanager

@@ -267,10 +267,17 @@ def test_damaged_checkpoints_are_found_and_the_one_before_is_taken(command, clas
         ("explore", "sample", "--network", folder / "gan.pt"),
         ("metrics", "--network", folder / "gan.pt"),
     ):
-        assert "damaged" in last_line(command(*arguments, code=1))
+        line = last_line(command(*arguments, code=1))
+        assert "damaged" in line and f"the newest whole one is {folder / 'gan.previous.pt'}" in line
     output = command("gan", *options, "--kimg", 0.032, "--snap", 0.016).output
     assert "Warning: " in output and "gan.pt is" in output and "gan.previous.pt" in output
     assert weights(folder, "gan") == whole
+    damage(folder / "gan.pt")
+    damage(folder / "gan.previous.pt")
+    damage(max((folder / "snapshots").iterdir()))
+    for arguments in (("explore", "sample", "--network", folder), ("gan", *options)):
+        named = f"the newest whole one is {folder / 'snapshots' / 'gan-00000016.pt'}"
+        assert named in last_line(command(*arguments, code=1))
     damage(folder / "encoder.pt")
     assert "encoder.pt is" in last_line(command("classifier", *options, "--no-resume", code=1))
     (folder / "encoder.previous.pt").unlink()

@@ -19,7 +19,7 @@ MAY_IMPORT = {
     "layouts": {"files", "critters"},
     "download": {"files", "layouts"},
     "clusters": set(),
-    "dataset": {"files", "layouts", "download", "critters"},
+    "dataset": {"training", "files", "layouts", "download", "critters"},
     "control": {"training"},
     "encoder": {"training", "layouts", "dataset"},
     "classifier": {"training", "layouts", "dataset", "encoder", "clusters"},
