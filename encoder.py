@@ -9,8 +9,8 @@ together. SimCLR pushes all other images away, which maximises the InfoNCE lower
 paper; BYOL predicts a slowly moving copy of itself; Barlow Twins decorrelates the features. The projection serves
 training alone: the features h are the layer before it. The results are `encoder.pt` and `encoder.json`.
 
-From top to bottom: network, augmentation, losses, evaluation, the training loop, the command. `training.py` beside this
-file is all that the network, the losses and the loop need.
+From top to bottom: network, augmentation, losses, evaluation, the training loop, the command. `training.py` and
+`batch_norm.py` beside this file are all that the network, the losses and the loop need.
 """
 
 import copy
@@ -30,6 +30,7 @@ from torch import nn
 from tqdm import tqdm
 
 import training
+from batch_norm import BatchNorm
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # for pixels in [0, 1]
 EVALUATED = 20_000  # most images of a split that the evaluation looks at: its logistic regression takes seconds then
@@ -65,15 +66,22 @@ class Encoder(nn.Module):
 
     backbone: 'resnet18', 'resnet34' or 'resnet50'.  stem: 'imagenet' (conv 7x7 stride 2, max-pool: works at a quarter of
     the size) or 'small' (conv 3x3 stride 1: full size, about 15 times the work).  mean, std: of the three channels, for
-    inputs in [-1, 1]; the first layer sees (x - mean) / std.
+    inputs in [-1, 1]; the first layer sees (x - mean) / std.  norm_layer: `BatchNorm` to train in several processes.
     """
 
-    def __init__(self, backbone: str = "resnet18", stem: str = "small", mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0)):
+    def __init__(
+        self,
+        backbone: str = "resnet18",
+        stem: str = "small",
+        mean=(0.0,) * 3,
+        std=(1.0,) * 3,
+        norm_layer=nn.BatchNorm2d,
+    ):
         super().__init__()
         self.config = dict(backbone=backbone, stem=stem, mean=tuple(mean), std=tuple(std))
         self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(3, 1, 1), persistent=False)
-        self.backbone = getattr(torchvision.models, backbone)()
+        self.backbone = getattr(torchvision.models, backbone)(norm_layer=norm_layer)
         self.features = self.backbone.fc.in_features
         self.backbone.fc = nn.Identity()
         if stem == "small":
@@ -219,17 +227,17 @@ def barlow(z1: torch.Tensor, z2: torch.Tensor) -> torch.Tensor:
 
 
 def gather(z: torch.Tensor) -> torch.Tensor:
-    """[B, D] of this process -> [world * B, D] of all, in the order of the ranks.
+    """[V, B, D] of this process -> [V, world * B, D] of all, in the order of the ranks, in one message.
 
     Gradient flows into this process's own rows. Each process computes the loss of the whole batch from them, so the
     sum (not the mean) of the processes' gradients is the gradient of that loss.
     """
     if not dist.is_initialized():
         return z
-    parts = [torch.empty_like(z) for _ in range(dist.get_world_size())]
-    dist.all_gather(parts, z.detach().contiguous())
-    parts[dist.get_rank()] = z
-    return torch.cat(parts)
+    rank, parts = dist.get_rank(), z.new_empty(dist.get_world_size(), *z.shape)
+    gather_one = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # its name before torch 2.14
+    gather_one(parts.flatten(0, 1), z.detach().contiguous())
+    return torch.cat((*parts[:rank], z, *parts[rank + 1 :]), dim=1)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -357,7 +365,7 @@ def train(
     modules = {"encoder": encoder}
     if method == "byol":
         modules["predictor"] = nn.Sequential(
-            nn.BatchNorm1d(128), nn.Linear(128, 512), nn.BatchNorm1d(512), nn.ReLU(), nn.Linear(512, 128)
+            BatchNorm(128), nn.Linear(128, 512), BatchNorm(512), nn.ReLU(), nn.Linear(512, 128)
         ).to(run.device)
         modules["target"] = copy.deepcopy(encoder).requires_grad_(False)
     # BYOL learns from a predictor that keeps up with the encoder: it takes 5 times the learning rate (found by trying).
@@ -396,7 +404,8 @@ def train(
                 t = modules["target"].projection(modules["target"](views)) if method == "byol" else None
 
         # Compute the loss of the whole batch, over all processes, in fp32.
-        z1, z2 = (gather(v) for v in z.float().split(half))
+        outputs = torch.cat((z, t, p)) if method == "byol" else z
+        z1, z2, *rest = gather(outputs.float().view(-1, half, z.shape[1]))
         with torch.set_grad_enabled(method == "simclr"):
             contrast = nt_xent(z1, z2, options["temperature"])
         if method == "simclr":
@@ -405,8 +414,8 @@ def train(
             loss = barlow(z1, z2)
         else:
             # White targets: from raw ones the embedding learns only the directions that vary most.
-            t1, t2 = whiten(torch.cat([gather(v) for v in t.float().split(half)])).split(batch)
-            loss = byol(*(gather(v) for v in p.float().split(half)), t1, t2)
+            t1, t2, p1, p2 = rest
+            loss = byol(p1, p2, *whiten(torch.cat((t1, t2))).split(batch))
 
         # Update the weights. The sum of the processes' gradients is wanted, and the stepper takes their mean.
         optimizer.zero_grad(set_to_none=True)
@@ -541,10 +550,10 @@ def main(**options):
     run.agree({"images": ds.fingerprint, "options": {name: options[name] for name in keys}})
     if state:
         with training.reading(path):
-            encoder = Encoder(**state["config"])
+            encoder = Encoder(**state["config"], norm_layer=BatchNorm)
             encoder.load_state_dict(state["model"])
     else:
-        encoder = Encoder(**config)
+        encoder = Encoder(**config, norm_layer=BatchNorm)
         if weights:
             training.init_weights(encoder, weights, options["init"])
     done = state.get("images_seen", 0)

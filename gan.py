@@ -5,8 +5,8 @@ the frozen encoder and classifier of stages 1 and 2.
     torchrun --nproc-per-node 8 gan.py --data afhq
 
 From top to bottom: decoder, discriminators, augmentation, losses, the four updates and the iteration that calls them,
-`load` for a trained run, the command. With `ops/` and `training.py` beside it, this file builds, trains and runs the
-networks in any project.
+`load` for a trained run, the command. With `ops/`, `batch_norm.py` and `training.py` beside it, this file builds, trains
+and runs the networks in any project.
 
 Symbols as in the paper: y attributes, eps = r(y, noise) the code given to the generator, z = (z_1..z_k) one small
 vector per generator layer, phi = U (L * z_i) + mu the subspace of layer i, x images in [-1, 1].
@@ -23,11 +23,13 @@ from pathlib import Path
 import click
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
 import training
+from batch_norm import batch_norm
 from ops import bias_lrelu, conv2d, conv_transpose2d, freeze, no_weight_gradients, subspace_lrelu
 
 NOISE = 512  # width of the mapper's noise and of eps
@@ -240,10 +242,8 @@ class ConvNormLrelu(nn.Module):
         self.norm = nn.BatchNorm2d(out_channels)
 
     def forward(self, x: Tensor) -> Tensor:
-        n = self.norm
         x = conv2d(x, self.conv.weight, None, self.conv.stride[0], padding=1)
-        x = F.batch_norm(x, n.running_mean, n.running_var, n.weight, None, n.training, n.momentum, n.eps)
-        return bias_lrelu(x, n.bias, inplace=True)
+        return bias_lrelu(batch_norm(x, self.norm, None), self.norm.bias, inplace=True)
 
 
 class GlobalDiscriminator(nn.Module):
@@ -309,9 +309,15 @@ class PerClass(nn.Module):
         self.batch_statistics = self.members[0].batch_statistics
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        rows = [mask.nonzero().squeeze(1) for mask in y.bool().unbind(1)]
-        scores = [D(x[r]) for D, r in zip(self.members, rows, strict=True) if len(r)]
-        return torch.cat(scores)[torch.cat(rows).argsort()]
+        order = y.argmax(1).argsort(stable=True)  # images of the same class side by side
+        own = everywhere = y.sum(0)
+        if dist.is_initialized():  # a discriminator with images in any process runs in all: they share its gradients
+            everywhere = own.clone()
+            dist.all_reduce(everywhere)
+        own, everywhere = torch.stack((own, everywhere)).long().tolist()  # the one wait for the device
+        parts = x[order].split(own)
+        scores = [D(part) for D, part, n in zip(self.members, parts, everywhere, strict=True) if n]
+        return torch.cat(scores)[order.argsort()]
 
 
 def patch_layers(size: int) -> int:

@@ -222,6 +222,7 @@ class Run:
     world: int = 1
     signal: int = 0  # the number of the signal that asked for an end
     group: object = None  # of the processes, for messages between CPUs
+    flat: torch.Tensor | None = None  # what `average_gradients` sends, kept from one update to the next
 
     def autocast(self) -> contextlib.AbstractContextManager:
         """Context in which the networks compute in the chosen precision."""
@@ -276,22 +277,27 @@ class Run:
             dist.barrier(self.group)
 
     def average_gradients(self, parameters: Iterable[torch.nn.Parameter]) -> None:
-        """Replace gradients by their mean over all processes, in one message; does nothing with one process."""
+        """Replace gradients by their mean over all processes, in one message; does nothing with one process.
+
+        The same parameters must have gradients in every process. Nothing here waits for the device.
+        """
         if self.world == 1:
             return
-        parameters = [p for p in parameters if p.requires_grad]
-        # With --per-class, the discriminator of a class has no gradient where this process had no image of the class.
-        used = [p.grad is not None for p in parameters]
-        grads = [p.grad if u else torch.zeros_like(p) for p, u in zip(parameters, used, strict=True)]
-        # ones() is made on the device; a Python list would have to be copied there, and waited for.
-        flags = grads[0].new_ones(len(used)) if all(used) else grads[0].new_tensor(used)
-        flat = torch.cat([*(g.flatten() for g in grads), flags])
-        dist.all_reduce(flat)
-        flat /= self.world
-        *means, anywhere = flat.split([*(g.numel() for g in grads), len(grads)])
-        anywhere = used if all(used) else (anywhere > 0).tolist()
-        for p, grad, mean, some in zip(parameters, grads, means, anywhere, strict=True):
-            p.grad = grad.copy_(mean.view_as(p)) if some else None
+        parameters = [p for p in parameters if p.grad is not None]
+        grads, sizes = [p.grad for p in parameters], [p.numel() for p in parameters]
+        total = sum(sizes)
+        if self.flat is None or self.flat.numel() < total:
+            self.flat = grads[0].new_empty(total)
+        flat = self.flat[:total]
+        # Parts in the memory formats of their parameters: both copies below then move plain memory, many parts a launch.
+        parts = [v.as_strided(p.shape, p.stride()) for v, p in zip(flat.split(sizes), parameters, strict=True)]
+        torch._foreach_copy_(parts, grads)
+        if dist.get_backend() == "nccl":
+            dist.all_reduce(flat, dist.ReduceOp.AVG)
+        else:  # gloo has no mean
+            dist.all_reduce(flat)
+            flat /= self.world
+        torch._foreach_copy_(grads, parts)
 
 
 def gradient_norm(parameters: Iterable[torch.nn.Parameter]) -> torch.Tensor:

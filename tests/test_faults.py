@@ -203,6 +203,8 @@ def test_a_full_disk_ends_in_one_line_and_loses_nothing(class_folder, class_run,
         "--outdir",
         folder,
         "--smoke",
+        "--device",
+        "cpu",
         "--kimg",
         "0.032",
     ]

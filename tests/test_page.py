@@ -45,6 +45,7 @@ def server(tmp_path_factory):
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     command = [sys.executable, ROOT / "explore.py", "serve", "--network", network, "--port", str(port)]
+    command += ["--device", "cpu"]
     environment = os.environ | {"TMPDIR": str(folder), "PYTHONUNBUFFERED": "1"}
     with open(folder / "log", "w+") as log:
         process = subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT)

@@ -124,6 +124,13 @@ def test_bad_values_are_one_line(command, tmp_path, stage, option, value):
     assert command(stage, "--seed", 2**32, code=2)
 
 
+def test_commands_of_the_tests_run_on_the_cpu(command):
+    """Also where there is a GPU; a device that a test asks for is still the one it gets."""
+    for stage in ("encoder", "classifier", "gan"):
+        assert json.loads(command(stage, "--dry-run").output)["device"] == "cpu"
+        assert json.loads(command(stage, "--dry-run", "--device", "cuda:1").output)["device"] == "cuda:1"
+
+
 def test_bar_in_a_file_moves_seldom(tmp_path, capfd):
     with training.Log(tmp_path, "gan", total=2000) as log:
         start = time.perf_counter()

@@ -1,0 +1,96 @@
+"""Several processes compute what one computes on the whole batch: gradients, to the rounding of float64."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT, TORCHRUN
+
+# Run plainly and under torchrun: does every update on its part of the same batch, and saves the gradients of rank 0.
+GRADIENTS = """
+import sys, torch
+root, out, *cases = sys.argv[1:]
+sys.path.insert(0, root)
+import encoder, gan, training
+from batch_norm import BatchNorm
+
+run = training.start("cpu", "fp32")
+torch.set_default_dtype(torch.float64)
+single = torch.Tensor.float
+torch.Tensor.float = lambda x: x if x.dtype == torch.float64 else single(x)  # stage 1 computes its losses in single
+B = 8
+mine = slice(run.rank * B // run.world, (run.rank + 1) * B // run.world)
+torch.manual_seed(0)
+images, latents = torch.rand(B, 3, 32, 32) * 2 - 1, torch.randn(B, 1000)
+# Each class is in both halves, in one of them, or (the last) nowhere.
+y_real, y_fake = torch.eye(4)[[0, 1, 0, 1, 0, 2, 0, 0]], torch.eye(4)[[2, 2, 0, 1, 0, 0, 0, 1]]
+found = {}
+
+def note(case, network, *scalars):
+    found[case] = {n: None if p.grad is None else p.grad.clone() for n, p in network.named_parameters()}
+    found[case] |= {n: b.double() for n, b in network.named_buffers()}
+
+def train_gan(case, disc, per_class):
+    options = gan.default_options(32, batch=B, disc=disc, per_class=per_class, lr=1e-30, augment="none", r1=1.0)
+    trainer = gan.Trainer(options, run, torch.eye(4), "one-hot")
+    for network in (trainer.decoder, trainer.D):
+        network.double()
+    width = trainer.decoder.latent_width
+    trainer.fake = lambda how=None: (trainer.decoder(y_fake[mine], latents[mine, :width]), y_fake[mine])
+    for update in ("discriminate", "penalise", "generate"):
+        getattr(trainer, update)(*([] if update == "generate" else [images[mine], y_real[mine]]))
+        note(f"{case} {update}", trainer.decoder if update == "generate" else trainer.D)
+
+def train_encoder(case, method):
+    network = encoder.Encoder("resnet18", "imagenet", norm_layer=BatchNorm).double()
+    class Data(list):
+        def batches(self, *_):
+            yield images[mine], None
+    class Log:
+        add = step = write = lambda *_, **__: {}
+    training.to_float, encoder.augment = (lambda x: x), (lambda x, *_: x + 0.1 * views.pop()[mine])
+    views = [torch.randn(B, 3, 32, 32) for _ in range(2)]
+    options = encoder.PRESETS[""] | dict(method=method, batch=B, lr=1e-30, workers=0, smoke=False)
+    encoder.train(network, Data(range(B)), run, options, {}, B, Log(), lambda *_: None)
+    note(case, network)
+
+for case in cases:
+    torch.manual_seed(1)
+    kind, *rest = case.split("-")
+    train_encoder(case, *rest) if kind == "encoder" else train_gan(case, rest[0], "class" in rest)
+if run.rank == 0:
+    torch.save(found, out)
+"""
+CASES = ["encoder-simclr", "encoder-byol", "gan-global", "gan-patch", "gan-global-class", "gan-patch-class"]
+
+
+@pytest.fixture(scope="module")
+def gradients(tmp_path_factory) -> tuple[dict, dict]:
+    """Gradients and buffers of every case, by one process and by two."""
+    folder = tmp_path_factory.mktemp("gradients")
+    (folder / "work.py").write_text(GRADIENTS)
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    for name, launch in (("one", [sys.executable]), ("two", TORCHRUN)):
+        command = [*launch, "work.py", str(ROOT), name, *CASES]
+        done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=400)
+        assert done.returncode == 0, done.stderr[-3000:]
+    return tuple(torch.load(folder / name, weights_only=True) for name in ("one", "two"))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_two_processes_equal_one_on_the_whole_batch(gradients, case):
+    """Batch statistics, losses and R1's double backward are of the whole batch; so is who has a gradient at all."""
+    one, two = gradients
+    updates = [name for name in one if name.split()[0] == case]
+    assert len(updates) == (1 if case.startswith("encoder") else 3)
+    for update in updates:
+        assert one[update].keys() == two[update].keys()
+        scale = max(g.abs().max().item() for g in one[update].values() if g is not None)
+        assert scale > 0
+        for name, expected in one[update].items():
+            found = two[update][name]
+            assert (found is None) == (expected is None), (update, name)
+            if found is not None:
+                torch.testing.assert_close(found, expected, rtol=1e-8, atol=1e-11 * scale, msg=f"{update} {name}")
