@@ -34,7 +34,10 @@ def save_network(path, decoder: gan.Decoder, names: list[str], kind: str, name: 
     data |= dict(attributes="class", label_names=names, label_kind=kind)
     rows = torch.eye(len(names), dtype=torch.uint8)
     state = dict(
-        stage="gan", data=data, options={"orth": "penalty", "outdir": "/nowhere/out"}, ema=decoder.state_dict()
+        stage="gan",
+        data=data,
+        options={"orth": "penalty", "width": 16, "outdir": "/nowhere/out"},
+        ema=decoder.state_dict(),
     )
     state |= dict(labels={"rows": rows, "counts": torch.ones(len(names), dtype=torch.long)} if names else None)
     state |= dict(encoder=None, classifier=None, entropy_bits=1.0, images_seen=0, iteration=0)
@@ -98,7 +101,7 @@ def test_dimensions_of_a_rigged_generator(command, attribute_folder, attribute_r
     folder = copy_run(attribute_run, tmp_path / "run")
     data = ("--data", attribute_folder, "--outdir", folder)
     command("classifier", *data, "--no-resume", "--epochs", 300)
-    command("gan", *data, "--smoke", "--kimg", 0.008)
+    command("gan", *data, "--smoke", "--kimg", 0.008, "--width", 16)
     state = training.load(folder / "gan.pt", "gan")
     decoder = gan.Decoder(32, 3)
     rig(decoder)
@@ -174,11 +177,15 @@ def test_everything_that_is_known_of_critters(monkeypatch, tmp_path):
     monkeypatch.setenv("INFOSCC_CACHE", str(tmp_path))
     monkeypatch.setattr(critters, "SPLITS", {"train": 60, "val": 90})
     data = dataset.open_dataset("critters", 32, "val")
+    info = dataset.read_info(data.pack)
     run = SimpleNamespace(
-        images={"val": data}, names=data.label_names, labels=lambda split: torch.from_numpy(data.labels)
-    )
+        images={"val": data}, names=data.label_names, labels=lambda split: torch.from_numpy(data.labels),
+        kind="one-hot", all_labels=(info["classes"], info["attributes"]),
+    )  # fmt: skip
     names, known = latents.known_labels(run, "val")
-    assert names[:3] == ["Eyeglasses", "Hat", "Necktie"] and {"cat", "yaw", "head size", "light"} <= set(names)
+    assert names[:3] == ["cat", "dog", "wild"] and {"Eyeglasses", "Hat", "lion", "yaw", "head size", "light"} <= set(
+        names
+    )
     assert known.shape == (90, len(names)) and known.min() == 0 and known.max() == 1
     scale = [critters.factors(0, critters.OFFSETS["val"] + i)["scale"] for i in range(90)]
     assert known[:, names.index("head size")].argmax() == np.argmax(scale)
