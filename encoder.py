@@ -332,6 +332,14 @@ def report(results: dict, label_kind: str) -> None:
         name = key.strip("_") or ("label" if label_kind == "one-hot" else "labels, balanced, mean")
         values = [100 * results[key + what] for what in ("knn", "linear", "pixel_knn")]
         print(f"{name:24s}{values[0]:12.2f}{values[1]:10.2f}{values[2]:16.2f}")
+    readers = {"nearest neighbours": "knn", "a linear probe": "linear"}
+    worse = [name for name, key in readers.items() if results[key] < results["pixel_knn"]]
+    if worse:
+        print(
+            f"Warning: {' and '.join(worse)} tell the labels worse from this embedding than neighbours do from raw pixels. "
+            "Stages 2 and 3 see images through it alone: the regularisation will push the generator by a poor classifier, "
+            "and control accuracy will say little. Train longer (--epochs), or try another --method."
+        )
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -803,6 +803,13 @@ def introduction(trainer: Trainer, data, images: int, total: int) -> str:
     )
 
 
+def lengths(preset: str) -> dict[str, int]:
+    """Images that runs see by default and as published, for comparison with the length that is asked for."""
+    ours, paper = (rows[""] | rows.get(preset, {}) for rows in (PRESETS, PAPER))
+    named = {"the default": ours["kimg"], "the published": paper["kimg"]}
+    return {f"{name} --kimg {kimg:g}": round(1000 * kimg) for name, kimg in named.items()}
+
+
 def earlier_stages(outdir: Path, conditional: bool) -> tuple[dict | None, dict | None]:
     """The checkpoints of stages 1 and 2 in the run's folder, checked to belong together.
 
@@ -1010,7 +1017,7 @@ def main(**options):
     with (
         training.lock(outdir, "gan", run.rank),
         training.signals(run),
-        training.Log(outdir, "gan", total, images, rank=run.rank) as log,
+        training.Log(outdir, "gan", total, images, rank=run.rank, lengths=lengths(preset)) as log,
     ):
         if run.rank == 0:
             training.write_options(outdir / "gan.json", options)

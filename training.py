@@ -745,15 +745,36 @@ def fingerprint(state: dict[str, torch.Tensor]) -> str:
 # Log: numbers gathered on the device, fetched once a line.
 
 
+PACE = 10.0  # seconds of training that tell how fast it is
+
+
+def duration(seconds: float) -> str:
+    """A length of time in the unit that a person would take."""
+    for size, unit in ((86400, "days"), (3600, "hours"), (60, "minutes")):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.0f} {unit}"
+    return f"{seconds:.0f} seconds"
+
+
 class Log:
     """Progress bar on stderr, one JSON object a line in `stats.jsonl`, the same numbers in TensorBoard.
 
     The bar moves at once in a terminal, every 10 seconds in a file. `add` only keeps device tensors; `write` fetches
     all means in one transfer, so nothing synchronises between log lines. Only the first process writes. A log that
-    cannot be written is reported once, and ends no run.
+    cannot be written is reported once, and ends no run. After PACE seconds a line says how long the run will take, and
+    what other lengths {name: images} would take.
     """
 
-    def __init__(self, outdir: Path, stage: str, total: int, done: int = 0, unit: str = "img", rank: int = 0):
+    def __init__(
+        self,
+        outdir: Path,
+        stage: str,
+        total: int,
+        done: int = 0,
+        unit: str = "img",
+        rank: int = 0,
+        lengths: dict[str, int] | None = None,
+    ):
         self.stage, self.rank, self.path = stage, rank, outdir / "stats.jsonl"
         self.sums: dict[str, torch.Tensor] = {}
         self.counts: dict[str, int] = {}
@@ -769,6 +790,7 @@ class Log:
             mininterval=0.1 if sys.stderr.isatty() else 10.0,  # a file keeps every state of the bar
         )
         self.time, self.board, self.warned = time.time(), None, set()
+        self.lengths, self.steps, self.since = lengths or {}, 0, None
         if rank == 0:
             from torch.utils.tensorboard import SummaryWriter  # slow to import, and not needed for --help
 
@@ -810,8 +832,19 @@ class Log:
             self.counts[name] = self.counts.get(name, 0) + 1
 
     def step(self, images: int) -> None:
-        """Advance the bar."""
+        """Advance the bar; once, say how long the run will take."""
         self.bar.update(images)
+        self.steps += 1
+        if self.rank == 0 and self.steps == 5:  # the first ones compile and choose kernels
+            self.since = time.monotonic(), self.bar.n
+        elif self.since and time.monotonic() - self.since[0] >= PACE:
+            seconds = (time.monotonic() - self.since[0]) / (self.bar.n - self.since[1])  # per image
+            line = f"{1 / seconds:,.3g} images/s: about {duration(seconds * (self.bar.total - self.bar.n))} to the end"
+            others = [f"{duration(seconds * n)} for {name}" for name, n in self.lengths.items() if n != self.bar.total]
+            tqdm.write(
+                f"{line}{' (from the start: ' * bool(others)}{', '.join(others)}{')' * bool(others)}", sys.stderr
+            )
+            self.since = None
 
     def write(self, images: int, **extra: float) -> dict[str, float]:
         """Write the means since the last line, with `extra`, at `images` images seen; returns them."""

@@ -496,3 +496,13 @@ def test_bad_options_are_one_line(command, class_folder, tmp_path):
     assert "training images" in command("encoder", *common, "--batch", "500", code=2).output
     command("encoder", *common, "--epochs", "0", code=2)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("knn", "linear", "said"),
+    [(0.9, 0.9, ""), (0.5, 0.9, "nearest neighbours tell"), (0.4, 0.4, "nearest neighbours and a linear probe tell")],
+)
+def test_an_embedding_below_pixels_is_said(capsys, knn, linear, said):
+    encoder.report(dict(rank=3.0, images=9, val_images=9, knn=knn, linear=linear, pixel_knn=0.6), "one-hot")
+    printed = capsys.readouterr().out
+    assert ("Warning: " in printed) == bool(said) and said in printed

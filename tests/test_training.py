@@ -141,6 +141,22 @@ def test_bar_in_a_file_moves_seldom(tmp_path, capfd):
     assert capfd.readouterr().err.count("img/s]") == 2  # at its start and its end
 
 
+def test_the_time_that_a_run_takes_is_said_once(tmp_path, capfd, monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(training.time, "monotonic", lambda: now[0])
+    with training.Log(
+        tmp_path, "gan", total=60_000, lengths={"the default": 60_000, "the published": 6_400_000}
+    ) as log:
+        for i in range(40):
+            now[0] += 0.5 if i > 4 else 100  # 20 images/s after a slow start
+            log.step(10)
+    said = [line for line in capfd.readouterr().err.replace("\r", "\n").splitlines() if "images/s" in line]
+    assert said == ["20 images/s: about 50 minutes to the end (from the start: 4 days for the published)"]
+    assert [training.duration(s) for s in (59, 119, 120, 7200, 172800)] == [
+        *("59 seconds", "119 seconds", "2 minutes", "2 hours", "2 days")
+    ]
+
+
 def test_cuda_devices_have_a_number(monkeypatch):
     """torch.cuda.set_device refuses one without; of several processes each takes its own."""
     empty = torch.empty
