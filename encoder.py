@@ -9,8 +9,8 @@ together. SimCLR pushes all other images away, which maximises the InfoNCE lower
 paper; BYOL predicts a slowly moving copy of itself; Barlow Twins decorrelates the features. The projection serves
 training alone: the features h are the layer before it. The results are `encoder.pt` and `encoder.json`.
 
-From top to bottom: network, augmentation, losses, evaluation, the training loop, the command. `training.py` and
-`batch_norm.py` beside this file are all that the network, the losses and the loop need.
+From top to bottom: network, augmentation, losses, evaluation, the training loop, the command. With `training.py`
+beside it, this file is all that the network, the losses and the loop need.
 """
 
 import copy
@@ -30,7 +30,6 @@ from torch import nn
 from tqdm import tqdm
 
 import training
-from batch_norm import BatchNorm
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # for pixels in [0, 1]
 EVALUATED = 20_000  # most images of a split that the evaluation looks at: its logistic regression takes seconds then
@@ -66,7 +65,7 @@ class Encoder(nn.Module):
 
     backbone: 'resnet18', 'resnet34' or 'resnet50'.  stem: 'imagenet' (conv 7x7 stride 2, max-pool: works at a quarter of
     the size) or 'small' (conv 3x3 stride 1: full size, about 15 times the work).  mean, std: of the three channels, for
-    inputs in [-1, 1]; the first layer sees (x - mean) / std.  norm_layer: `BatchNorm` to train in several processes.
+    inputs in [-1, 1]; the first layer sees (x - mean) / std.  norm_layer: `training.BatchNorm` to train in several processes.
     """
 
     def __init__(
@@ -373,7 +372,7 @@ def train(
     modules = {"encoder": encoder}
     if method == "byol":
         modules["predictor"] = nn.Sequential(
-            BatchNorm(128), nn.Linear(128, 512), BatchNorm(512), nn.ReLU(), nn.Linear(512, 128)
+            training.BatchNorm(128), nn.Linear(128, 512), training.BatchNorm(512), nn.ReLU(), nn.Linear(512, 128)
         ).to(run.device)
         modules["target"] = copy.deepcopy(encoder).requires_grad_(False)
     # BYOL learns from a predictor that keeps up with the encoder: it takes 5 times the learning rate (found by trying).
@@ -558,10 +557,10 @@ def main(**options):
     run.agree({"images": ds.fingerprint, "options": {name: options[name] for name in keys}})
     if state:
         with training.reading(path):
-            encoder = Encoder(**state["config"], norm_layer=BatchNorm)
+            encoder = Encoder(**state["config"], norm_layer=training.BatchNorm)
             encoder.load_state_dict(state["model"])
     else:
-        encoder = Encoder(**config, norm_layer=BatchNorm)
+        encoder = Encoder(**config, norm_layer=training.BatchNorm)
         if weights:
             training.init_weights(encoder, weights, options["init"])
     done = state.get("images_seen", 0)

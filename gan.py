@@ -5,7 +5,7 @@ the frozen encoder and classifier of stages 1 and 2.
     torchrun --nproc-per-node 8 gan.py --data afhq
 
 From top to bottom: decoder, discriminators, augmentation, losses, the four updates and the iteration that calls them,
-`load` for a trained run, the command. With `ops/`, `batch_norm.py` and `training.py` beside it, this file builds, trains
+`load` for a trained run, the command. With `ops/` and `training.py` beside it, this file builds, trains
 and runs the networks in any project.
 
 Symbols as in the paper: y attributes, eps = r(y, noise) the code given to the generator, z = (z_1..z_k) one small
@@ -29,7 +29,6 @@ from PIL import Image
 from torch import Tensor, nn
 
 import training
-from batch_norm import batch_norm
 from ops import bias_lrelu, conv2d, conv_transpose2d, freeze, no_weight_gradients, subspace_lrelu
 
 NOISE = 512  # width of the mapper's noise and of eps
@@ -243,7 +242,7 @@ class ConvNormLrelu(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = conv2d(x, self.conv.weight, None, self.conv.stride[0], padding=1)
-        return bias_lrelu(batch_norm(x, self.norm, None), self.norm.bias, inplace=True)
+        return bias_lrelu(training.batch_norm(x, self.norm, None), self.norm.bias, inplace=True)
 
 
 class GlobalDiscriminator(nn.Module):

@@ -14,7 +14,6 @@ FILES = sorted(p.stem for p in ROOT.glob("*.py"))
 # What each file may import of ours, anywhere in it. Every name stands below those that import it.
 MAY_IMPORT = {
     "training": set(),
-    "batch_norm": set(),
     "critters": set(),
     "files": set(),
     "layouts": {"files", "critters"},
@@ -22,18 +21,18 @@ MAY_IMPORT = {
     "clusters": set(),
     "dataset": {"training", "files", "layouts", "download", "critters"},
     "control": {"training"},
-    "encoder": {"training", "batch_norm", "layouts", "dataset"},
+    "encoder": {"training", "layouts", "dataset"},
     "classifier": {"training", "layouts", "dataset", "encoder", "clusters"},
-    "gan": {"ops", "training", "batch_norm", "layouts", "dataset", "encoder", "classifier"},
+    "gan": {"ops", "training", "layouts", "dataset", "encoder", "classifier"},
     "metrics": {"ops", "training", "dataset", "encoder", "classifier", "gan", "control"},
     "latents": {"training", "critters", "dataset", "control", "gan"},
     "page": {"gan", "latents"},
     "explore": {"training", "files", "dataset", "encoder", "gan", "metrics", "latents", "page"},
 }
 AT_THE_TOP = {
-    "encoder": {"training", "batch_norm"},
+    "encoder": {"training"},
     "classifier": {"training"},
-    "gan": {"ops", "training", "batch_norm"},
+    "gan": {"ops", "training"},
     "metrics": {"ops"},
 }
 
@@ -72,7 +71,7 @@ def test_ops_import_nothing_of_ours():
 # Files to copy together, and a program that uses them.
 COPIES = {
     "ops": "from ops import bias_lrelu; print(bias_lrelu(torch.ones(2, 3), torch.zeros(3)).shape)",
-    "encoder batch_norm training": """
+    "encoder training": """
         import encoder
         views = encoder.augment(torch.rand(8, 3, 32, 32) * 2 - 1)
         net = encoder.Encoder("resnet18", "imagenet")
@@ -86,7 +85,7 @@ COPIES = {
         options = dict(batch=8, lr=1e-3, weight_decay=0, balance=True, seed=0)
         print(classifier.fit(h, y, True, options, epochs=1, first=None, state={}).weight.shape)
         """,
-    "gan ops batch_norm training": """
+    "gan ops training": """
         import gan, training
         run = training.Run(torch.device("cpu"), None, seed=0)
         options = gan.default_options(32, batch=4, disc="patch", loss="lsgan", reg_every=0)

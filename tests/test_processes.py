@@ -14,7 +14,6 @@ import sys, torch
 root, out, *cases = sys.argv[1:]
 sys.path.insert(0, root)
 import encoder, gan, training
-from batch_norm import BatchNorm
 
 run = training.start("cpu", "fp32")
 torch.set_default_dtype(torch.float64)
@@ -44,7 +43,7 @@ def train_gan(case, disc, per_class):
         note(f"{case} {update}", trainer.decoder if update == "generate" else trainer.D)
 
 def train_encoder(case, method):
-    network = encoder.Encoder("resnet18", "imagenet", norm_layer=BatchNorm).double()
+    network = encoder.Encoder("resnet18", "imagenet", norm_layer=training.BatchNorm).double()
     class Data(list):
         def batches(self, *_):
             yield images[mine], None
