@@ -25,6 +25,7 @@ import math
 import os
 import socket
 import stat
+import sys
 import time
 import warnings
 import zipfile
@@ -1503,14 +1504,14 @@ OPTIONS = [
     click.option("--imagenet-inception", metavar="FILE", help="Weights of torchvision's Inception v3, for is_published, if not to be downloaded."),
     click.option("--protocol", type=click.Choice(["paper", "ours"]), help="paper: FID of as many generated as real images, IS, Chamfer and control accuracy as published.  [default: the run's]"),
     click.option("--resize", type=click.Choice(["torch", "tf", "clean"]), default="torch", help="To 299 px as pytorch-fid, torch-fidelity or clean-fid does."),
-    click.option("--num", metavar="N", type=click.IntRange(2), help="Images a side.  [default: folders all; runs 50,000, on CPUs 5,000, with Inception 1,000]"),
+    click.option("--num", metavar="N", type=click.IntRange(2, 10**7), help="Images a side.  [default: folders all; runs 50,000, on CPUs 5,000, with Inception 1,000]"),
     click.option("--points", metavar="N", type=click.IntRange(FEWEST, 25_000), help="Images a side for Chamfer.  [default: 6,400; chamfer on CPUs 500]"),
-    click.option("--kid-subset", metavar="N", type=click.IntRange(2), help="Images in a subset of KID.  [default: 1,000, or all if fewer]"),
+    click.option("--kid-subset", metavar="N", type=click.IntRange(2, 10**5), help="Images in a subset of KID.  [default: 1,000, or all if fewer]"),
     click.option("--max-pixels", metavar="N", type=click.IntRange(1), default=MAX_PIXELS, help="Largest picture that is read; memory grows with it."),
     click.option("--save-stats", metavar="NPZ", help="Keep the statistics of the reference here."),
-    click.option("--seed", metavar="N", type=click.IntRange(0), default=0, help="Seed of everything random."),
-    click.option("--seeds", metavar="N", type=click.IntRange(1), help="Seeds of Chamfer, from --seed on.  [default: 5, on CPUs 3]"),
-    click.option("--batch", metavar="N", type=click.IntRange(1), default=64, help="Images at once; changes results by rounding only."),
+    click.option("--seed", metavar="N", type=click.IntRange(0, 2**31), default=0, help="Seed of everything random."),
+    click.option("--seeds", metavar="N", type=click.IntRange(1, 1000), help="Seeds of Chamfer, from --seed on.  [default: 5, on CPUs 3]"),
+    click.option("--batch", metavar="N", type=click.IntRange(1, 2**16), default=64, help="Images at once; changes results by rounding only."),
     click.option("--device", metavar="DEVICE", default="auto", help="cpu, cuda, cuda:1; auto: cuda if there is one."),
     click.option("--smoke", is_flag=True, help="A run of seconds that takes every code path; its results mean nothing."),
 ]
@@ -1528,6 +1529,9 @@ def with_options(command: Callable) -> Callable:
 )
 @with_options
 def main(network: tuple[str, ...], json_file: str | None, **options) -> None:
+    for stream in (sys.stdout, sys.stderr):  # names of files must not end a run in an ASCII terminal
+        with contextlib.suppress(AttributeError):  # a stream that is no text file
+            stream.reconfigure(errors="backslashreplace")
     if bool(network) == bool(options["images"]) or bool(network and options["reference"]):
         raise click.UsageError("give either --network FILE, or --images DIR and --reference DIR|NPZ")
     if options["data"] and not network:
