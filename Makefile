@@ -3,6 +3,7 @@
 # make ablations  after the demo: train each variant of stage 3 on its encoder and classifier, one table of all
 # make page   the page in the browser: of the demo, or of NETWORK=FILE
 # make bench  time ops, training step, metrics and data loading against the usual ways
+# make gpu    check on a GPU what was built without one: a verdict per line, all of it in gpu.json; ten minutes at most
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -52,4 +53,7 @@ lint: .venv/done
 bench: .venv/done
 	$(BIN)/python -m bench
 
-.PHONY: demo page ablations test lint bench
+gpu: .venv/done
+	$(BIN)/python -m bench.gpu
+
+.PHONY: demo page ablations test lint bench gpu
