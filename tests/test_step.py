@@ -90,6 +90,8 @@ IN_FP32 = {"discriminate": {"bmm float32": 4}, "generate": {"bmm float32": 4, "m
 @pytest.fixture(scope="module", params=["global", "patch"])
 def counted(request):
     """What each update launches in bf16 at 256 px, by discriminator."""
+    if not hasattr(torch.utils.backend_registration, "_setup_privateuseone_for_python_backend"):
+        pytest.skip(f"torch {torch.__version__} lets no other device stand in for a GPU")
     command = [sys.executable, "tests/fake_device.py", request.param, "bfloat16"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
