@@ -4,6 +4,7 @@
 # make page   the page in the browser: of the demo, or of NETWORK=FILE
 # make pretrained  train the network of pretrained/ again: longer than the demo, a few hours; goes on where it stopped
 # make bench  time ops, training step, metrics and data loading against the usual ways
+# make gpu    check on a GPU what was built without one: a verdict per line, all of it in gpu.json; ten minutes at most
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -63,4 +64,7 @@ lint: .venv/done
 bench: .venv/done
 	$(BIN)/python -m bench
 
-.PHONY: demo pretrained page ablations test lint bench
+gpu: .venv/done
+	$(BIN)/python -m bench.gpu
+
+.PHONY: demo pretrained page ablations test lint bench gpu

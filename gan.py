@@ -725,10 +725,16 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> Network:
         )  # fmt: skip
 
 
-def frozen_encoder(encoder: nn.Module, size: int, device: torch.device) -> nn.Module:
-    """The encoder of stage 1 on `device`, rewritten for speed on images of `size`; it keeps `features`, their number."""
+def frozen_encoder(encoder: nn.Module, size: int, device: torch.device, dtype: torch.dtype | None = None) -> nn.Module:
+    """The encoder of stage 1 on `device`, rewritten for speed on images of `size`; it keeps `features`, their number.
+
+    dtype: autocast's, where it runs under that alone: its weights are then converted once, and not at every update.
+    """
     frozen = freeze(encoder.to(device, memory_format=torch.channels_last), (3, size, size))
     frozen.features = encoder.features
+    for layer in frozen.modules() if dtype else ():
+        if isinstance(getattr(layer, "weight", None), Tensor) and not isinstance(layer, nn.BatchNorm2d):
+            layer.to(dtype)
     return frozen
 
 
@@ -774,12 +780,12 @@ def control_accuracy(trainer: Trainer, n: int = 256) -> float:
     draw = torch.Generator().manual_seed(0)
     y = trainer.labels[torch.randint(len(trainer.labels), (n,), generator=draw).to(trainer.run.device)]
     latents = torch.randn(n, trainer.decoder.latent_width, generator=draw).to(trainer.run.device)
-    logits = torch.cat(
-        [
-            trainer.classifier(trainer.encoder(trainer.ema(*part)))
-            for part in zip(y.split(64), latents.split(64), strict=True)
-        ]
-    )
+    parts = []
+    for some_y, some_latents in zip(y.split(64), latents.split(64), strict=True):
+        x = trainer.ema(some_y, some_latents)
+        with trainer.run.autocast():  # as in training, where the encoder may have weights of 16 bits
+            parts.append(trainer.classifier(trainer.encoder(x)))
+    logits = torch.cat(parts)
     right = logits.argmax(1) == y.argmax(1) if trainer.kind == "one-hot" else (logits > 0) == (y > 0.5)
     return right.float().mean().item()
 
@@ -969,7 +975,9 @@ def main(**options):
 
     # Build the networks.
     with training.reading(f"{outdir / 'encoder.pt'} or {outdir / 'classifier.pt'}"):
-        encoder = frozen_encoder(stage1.build(encoder_pt), data.size, run.device) if classifier_pt else None
+        encoder = None
+        if classifier_pt:
+            encoder = frozen_encoder(stage1.build(encoder_pt), data.size, run.device, run.dtype)
         classifier = stage2.build(classifier_pt).to(run.device) if classifier_pt else None
     labels = torch.from_numpy(np.asarray(data.labels)) if conditional else None
     trainer = Trainer(options, run, labels, kind, encoder, classifier)

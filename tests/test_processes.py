@@ -10,12 +10,12 @@ from conftest import ROOT, TORCHRUN
 
 # Run plainly and under torchrun: does every update on its part of the same batch, and saves the gradients of rank 0.
 GRADIENTS = """
-import sys, torch
+import os, sys, torch
 root, out, *cases = sys.argv[1:]
 sys.path.insert(0, root)
 import encoder, gan, training
 
-run = training.start("cpu", "fp32")
+run = training.start(os.environ.get("INFOSCC_TEST_DEVICE", "cpu"), "fp32")  # bench/gpu.py asks for cuda
 torch.set_default_dtype(torch.float64)
 single = torch.Tensor.float
 torch.Tensor.float = lambda x: x if x.dtype == torch.float64 else single(x)  # stage 1 computes its losses in single
@@ -25,11 +25,12 @@ torch.manual_seed(0)
 images, latents = torch.rand(B, 3, 32, 32) * 2 - 1, torch.randn(B, 1000)
 # Each class is in both halves, in one of them, or (the last) nowhere.
 y_real, y_fake = torch.eye(4)[[0, 1, 0, 1, 0, 2, 0, 0]], torch.eye(4)[[2, 2, 0, 1, 0, 0, 0, 1]]
+images, latents, y_real, y_fake = (t.to(run.device) for t in (images, latents, y_real, y_fake))
 found = {}
 
 def note(case, network, *scalars):
-    found[case] = {n: None if p.grad is None else p.grad.clone() for n, p in network.named_parameters()}
-    found[case] |= {n: b.double() for n, b in network.named_buffers()}
+    found[case] = {n: None if p.grad is None else p.grad.to("cpu", copy=True) for n, p in network.named_parameters()}
+    found[case] |= {n: b.to("cpu", torch.float64, copy=True) for n, b in network.named_buffers()}
 
 def train_gan(case, disc, per_class):
     options = gan.default_options(32, batch=B, disc=disc, per_class=per_class, lr=1e-30, augment="none", r1=1.0)
@@ -43,14 +44,14 @@ def train_gan(case, disc, per_class):
         note(f"{case} {update}", trainer.decoder if update == "generate" else trainer.D)
 
 def train_encoder(case, method):
-    network = encoder.Encoder("resnet18", "imagenet", norm_layer=training.BatchNorm).double()
+    network = encoder.Encoder("resnet18", "imagenet", norm_layer=training.BatchNorm).to(run.device).double()
     class Data(list):
         def batches(self, *_):
             yield images[mine], None
     class Log:
         add = step = write = lambda *_, **__: {}
     training.to_float, encoder.augment = (lambda x: x), (lambda x, *_: x + 0.1 * views.pop()[mine])
-    views = [torch.randn(B, 3, 32, 32) for _ in range(2)]
+    views = [torch.randn(B, 3, 32, 32).to(run.device) for _ in range(2)]
     options = encoder.PRESETS[""] | dict(method=method, batch=B, lr=1e-30, workers=0, smoke=False)
     encoder.train(network, Data(range(B)), run, options, {}, B, Log(), lambda *_: None)
     note(case, network)

@@ -10,7 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 
+import encoder
+import gan
+import training
 from bench.baseline import PlainDecoder, both_losses, build, plain_discriminator, take_discriminator
+from bench.gpu import BUDGET, judge, line, make_trainer, verdict
 
 ROOT = Path(__file__).resolve().parent.parent
 conv2d = importlib.import_module("ops.conv2d")  # ops.conv2d is the function
@@ -76,13 +80,112 @@ def test_same_losses_and_updates_as_the_plain_step(float64, disc, loss, convolut
             torch.testing.assert_close(p, q, rtol=1e-7, atol=1e-9)
 
 
+# What a GPU would be asked, counted without one.
+
+# Matrix products that stay in fp32 under autocast: shifts of the augmentation, which are exact, there and back; and, in
+# each of six layers, the Gram matrix of a basis with its two gradients.
+IN_FP32 = {"discriminate": {"bmm float32": 4}, "generate": {"bmm float32": 4, "mm float32": 18}, "regularise": {}}
+
+
+@pytest.fixture(scope="module", params=["global", "patch"])
+def counted(request):
+    """What each update launches in bf16 at 256 px, by discriminator."""
+    if not hasattr(torch.utils.backend_registration, "_setup_privateuseone_for_python_backend"):
+        pytest.skip(f"torch {torch.__version__} lets no other device stand in for a GPU")
+    command = [sys.executable, "tests/fake_device.py", request.param, "bfloat16"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return request.param, json.loads(done.stdout)
+
+
+def test_launches_stay_within_their_budget(counted):
+    """Nor do they fall far below it: then the budget no longer guards anything, and is to be lowered."""
+    disc, updates = counted
+    assert updates.keys() == BUDGET[disc].keys()
+    for name, update in updates.items():
+        most = BUDGET[disc][name]
+        assert 0.8 * most <= update["total"] <= most, (name, update["launches"])
+        assert update["launches"]["triton"] > 10  # the ops took a GPU's way
+
+
+def test_no_update_waits_for_the_device_or_copies_from_it(counted):
+    for name, update in counted[1].items():
+        assert update["waits"] == [] and update["copies"] == [], name
+
+
+def test_matrix_products_under_autocast_are_in_16_bits(counted):
+    for name, update in counted[1].items():
+        found = {op: times for op, times in update["products"].items() if op.endswith("float32")}
+        if name == "penalise":  # R1 is computed in fp32 throughout
+            assert found == update["products"]
+        else:
+            assert found == IN_FP32[name] and update["products"]["convolution bfloat16"] > 10
+
+
+@pytest.mark.parametrize("disc", ["global", "patch"])
+def test_every_parameter_is_in_the_format_of_its_kernel(disc):
+    """After the Trainer's .to, the average's too: kernels of convolutions channels_last, all else in plain order."""
+    trainer, _, _ = make_trainer(training.Run(torch.device("cpu"), None, 0), 64, 4, disc, "resnet18")
+    seen = 0
+    for network in (trainer.decoder, trainer.ema, trainer.D, trainer.encoder):
+        for name, p in network.named_parameters():
+            last = p.ndim == 4
+            assert p.is_contiguous(memory_format=torch.channels_last if last else torch.contiguous_format), name
+            seen += last
+    assert seen > 30
+    for block in trainer.decoder.generator.blocks:  # what the kernel reads: maps whose channels lie side by side
+        for maps in block.convolve(block.subspace.maps()):
+            assert maps.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_the_frozen_encoder_in_16_bits_is_the_same_under_autocast():
+    network = encoder.Encoder("resnet18", "imagenet").eval()
+    whole, half = (gan.frozen_encoder(network, 64, torch.device("cpu"), dtype) for dtype in (None, torch.bfloat16))
+    weights = [w for n, w in half.state_dict().items() if n.endswith("weight")]
+    assert len(weights) > 15 and all(w.dtype == torch.bfloat16 for w in weights) and half.mean.dtype == torch.float32
+    x = torch.rand(4, 3, 64, 64) * 2 - 1
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(whole(x), half(x)) and not torch.equal(half(x), half(-x))
+
+
+def test_the_gpu_check_runs_and_says_what_it_skipped(tmp_path):
+    """On the CPU, quickly; what only a GPU can tell is named as skipped."""
+    command = [sys.executable, "-m", "bench.gpu", "--device", "cpu", "--quick", "--out", str(tmp_path / "gpu.json")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stdout + done.stderr[-2000:]
+    rows = json.loads((tmp_path / "gpu.json").read_text())["rows"]
+    lines = done.stdout.splitlines()
+    assert lines[:-1] == [line(row) for row in rows]
+    skipped = {row["part"] for row in rows if row["note"].startswith("skipped")}
+    assert skipped == {"waits", "busy", "r1_error", "processes"}
+    told = {row["part"] for row in rows if row["ok"] or row["value"] is not None}
+    assert told == {"op_tests", "bandwidth", "launches", "r1_error", "short_runs", "rates"}
+
+
+def test_a_part_that_fails_is_said_and_the_others_go_on(monkeypatch):
+    def broken(run, quick):
+        yield verdict("begins", ok=True)
+        raise RuntimeError("no such kernel\nand more")
+
+    def fine(run, quick):
+        yield verdict("a figure", 2.5, ok=2.5 <= 2, note="at most 2")
+
+    gpu = sys.modules["bench.gpu"]
+    monkeypatch.setattr(gpu, "PARTS", (broken, fine))
+    rows = list(judge(training.Run(torch.device("cpu"), None, 0), True))
+    assert [line(row).split()[0] for row in rows] == ["ok", "FAIL", "FAIL"]
+    assert rows[1]["part"] == "broken" and rows[1]["note"] == "RuntimeError: no such kernel" and "2.5" in line(rows[2])
+    monkeypatch.setattr(gpu, "SECONDS", -1)
+    assert all(row["note"].startswith("skipped") for row in judge(training.Run(torch.device("cpu"), None, 0), True))
+
+
 def test_the_benchmark_prints_what_it_saves(tmp_path):
     """One group of it as users run it; a side compared with itself is as fast as itself."""
     command = [sys.executable, "-m", "bench", "--quick", "--only", "data", "--out", str(tmp_path / "b.json")]
     printed = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout.splitlines()
     rows = json.loads((tmp_path / "b.json").read_text())["rows"]
     assert len(rows) == 3 and len(printed) == 4
-    for row, line in zip(rows, printed, strict=False):
+    for row, text in zip(rows, printed, strict=False):
         assert row["images_per_second"] == pytest.approx(1 / row["ours"])
-        assert line.startswith(row["what"]) and f"{row['ratio']:.2f}x" in line and line.endswith(row["note"])
+        assert text.startswith(row["what"]) and f"{row['ratio']:.2f}x" in text and text.endswith(row["note"])
     assert rows[0]["ratio"] == 1 and rows[0]["spread"] == [1, 1] and rows[0]["against"] == "ImageFolder"
