@@ -159,6 +159,7 @@ def tsne_rows(quick: bool, device: str, turns: dict) -> list[dict]:
     n, fused = 2000 if quick else 6000, "triton" if device == "cuda" else "cpp"
     randn = random(0, device)
     p, y = randn(n, n, grad=False).abs(), 3 * randn(3, n, grad=False)
+    p += p.T.clone()  # affinities are symmetric
     sides = {name: lambda impl=impl: tsne_forces(p, y, impl=impl) for name, impl in (("eager", "ref"), (fused, fused))}
     times = take_turns(sides, **turns | {"turns": 3, "calls": 1})
     return rows_of(times, f"tsne_forces of {n} points", op="tsne_forces", shape=[n], dtype="float32", kind="forward")

@@ -1,13 +1,13 @@
 """Fused ops of the InfoSCC-GAN networks. Copy this folder into any project that has PyTorch.
 
-from ops import bias_lrelu, conv2d, conv_transpose2d, freeze, subspace_lrelu, tsne_forces
+from ops import bias_lrelu, conv2d, conv_transpose2d, freeze, subspace_lrelu, tsne_forces, tsne_neighbourhoods
 """
 
 from .bias_lrelu import bias_lrelu
 from .conv2d import conv2d, conv_transpose2d, no_weight_gradients
 from .freeze import freeze
 from .subspace_lrelu import subspace_lrelu
-from .tsne import tsne_forces
+from .tsne import tsne_forces, tsne_neighbourhoods
 
 __all__ = [
     "bias_lrelu",
@@ -17,4 +17,5 @@ __all__ = [
     "no_weight_gradients",
     "subspace_lrelu",
     "tsne_forces",
+    "tsne_neighbourhoods",
 ]

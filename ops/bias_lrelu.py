@@ -212,21 +212,23 @@ if triton is not None:
         v = tl.load(x + at, mask=inside).to(b.dtype) + b
         tl.store(y + at, tl.where(v > 0, v, v * SLOPE).to(y.dtype.element_ty), mask=inside)
 
-    @triton.jit
+    # The number of tiles differs with each batch and size of image: as a constant, or specialised as Triton does with
+    # the integers 1 and multiples of 16, it would have the kernel compiled for one after the other.
+    @triton.jit(do_not_specialize=["loops"])
     def _masked_kernel(
-        g, y, bias, dx, part, rows, cols, C, ACC: tl.constexpr, SLOPE: tl.constexpr, LAST: tl.constexpr,
-        ROWS: tl.constexpr, COLS: tl.constexpr, LOOPS: tl.constexpr
+        g, y, bias, dx, part, rows, cols, C, loops, ACC: tl.constexpr, SLOPE: tl.constexpr, LAST: tl.constexpr,
+        ROWS: tl.constexpr, COLS: tl.constexpr
     ):  # fmt: skip
         """Reads g and y and writes dx once: 3 n elements, the minimum. The partial sums of the bias gradient are
         written and read once more: B C elements for NCHW, n / (4 ROWS) for channels_last, where ROWS = 1024 / C.
 
-        For channels_last a program walks down LOOPS tiles and writes the sums of its columns to part [row programs, C].
-        For NCHW it walks along its rows and writes their sums to part [B, C]. torch.sum adds the parts.
+        For channels_last a program walks down `loops` tiles and writes the sums of its columns to part [row programs,
+        C]. For NCHW it walks along its rows and writes their sums to part [B, C]. torch.sum adds the parts.
         """
         acc = tl.zeros([ROWS, COLS], dtype=ACC)
-        for i in range(LOOPS):
+        for i in range(loops):
             if LAST:
-                r = ((tl.program_id(0) * LOOPS + i) * ROWS + tl.arange(0, ROWS))[:, None]
+                r = ((tl.program_id(0) * loops + i) * ROWS + tl.arange(0, ROWS))[:, None]
                 c = (tl.program_id(1) * COLS + tl.arange(0, COLS))[None, :]
             else:
                 r = (tl.program_id(0) * ROWS + tl.arange(0, ROWS))[:, None]
@@ -269,10 +271,10 @@ def _triton_masked(g, y, bias, dx, db, slope):
     rows, cols, last, ROWS, COLS = _tiles(y)
     tiles, C = triton.cdiv(rows, ROWS), y.shape[1]
     # At most 1024 programs, so that few parts are left to add; at least 4 tiles each, so that parts stay a small share.
-    LOOPS = max(4, triton.cdiv(tiles, 1024)) if last else triton.cdiv(cols, COLS)
-    grid = (triton.cdiv(tiles, LOOPS), triton.cdiv(cols, COLS)) if last else (tiles, 1)
+    loops = max(4, triton.cdiv(tiles, 1024)) if last else triton.cdiv(cols, COLS)
+    grid = (triton.cdiv(tiles, loops), triton.cdiv(cols, COLS)) if last else (tiles, 1)
     part = None if db.numel() == 0 else db.new_empty(grid[0] if last else rows // C, C)
     acc = tl.float64 if y.dtype == torch.float64 else tl.float32
-    _masked_kernel[grid](g, y, bias, dx, part, rows, cols, C, acc, slope, last, ROWS, COLS, LOOPS)
+    _masked_kernel[grid](g, y, bias, dx, part, rows, cols, C, loops, acc, slope, last, ROWS, COLS)
     if part is not None:
         torch.sum(part, 0, out=db)

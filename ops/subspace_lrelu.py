@@ -256,9 +256,9 @@ if triton is not None:
         g, y, coef, maps, dh, part_coef, part_maps, part_bias, B, P, K: tl.constexpr, SLOPE: tl.constexpr,
         IMAGES: tl.constexpr, PLACES: tl.constexpr
     ):  # fmt: skip
-        """For B <= 32, moves 3 B P elements of g, y and dh and K P of dmaps: the minimum. With more images, partial
-        sums of dmaps are written and read, 2 K ceil(B / 32) P elements. dbias adds 2 ceil(B / 32) P. dcoef reads maps,
-        K P, and adds B K P / 32.
+        """For B <= 128, moves 3 B P elements of g, y and dh and K P of dmaps: the minimum. With more images, partial
+        sums of dmaps are written and read, 2 K ceil(B / 128) P elements. dbias adds 2 ceil(B / 128) P. dcoef reads
+        maps, K P, and adds 2 B K P / PLACES.
 
         part_maps [batch programs, K, P], part_bias [batch programs, P], part_coef [place programs, B, K]; None where
         the gradient is not wanted. torch.sum adds the parts.
@@ -281,16 +281,31 @@ if triton is not None:
                 maps += P
 
 
+# Every thread has at least 8 elements, so that bfloat16 too moves in accesses of 16 bytes, for a single image as well.
+
+
+def _forward_tile(B):
+    """IMAGES and PLACES of a forward program of 128 threads, for a batch of B."""
+    IMAGES = min(triton.next_power_of_2(B), 32)
+    return IMAGES, max(128, 1024 // IMAGES)
+
+
+def _backward_tile(B):
+    """The same of a backward program, of one warp. Up to 128 images fit: then no sums of maps leave the registers."""
+    IMAGES = min(triton.next_power_of_2(B), 128)
+    return IMAGES, min(max(64, 256 // IMAGES), 2048 // IMAGES)  # at most 64 elements per thread: more would spill
+
+
 def _triton_forward(h, coef, maps, bias, y, slope):
     B, C, S, K, last = _sizes(h, coef)
-    IMAGES, PLACES = min(triton.next_power_of_2(B), 32), 128
+    IMAGES, PLACES = _forward_tile(B)
     grid = (triton.cdiv(C * S, PLACES), triton.cdiv(B, IMAGES))
     _forward_kernel[grid](h, coef, maps, bias, y, B, C * S, C, S, K, slope, last, IMAGES, PLACES)
 
 
 def _triton_backward(g, y, coef, maps, dh, dcoef, dmaps, dbias, slope):
     B, C, S, K, last = _sizes(y, coef)
-    IMAGES, PLACES = min(triton.next_power_of_2(B), 32), 64
+    IMAGES, PLACES = _backward_tile(B)
     grid = (triton.cdiv(C * S, PLACES), triton.cdiv(B, IMAGES))
     part_coef = coef.new_empty(grid[0], B, K) if dcoef.numel() else None
     part_maps = (dmaps if grid[1] == 1 else coef.new_empty(grid[1], K, C * S)) if dmaps.numel() else None

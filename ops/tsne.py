@@ -1,9 +1,13 @@
-"""The forces of one iteration of exact t-SNE: tsne_forces(p, y, dims, force), in one pass over P.
+"""What takes the time in exact t-SNE: tsne_forces(p, y, dims, force), the forces of one iteration in one pass over P,
+and tsne_neighbourhoods(d, first, perplexity), which makes the rows of P out of squared distances.
 
 With the affinities P of the data and the kernel q(y_i, y_j) of the points, t-SNE (van der Maaten and Hinton 2008) pulls
-by P and pushes by q / sum q. The op returns what both are made of. There are three implementations: the PyTorch
-reference, Triton for NVIDIA GPUs (below) and C++ for the CPU (tsne.cpp). None makes anything of size [N, N].
+by P and pushes by q / sum q. The first op returns what both are made of. It has three implementations: the PyTorch
+reference, Triton for NVIDIA GPUs (below) and C++ for the CPU (tsne.cpp), which computes each pair of points once. None
+makes anything of size [N, N]. The second op runs once, so a GPU takes the reference.
 """
+
+import math
 
 import torch
 
@@ -26,9 +30,9 @@ def tsne_forces(
     w_ij = 1 / (1 + |d_ij|^2 / v) makes 2 (v + 1) / v (attract - repel / total) the gradient of KL(P || Q). With force
     'scikit-learn' w_ij = q_ij, as that library has it: in the plane the same, in 3-D no gradient.
 
-    p: float32 [N, N], its diagonal is not used. y: float32 [3, N], its last row 0 if dims is 2. dims: 2 or 3. impl:
-    'auto' (Triton on CUDA, C++ on the CPU, the reference with one warning where that cannot run), 'ref' (float64
-    too), 'triton', 'cpp'.
+    p: float32 [N, N], symmetric (C++ reads what is above its diagonal); the diagonal is not used. y: float32 [3, N],
+    its last row 0 if dims is 2. dims: 2 or 3. impl: 'auto' (Triton on CUDA, C++ on the CPU, the reference with one
+    warning where that cannot run), 'ref' (float64 too), 'triton', 'cpp'.
 
     Returns attract and repel [3, N] like y, and total, a float64 scalar on the device. No derivatives. The same input
     gives the same bits.
@@ -50,7 +54,8 @@ def tsne_forces(
         return _reference(p, y, dims, force)
     p, y = p.contiguous(), y.contiguous()
     attract, repel = torch.empty_like(y), torch.empty_like(y)
-    kernel = y.new_zeros(n, dtype=torch.float64 if impl == "cpp" else torch.float32)
+    # The kernel's sum, or for Triton its sums over each point's others.
+    kernel = y.new_zeros(1, dtype=torch.float64) if impl == "cpp" else y.new_zeros(n)
     if n == 0:
         pass
     elif impl == "triton":
@@ -80,6 +85,61 @@ def _reference(p, y, dims, force):
         for c in range(dims):
             attract[c, rows], repel[c, rows] = (a * d[c]).sum(1), (r * d[c]).sum(1)
     return attract, repel, total
+
+
+@torch.no_grad()
+def tsne_neighbourhoods(d: torch.Tensor, first: int, perplexity: float, impl: str = "auto") -> None:
+    """Turns rows of squared distances into t-SNE's conditional probabilities p_j|i, in place.
+
+    p_j|i = exp(-beta_i d_ij) / sum over j != i, p_i|i = 0, with the beta_i whose entropy is log(perplexity) to 1e-5.
+    It is found by Newton's method on log(beta_i), kept in brackets by bisection.
+
+    d: float32 [rows, N], contiguous, at least 0: from the points first .. first + rows - 1 to all N. perplexity: the
+    effective number of neighbours, at least 1 and less than N. impl: 'auto' (C++ on the CPU, else the reference),
+    'ref', 'cpp'.
+
+    Raises ValueError for arguments that do not fit, TypeError for dtypes, RuntimeError with the reason if the
+    implementation asked for cannot run.
+    """
+    if d.ndim != 2 or not d.is_contiguous() or not 0 <= first <= d.shape[1] - len(d):
+        raise ValueError(
+            f"tsne_neighbourhoods needs contiguous d [rows, N], N >= first + rows, got {[*d.shape]}, {first}"
+        )
+    if not 1 <= perplexity < d.shape[1]:
+        raise ValueError(f"tsne_neighbourhoods needs a perplexity from 1 to less than {d.shape[1]}, got {perplexity:g}")
+    if d.dtype != torch.float32:
+        raise TypeError(f"tsne_neighbourhoods needs float32, got {d.dtype}")
+    if impl == "triton":
+        raise ValueError("tsne_neighbourhoods has no 'triton'")
+    impl = "ref" if impl == "auto" and d.device.type != "cpu" else choose(impl, d.device.type)
+    if impl == "cpp":
+        run = c_function("tsne_neighbourhoods", torch.float32, "piiid")
+        run(d.data_ptr(), len(d), d.shape[1], first, math.log(perplexity))
+        return
+    own = torch.arange(len(d), device=d.device), torch.arange(first, first + len(d), device=d.device)
+    target = math.log(perplexity)
+    d[own] = torch.inf
+    d -= d.amin(1, keepdim=True)
+    d[own] = 0
+    log_beta = -d.mean(1, keepdim=True).clamp(min=1e-30).log()
+    low, high = log_beta - 40, log_beta + 40
+    for _ in range(60):
+        beta = log_beta.clamp(max=80).exp()  # ends where all points are one
+        e = torch.exp(-beta * d)
+        e[own] = 0
+        total = e.sum(1, keepdim=True)
+        ed = e.div_(total) * d
+        mean = ed.sum(1, keepdim=True)
+        gap = total.log() + beta * mean - target  # entropy minus what it should be
+        found = gap.abs() < 1e-5
+        if found.all():
+            break
+        low, high = torch.where(gap > 0, log_beta, low), torch.where(gap > 0, high, log_beta)
+        variance = ed.mul_(d).sum(1, keepdim=True) - mean.square()
+        step = log_beta + (gap / (beta.square() * variance)).clamp(-1, 1)
+        step = torch.where((step > low) & (step < high), step, (low + high) / 2)
+        log_beta = torch.where(found, log_beta, step)
+    d.copy_(e)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

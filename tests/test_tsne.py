@@ -1,4 +1,4 @@
-"""t-SNE's forces against their definition in float64, in every implementation.
+"""t-SNE's forces and neighbourhoods against their definition in float64, in every implementation.
 
 test_ops.py runs this file a second time under Triton's interpreter.
 """
@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import ops.build
-from ops import tsne_forces
+from ops import tsne_forces, tsne_neighbourhoods
 
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
@@ -46,8 +46,8 @@ def definition(p, y, dims, force):
 @impls
 @pytest.mark.parametrize(("dims", "force"), KINDS)
 def test_matches_the_definition(impl, dims, force):
-    """For numbers of points around the sizes of vectors and tiles; near points, and far ones."""
-    for n in (1, 2, 15, 16, 17, 131, 257):
+    """For numbers of points around the sizes of vectors and tiles (C++ has tiles of 512); near points, and far ones."""
+    for n in (1, 2, 15, 16, 17, 131, 257) + (513, 1030) * (impl == "cpp"):
         for scale in (1e-4, 3.0, 100.0):
             p, y = cloud(n, dims, n, scale)
             got, want = tsne_forces(p, y, dims, force, impl), definition(p, y, dims, force)
@@ -133,7 +133,7 @@ def test_same_bits_again(impl):
 
 @pytest.mark.skipif(CUDA, reason="about CPU threads")
 def test_same_bits_for_any_number_of_threads():
-    p, y = cloud(301, 3)
+    p, y = cloud(1301, 3)  # three tiles a side
     results, before = [], torch.get_num_threads()
     try:
         for threads in (1, 2, 3):
@@ -145,6 +145,58 @@ def test_same_bits_for_any_number_of_threads():
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
 
+@pytest.mark.skipif(CUDA, reason="about the CPU")
+def test_only_one_triangle_of_p_is_read():
+    """Which is why p must be symmetric."""
+    p, y = cloud(600, 3)
+    for a, b in zip(tsne_forces(p.triu(), y, impl="cpp"), tsne_forces(p, y, impl="cpp"), strict=True):
+        assert torch.equal(a, b)
+
+
+# Neighbourhoods.
+
+NEIGHBOURS = ["ref"] + ["cpp"] * (not CUDA)
+
+
+def shares(d, first, perplexity):
+    """The same by bisection in float64."""
+    d, own = d.double().cpu(), torch.arange(first, first + len(d))[:, None]
+    d = d.scatter(1, own, torch.inf) - d.scatter(1, own, torch.inf).amin(1, keepdim=True)
+    low, high = torch.full((len(d), 1), -60.0).double(), torch.full((len(d), 1), 60.0).double()
+    for _ in range(100):
+        p = torch.softmax(-((low + high) / 2).exp() * d, 1)
+        wide = torch.special.entr(p).sum(1, keepdim=True) > torch.tensor(perplexity).double().log()
+        low, high = torch.where(wide, (low + high) / 2, low), torch.where(wide, high, (low + high) / 2)
+    return p
+
+
+@pytest.mark.parametrize("impl", NEIGHBOURS)
+@pytest.mark.parametrize("n", [7, 15, 16, 17, 500])
+def test_neighbourhoods_have_the_perplexity(impl, n):
+    """Of all rows at once and of a few in the middle; near points, and far ones."""
+    make = torch.Generator().manual_seed(n)
+    for scale, perplexity in ((1e-3, 5.0), (1.0, 2.5), (100.0, 5.0), (1.0, n / 2)):
+        x = scale * torch.randn(n, 5, generator=make, dtype=torch.float64)
+        d = (x[:, None] - x).square().sum(2).float().to(DEVICE)
+        want = shares(d, 0, perplexity)
+        for first, rows in ((0, n), (3, 2)):
+            found = d[first : first + rows].clone()
+            tsne_neighbourhoods(found, first, perplexity, impl)
+            assert not found[range(rows), range(first, first + rows)].any()
+            torch.testing.assert_close(found.double().cpu(), want[first : first + rows], rtol=1e-3, atol=1e-5)
+            torch.testing.assert_close(
+                torch.special.entr(found).sum(1).exp(), torch.full((rows,), perplexity).to(DEVICE), rtol=2e-5, atol=0
+            )
+
+
+@pytest.mark.parametrize("impl", NEIGHBOURS)
+def test_neighbours_at_one_distance_have_equal_shares(impl):
+    for distance in (0.0, 2.0):
+        d = torch.full((40, 40), distance, device=DEVICE).fill_diagonal_(0)
+        tsne_neighbourhoods(d, 0, 30.0, impl)
+        torch.testing.assert_close(d, torch.full_like(d, 1 / 39).fill_diagonal_(0))
+
+
 def test_arguments_are_checked():
     p, y = cloud(8, 3)
     for wrong in (
@@ -153,10 +205,19 @@ def test_arguments_are_checked():
         lambda: tsne_forces(p, y, 4),
         lambda: tsne_forces(p, y, 3, "push"),
         lambda: tsne_forces(p, y, impl="c"),
+        lambda: tsne_neighbourhoods(p[0], 0, 3.0),
+        lambda: tsne_neighbourhoods(p.T[:, :4], 0, 3.0),
+        lambda: tsne_neighbourhoods(p, 1, 3.0),
+        lambda: tsne_neighbourhoods(p, 0, 8.0),
+        lambda: tsne_neighbourhoods(p, 0, 3.0, "triton"),
     ):
         with pytest.raises(ValueError):
             wrong()
-    for wrong in (lambda: tsne_forces(p.double(), y), lambda: tsne_forces(p.double(), y.double(), impl="cpp")):
+    for wrong in (
+        lambda: tsne_forces(p.double(), y),
+        lambda: tsne_forces(p.double(), y.double(), impl="cpp"),
+        lambda: tsne_neighbourhoods(p.double(), 0, 3.0),
+    ):
         with pytest.raises(TypeError, match="float32"):
             wrong()
     assert tsne_forces(p.double(), y.double(), impl="ref")[0].dtype == torch.float64
