@@ -93,7 +93,7 @@ def counted(request):
     if not hasattr(torch.utils.backend_registration, "_setup_privateuseone_for_python_backend"):
         pytest.skip(f"torch {torch.__version__} lets no other device stand in for a GPU")
     command = [sys.executable, "tests/fake_device.py", request.param, "bfloat16"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr[-2000:]
     return request.param, json.loads(done.stdout)
 
