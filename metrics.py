@@ -47,9 +47,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 try:
-    from ops import tsne_forces
+    from ops import tsne_forces, tsne_neighbourhoods
 except ImportError:  # a copy of this file alone
-    tsne_forces = None
+    tsne_forces = tsne_neighbourhoods = None
 
 WEIGHTS_URL = (
     "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/pt_inception-2015-12-05-6726825d.pth"
@@ -742,41 +742,47 @@ def load_stats(path: Path | str, features) -> tuple[Moments, bool]:
 # t-SNE and Chamfer distance.
 
 
-def affinities(x: Tensor, perplexity: float, block: int = 1024) -> Tensor:
-    """P of t-SNE, symmetric float32 [N, N] with sum 1: Gaussian neighbourhoods of the given perplexity in x [N, D].
+def neighbourhoods(d: Tensor, first: int, perplexity: float) -> None:
+    """Squared distances [rows, N] of the points from `first` on become their neighbourhoods, rows of sum 1, in place.
 
-    The width of each neighbourhood is found by Newton's method on its entropy to 1e-5, kept in brackets by bisection.
+    What ops.tsne_neighbourhoods computes without temporaries. The width of each neighbourhood is found by Newton's method
+    on its entropy to 1e-5, kept in brackets by bisection.
     """
+    target = math.log(perplexity)
+    own = (torch.arange(len(d), device=d.device), torch.arange(first, first + len(d), device=d.device))
+    d[own] = torch.inf
+    d -= d.amin(1, keepdim=True)
+    d[own] = 0
+    log_beta = -d.mean(1, keepdim=True).clamp(min=1e-30).log()
+    low, high = log_beta - 40, log_beta + 40
+    for _ in range(60):
+        beta = log_beta.clamp(max=80).exp()  # where all points are one
+        e = torch.exp(-beta * d)
+        e[own] = 0
+        total = e.sum(1, keepdim=True)
+        ed = e.div_(total) * d
+        mean = ed.sum(1, keepdim=True)
+        gap = total.log() + beta * mean - target  # entropy minus what it should be
+        found = gap.abs() < 1e-5
+        if found.all():
+            break
+        low, high = torch.where(gap > 0, log_beta, low), torch.where(gap > 0, high, log_beta)
+        variance = ed.mul_(d).sum(1, keepdim=True) - mean.square()
+        step = log_beta + (gap / (beta.square() * variance)).clamp(-1, 1)
+        step = torch.where((step > low) & (step < high), step, (low + high) / 2)
+        log_beta = torch.where(found, log_beta, step)
+    d.copy_(e)
+
+
+def affinities(x: Tensor, perplexity: float, block: int = 1024) -> Tensor:
+    """P of t-SNE, symmetric float32 [N, N] with sum 1: Gaussian neighbourhoods of the given perplexity in x [N, D]."""
     n = len(x)
     x = x.float() - x.float().mean(0)
-    square, target = x.square().sum(1), math.log(perplexity)
+    square = x.square().sum(1)
     p = torch.empty(n, n, device=x.device)
     for a in range(0, n, block):
-        b = min(a + block, n)
-        d = torch.addmm(square[a:b, None] + square, x[a:b], x.T, alpha=-2, out=p[a:b]).clamp_(min=0)
-        own = (torch.arange(b - a, device=x.device), torch.arange(a, b, device=x.device))
-        d[own] = torch.inf
-        d -= d.amin(1, keepdim=True)
-        d[own] = 0
-        log_beta = -d.mean(1, keepdim=True).clamp(min=1e-30).log()
-        low, high = log_beta - 40, log_beta + 40
-        for _ in range(60):
-            beta = log_beta.clamp(max=80).exp()  # where all points are one
-            e = torch.exp(-beta * d)
-            e[own] = 0
-            total = e.sum(1, keepdim=True)
-            ed = e.div_(total) * d
-            mean = ed.sum(1, keepdim=True)
-            gap = total.log() + beta * mean - target  # entropy minus what it should be
-            found = gap.abs() < 1e-5
-            if found.all():
-                break
-            low, high = torch.where(gap > 0, log_beta, low), torch.where(gap > 0, high, log_beta)
-            variance = ed.mul_(d).sum(1, keepdim=True) - mean.square()
-            step = log_beta + (gap / (beta.square() * variance)).clamp(-1, 1)
-            step = torch.where((step > low) & (step < high), step, (low + high) / 2)
-            log_beta = torch.where(found, log_beta, step)
-        d.copy_(e)
+        d = torch.addmm(square[a : a + block, None] + square, x[a : a + block], x.T, alpha=-2, out=p[a : a + block])
+        (tsne_neighbourhoods or neighbourhoods)(d.clamp_(min=0), a, perplexity)
     for a in range(0, n, block):  # P = (P + P^T) / 2N in place
         for b in range(a, n, block):
             both = (p[a : a + block, b : b + block] + p[b : b + block, a : a + block].T) / (2 * n)
