@@ -264,8 +264,8 @@ class GlobalDiscriminator(nn.Module):
         self.hidden = nn.Linear(widths[-1] * 16, widths[-1], bias=False)
         self.hidden_bias = nn.Parameter(torch.zeros(widths[-1]))
         self.score = nn.Linear(widths[-1], 1)
-        # Rows of unit variance, and a product divided by the root of its length: y then counts as much as the score.
-        self.projection = nn.Parameter(torch.randn(labels, widths[-1])) if labels else None
+        # From 0: with random rows, D asks for the label before it knows the images, and classes collapse to one look.
+        self.projection = nn.Parameter(torch.zeros(labels, widths[-1])) if labels else None
 
     def forward(self, x: Tensor, y: Tensor | None = None) -> Tensor:
         h = self.hidden(self.features(x).flatten(1))
@@ -808,10 +808,10 @@ def introduction(trainer: Trainer, data, images: int, total: int) -> str:
     )
 
 
-def lengths(preset: str) -> dict[str, int]:
+def lengths(preset: str, size: int) -> dict[str, int]:
     """Images that runs see by default and as published, for comparison with the length that is asked for."""
     ours, paper = (rows[""] | rows.get(preset, {}) for rows in (PRESETS, PAPER))
-    named = {"the default": ours["kimg"], "the published": paper["kimg"]}
+    named = {"the default": ours["kimg"] or default_kimg(size), "the published": paper["kimg"]}
     return {f"{name} --kimg {kimg:g}": round(1000 * kimg) for name, kimg in named.items()}
 
 
@@ -862,6 +862,11 @@ OPTIONS = [
 FREE = {"data", "kimg", "snap", "keep", "outdir", "precision", "device", "workers", "resume", "init", "dry_run"}
 
 
+def default_kimg(size: int) -> float:
+    """Thousands of images to train for by default: 60 for 32 px, found by trying; in proportion to the pixels above."""
+    return 60.0 * max(1, size / 32) ** 2
+
+
 def set_by_size(options: dict) -> None:
     """Set the options whose default depends on the size of the images."""
     patch, size = options["disc"] == "patch", options["size"]
@@ -875,7 +880,7 @@ def set_by_size(options: dict) -> None:
         options["r1"] = 10 * (size / 256) ** (2 if patch else 0.5)
     # Small images take a higher rate and smaller batches, found by trying at 32 px; above, the published ones.
     batch, lr = (16, 5e-4) if size <= 64 else (32, 1e-4)
-    kimg = options["kimg"] or 60.0 * max(1, size / 32) ** 2
+    kimg = options["kimg"] or default_kimg(size)
     by_size = dict(batch=batch, lr=lr, kimg=kimg, snap=kimg / 6)
     options |= {name: value for name, value in by_size.items() if options[name] is None}
 
@@ -1024,7 +1029,7 @@ def main(**options):
     with (
         training.lock(outdir, "gan", run.rank),
         training.signals(run),
-        training.Log(outdir, "gan", total, images, rank=run.rank, lengths=lengths(preset)) as log,
+        training.Log(outdir, "gan", total, images, rank=run.rank, lengths=lengths(preset, data.size)) as log,
     ):
         if run.rank == 0:
             training.write_options(outdir / "gan.json", options)
