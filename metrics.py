@@ -388,9 +388,9 @@ def published_weights(url: str, option: str) -> Path:
     path = Path(torch.hub.get_dir()) / "checkpoints" / url.rsplit("/", 1)[1]
     digits = path.stem.rsplit("-", 1)[1]
     if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
         timeout = socket.getdefaulttimeout()
         try:
+            path.parent.mkdir(parents=True, exist_ok=True)
             socket.setdefaulttimeout(15)  # seconds without an answer; torch.hub would wait for ever
             torch.hub.download_url_to_file(url, str(path), hash_prefix=digits)
         except (OSError, RuntimeError, ValueError) as error:

@@ -56,6 +56,10 @@ class PlainBlock(nn.Module):
         return self.feature_conv2(self.act(h + self.subspace_conv2(phi)))
 
 
+# Options of our side that make it train what the plain side trains.
+PLAIN = dict(width=16, projection=False, lr_decay=0.0, reg_clip=False)
+
+
 class PlainDecoder(nn.Module):
     """Mapper and generator: y [B, labels], latents [B, NOISE + layers * BASIS] -> x [B, 3, size, size] in [-1, 1]."""
 
@@ -272,8 +276,7 @@ def build(side: str, size: int, batch: int, disc: str, backbone: str, loss: str 
     disc: 'global' or 'patch'. backbone: of the frozen encoder, with an ImageNet stem and random weights.
     """
     layers = 3 if disc == "patch" else None  # pix2pix's discriminator, as `plain_discriminator` has it
-    options = gan.default_options(size, batch=batch, disc=disc, disc_layers=layers, loss=loss, r1=10.0, reg_clip=False,
-                                  width=16, projection=False, lr_decay=0.0)  # fmt: skip
+    options = gan.default_options(size, batch=batch, disc=disc, disc_layers=layers, loss=loss, r1=10.0, **PLAIN)
     torch.manual_seed(0)
     resnet = getattr(torchvision.models, backbone)()
     features, resnet.fc = resnet.fc.in_features, nn.Identity()

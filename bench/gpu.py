@@ -31,7 +31,7 @@ import gan
 import training
 from ops import bias_lrelu, subspace_lrelu
 
-from .baseline import PlainTrainer
+from .baseline import PLAIN, PlainTrainer
 
 ROOT = Path(__file__).parent.parent
 SECONDS = 420  # after these nothing is begun: what torch.compile is at then may take two minutes more
@@ -312,7 +312,7 @@ def busy(run: training.Run, quick: bool) -> Iterator[dict]:
 def r1_error(run: training.Run, quick: bool) -> Iterator[dict]:
     """Error of R1's weight gradient in fp32, and with TF32, relative to float64."""
     size = 32 if quick else 64
-    trainer, real, _ = make_trainer(run, size, 8, "global", "resnet18")
+    trainer, real, _ = make_trainer(run, size, 8, "global", "resnet18", **PLAIN)
     names = [n for n, _ in trainer.D.named_parameters() if "bias" not in n]
 
     def gradient(D: nn.Module, x: Tensor) -> Tensor:
@@ -421,7 +421,7 @@ def stage2_sides(run: training.Run, size: int, batch: int) -> dict[str, Callable
 
 def stage3_sides(run: training.Run, size: int, batch: int) -> dict[str, Callable[[], object]]:
     """16 iterations of stage 3, global with ResNet-18, in the run's precision: ours, plain, and plain compiled."""
-    trainer, real, y = make_trainer(run, size, batch, "global", "resnet18", reg_clip=False)
+    trainer, real, y = make_trainer(run, size, batch, "global", "resnet18", **PLAIN)
 
     def cycle(side: gan.Trainer | PlainTrainer, autocast) -> None:
         with autocast(), torch.device(run.device):  # the plain side makes its indices wherever the default is

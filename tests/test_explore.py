@@ -596,3 +596,15 @@ def test_unconditional(command, tmp_path):
     (tmp_path / "t.png").write_bytes(target.getvalue())
     command("explore", "project", tmp_path / "t.png", "--network", network, "--steps", 2)
     assert json.loads((tmp_path / "project.json").read_text())["y"] == {}
+
+
+def test_the_pretrained_network(command, tmp_path):
+    """It is small, draws every class, and its numbers lie beside it."""
+    path = explore.PRETRAINED
+    assert path.stat().st_size <= 8e6
+    command("explore", "sample", "--network", path, "--out", tmp_path / "sample.png")
+    assert pixels(tmp_path / "sample.png").std() > 20
+    network = gan.load(path)
+    assert network.label_names == ["cat", "dog", "wild"] and network.dimensions
+    results = json.loads((path.parent / "metrics.json").read_text())
+    assert results["seed"] == 0 and results["features"] == "judge" and results["accuracy_judge"] > 0.9

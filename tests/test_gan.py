@@ -125,6 +125,8 @@ def test_width_is_the_channels_at_full_size():
 def test_projection_discriminator():
     """The score is that without labels plus <V y, h> / sqrt(C): linear in y, and another for each label."""
     D = gan.GlobalDiscriminator(32, labels=3).double()
+    assert D.projection.abs().sum() == 0  # at the start, labels say nothing
+    torch.nn.init.normal_(D.projection)
     x, y = torch.randn(4, 3, 32, 32).double(), torch.eye(3)[[0, 2, 1, 0]].double()
     seen = []
     D.score.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
