@@ -1530,8 +1530,31 @@ def with_options(command: Callable) -> Callable:
     return command
 
 
+class OneLine(click.Command):
+    """A command whose errors about options are one line, without the usage that click prints above them."""
+
+    def make_context(self, *arguments, **options) -> click.Context:
+        try:
+            return super().make_context(*arguments, **options)
+        except click.UsageError as error:
+            raise self.alone(error) from None
+
+    def invoke(self, context: click.Context) -> object:
+        try:
+            return super().invoke(context)
+        except click.UsageError as error:
+            raise self.alone(error) from None
+
+    @staticmethod
+    def alone(error: click.UsageError) -> click.UsageError:
+        message = error.format_message()
+        return click.UsageError(message if len(message) < 500 else f"{message[:250]} ... {message[-200:]}")
+
+
 @click.command(
-    help=__doc__.replace("\n\n", "\n\n\b\n", 1), context_settings=dict(max_content_width=120, show_default=True)
+    cls=OneLine,
+    help=__doc__.replace("\n\n", "\n\n\b\n", 1),
+    context_settings=dict(max_content_width=120, show_default=True),
 )
 @with_options
 def main(network: tuple[str, ...], json_file: str | None, **options) -> None:

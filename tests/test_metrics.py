@@ -474,6 +474,13 @@ def test_folders_as_a_command_and_statistics(space, tmp_path):
             metrics.load_stats(tmp_path / "bad.npz", network)
 
 
+def test_odd_options_get_one_line():
+    for odd in (("--batch", "9" * 5000), ("--resize", "x"), ("--points", 999_999_999), ("--num", "many"), ()):
+        result = command(*odd)
+        assert result.exit_code == 2 and "Traceback" not in result.output
+        assert len(result.output.strip().splitlines()) == 1 and len(result.output) < 600, result.output
+
+
 def test_bad_folders_get_one_line(space, tmp_path):
     options = ("--inception", space.weights)
     fails("--images", tmp_path / "none", "--reference", space.b, *options, text="is not a folder")
