@@ -80,20 +80,13 @@ class Judge(nn.Module):
     of its logits.
     """
 
-    DIMS = 512
+    WIDTHS = (32, 32, 64, 64, 128, 128, 128)  # channels of its convolutions
+    DIMS = 4 * WIDTHS[-1]  # features: the last map, pooled to 2x2
 
     def __init__(self, labels: int):
         super().__init__()
         layers: list[nn.Module] = []
-        for i, o, stride in (
-            (3, 32, 1),
-            (32, 32, 2),
-            (32, 64, 1),
-            (64, 64, 2),
-            (64, 128, 1),
-            (128, 128, 2),
-            (128, 128, 1),
-        ):
+        for i, o, stride in zip((3, *self.WIDTHS), self.WIDTHS, (1, 2, 1, 2, 1, 2, 1), strict=False):
             layers += [nn.Conv2d(i, o, 3, stride, 1, bias=False), nn.BatchNorm2d(o), nn.ReLU(inplace=True)]
         self.trunk = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(2), nn.Flatten())
         self.drop, self.head = nn.Dropout(0.3), nn.Linear(self.DIMS, labels)
@@ -112,9 +105,8 @@ class Judge(nn.Module):
         return self(images)[1]
 
 
-Group = tuple[
-    str, list[str], Tensor
-]  # labels that belong together: 'one-hot' or 'multi-label', names, float32 [N, names]
+# Labels that belong together: 'one-hot' or 'multi-label', names, float32 [N, names].
+Group = tuple[str, list[str], Tensor]
 
 
 def known_labels(run, split: str) -> list[Group]:
@@ -179,8 +171,7 @@ def train_judge(
     _, logits = judged(judge, images, held)
     accuracies, parts = [], [width for _, width in widths]
     for (kind, _), ours, y in zip(widths, logits.split(parts, 1), labels[held].split(parts, 1), strict=True):
-        right = ours.argmax(1) == y.argmax(1) if kind == "one-hot" else (ours > 0) == (y > 0.5)
-        accuracies.append(right.float().mean().item())
+        accuracies.append(training.accuracy(ours, y, kind))
     rows = np.sort(draw.permutation(len(labels))[:2000])
     h, _ = judged(judge, images, rows)
     std = h.std(0, correction=0)
@@ -200,6 +191,8 @@ def load_judge(run, seed: int, steps: int) -> tuple[Judge, list[Group], list[flo
 
     It is trained once for these images and labels and kept beside the packed images. None if there are no labels.
     """
+    if (seed, steps) in run.judges:  # features and control accuracy ask for the same one
+        return run.judges[seed, steps]
     groups = known_labels(run, "train")
     if not groups:
         return None
@@ -208,8 +201,6 @@ def load_judge(run, seed: int, steps: int) -> tuple[Judge, list[Group], list[flo
         [[kind, names] for kind, names, _ in groups] + [run.train.fingerprint, run.train.size, seed, steps]
     )
     key = hashlib.sha256(text.encode() + labels.numpy().tobytes()).hexdigest()
-    if key in run.judges:
-        return run.judges[key]
     path, state = run.train.pack / f"judge-{key[:16]}.pt", {}
 
     def prepare() -> None:
@@ -225,8 +216,8 @@ def load_judge(run, seed: int, steps: int) -> tuple[Judge, list[Group], list[flo
     state = run.world.gather(state)[0]
     judge = Judge(labels.shape[1])
     judge.load_state_dict(state["model"])
-    run.judges[key] = judge.to(run.world.device).eval().requires_grad_(False), groups, state["right"]
-    return run.judges[key]
+    run.judges[seed, steps] = judge.to(run.world.device).eval().requires_grad_(False), groups, state["right"]
+    return run.judges[seed, steps]
 
 
 def measure_accuracy(run, n: int, seed: int, steps: int) -> dict:

@@ -5,8 +5,8 @@ the frozen encoder and classifier of stages 1 and 2.
     torchrun --nproc-per-node 8 gan.py --data afhq
 
 From top to bottom: decoder, discriminators, augmentation, losses, the four updates and the iteration that calls them,
-`load` for a trained run, the command. With `ops/` and `training.py` beside it, this file builds, trains
-and runs the networks in any project.
+`load` for a trained run, the command. With `ops/` and `training.py` beside it, this file builds, trains and runs the
+networks in any project.
 
 Symbols as in the paper: y attributes, eps = r(y, noise) the code given to the generator, z = (z_1..z_k) one small
 vector per generator layer, phi = U (L * z_i) + mu the subspace of layer i, x images in [-1, 1].
@@ -329,13 +329,13 @@ def build_discriminator(
 ) -> nn.Module:
     """kind 'patch' of `layers`, by default `patch_layers`, or 'global' of `width` with the projection of `labels`.
 
-    classes > 0: one discriminator per class.
+    classes > 0: one discriminator per class, which needs no projection.
     """
 
     def make() -> nn.Module:
         if kind == "patch":
             return PatchDiscriminator(size, layers or patch_layers(size))
-        return GlobalDiscriminator(size, width, labels)
+        return GlobalDiscriminator(size, width, 0 if classes else labels)
 
     return PerClass([make() for _ in range(classes)]) if classes else make()
 
@@ -472,7 +472,7 @@ class Trainer:
         if options["start"] == "he":
             he_init(decoder)
             decoder.generator.last.weight.data.mul_(0.5)  # keeps the first images out of tanh's saturation
-        projected = 0 if options["per_class"] else width * options["projection"]
+        projected = width * options["projection"]
         D = build_discriminator(
             options["disc"], options["size"], options["disc_layers"], classes, options["width"], projected
         )
@@ -785,9 +785,7 @@ def control_accuracy(trainer: Trainer, n: int = 256) -> float:
         x = trainer.ema(some_y, some_latents)
         with trainer.run.autocast():  # as in training, where the encoder may have weights of 16 bits
             parts.append(trainer.classifier(trainer.encoder(x)))
-    logits = torch.cat(parts)
-    right = logits.argmax(1) == y.argmax(1) if trainer.kind == "one-hot" else (logits > 0) == (y > 0.5)
-    return right.float().mean().item()
+    return training.accuracy(torch.cat(parts), y, trainer.kind)
 
 
 def introduction(trainer: Trainer, data, images: int, total: int) -> str:

@@ -1019,7 +1019,7 @@ class Run:
         self.net, self.folder, self.world, self.training = gan.load(path, world.device), Path(path).parent, world, training  # fmt: skip
         self.kind, self.names, self.real = self.net.label_kind, self.net.label_names, self.net.real_labels
         data = self.net.data
-        self.judges: dict[str, tuple] = {}  # what control.load_judge found
+        self.judges: dict[tuple[int, int], tuple] = {}  # what control.load_judge found, by seed and steps
         self.clusters = bool(self.names) and str(data["attributes"]).startswith("clusters")
         attributes = None if self.clusters or not self.names else data["attributes"]
         how = {"preset": data["preset"] or "none"} | {name: data[name] for name in ("squash", "train_on_all")}
@@ -1531,7 +1531,7 @@ def with_options(command: Callable) -> Callable:
 
 
 class OneLine(click.Command):
-    """A command whose errors about options are one line, without the usage that click prints above them."""
+    """A command whose errors about options and files are one line, without the usage that click prints above them."""
 
     def make_context(self, *arguments, **options) -> click.Context:
         try:
@@ -1544,6 +1544,9 @@ class OneLine(click.Command):
             return super().invoke(context)
         except click.UsageError as error:
             raise self.alone(error) from None
+        except OSError as error:
+            where = f"{error.filename}: " if error.filename else ""
+            raise click.ClickException(f"{where}{error.strerror or error}") from None
 
     @staticmethod
     def alone(error: click.UsageError) -> click.UsageError:
@@ -1559,7 +1562,7 @@ class OneLine(click.Command):
 @with_options
 def main(network: tuple[str, ...], json_file: str | None, **options) -> None:
     for stream in (sys.stdout, sys.stderr):  # names of files must not end a run in an ASCII terminal
-        with contextlib.suppress(AttributeError):  # a stream that is no text file
+        with contextlib.suppress(AttributeError, ValueError):  # notebooks put streams of their own there
             stream.reconfigure(errors="backslashreplace")
     if bool(network) == bool(options["images"]) or bool(network and options["reference"]):
         raise click.UsageError("give either --network FILE, or --images DIR and --reference DIR|NPZ")
@@ -1591,9 +1594,6 @@ def main(network: tuple[str, ...], json_file: str | None, **options) -> None:
         except click.ClickException as error:
             error.message = f"{file}: {error.message}" if len(network) > 1 else error.message
             raise
-        except OSError as error:
-            where = f"{error.filename}: " if error.filename else ""
-            raise click.ClickException(f"{where}{error.strerror or error}") from None
         if world.rank == 0:
             click.echo(report(results[-1]))
             if json_file:  # after each run: what is measured is not lost

@@ -600,6 +600,12 @@ def entropy_bits(labels: torch.Tensor) -> float:
     return torch.special.entr(counts / len(labels)).sum().item() / math.log(2)
 
 
+def accuracy(logits: torch.Tensor, y: torch.Tensor, kind: str) -> float:
+    """Part of the labels y [N, Y] that logits [N, Y] have right: for kind 'one-hot' of the rows, else of all entries."""
+    right = logits.argmax(1) == y.argmax(1) if kind == "one-hot" else (logits > 0) == (y > 0.5)
+    return right.float().mean().item()
+
+
 def information_bits(logits: torch.Tensor, y: torch.Tensor, kind: str, h_y: float) -> float:
     """The lower bound I(Y;E) >= H(Y) - H(Y|E) of equations (2)-(5), in bits.
 
