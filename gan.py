@@ -33,7 +33,7 @@ from ops import bias_lrelu, conv2d, conv_transpose2d, freeze, no_weight_gradient
 
 NOISE = 512  # width of the mapper's noise and of eps
 BASIS = 6  # basis vectors of a subspace
-BETAS = (0.5, 0.99)  # of both Adams
+BETA2 = 0.99  # of both Adams
 ORTH = 100.0  # weight of the penalty that keeps the bases orthonormal
 R1_EVERY = 16  # iterations
 EMA_HALF_LIFE = 10_000  # images
@@ -41,8 +41,8 @@ LOG_EVERY = 2_000  # images
 
 # Settings by data, '' for any. None: by size, see `set_by_size`.
 PRESETS = {
-    "":              dict(width=32, batch=None, lr=None, lr_decay=0.5, kimg=None, snap=None, projection=True, r1=None,
-                          augment="color,translation,cutout", reg_clip=True, r1_at="augmented", draw_y="data",
+    "":              dict(width=None, batch=None, lr=None, lr_decay=0.5, beta1=0.0, kimg=None, snap=None, projection=True, r1=None,
+                          augment="color,translation,cutout", reg_clip=True, penalty="r1r2", draw_y="data",
                           reg_over="sum", start="he"),
     "critters":      dict(augment="none"),
     "fashion-mnist": dict(augment="none"),
@@ -50,8 +50,8 @@ PRESETS = {
 
 # --protocol paper: the published settings, for AFHQ at 256 px and CelebA at 128 px; 200,000 iterations each.
 PAPER = {
-    "":       dict(width=16, batch=32, lr=1e-4, lr_decay=0.0, kimg=6400.0, snap=200.0, projection=False, r1=10.0,
-                   augment="color,translation,cutout", reg_clip=False, r1_at="image", draw_y="uniform",
+    "":       dict(width=16, batch=32, lr=1e-4, lr_decay=0.0, beta1=0.5, kimg=6400.0, snap=200.0, projection=False, r1=10.0,
+                   augment="color,translation,cutout", reg_clip=False, penalty="r1", draw_y="uniform",
                    reg_over="mean", start="torch"),
     "celeba": dict(batch=64, kimg=12800.0),
 }  # fmt: skip
@@ -421,15 +421,15 @@ def loss_y(kind: str, logits: Tensor, y: Tensor) -> Tensor:
     return F.binary_cross_entropy_with_logits(full(logits), y, reduction="sum") / len(y)
 
 
-def r1_penalty(D: nn.Module, x: Tensor, y: Tensor | None, through=None) -> Tensor:
-    """E ||grad_x sum D(x)||^2 on real images x (Mescheder et al. 2018, without their 1/2).
+def gradient_penalty(scores: Tensor, *images: Tensor) -> list[Tensor]:
+    """E ||grad_x sum D(x)||^2 at each of `images` [B, 3, H, W], from which `scores` were computed. Differentiable.
 
-    through: an augmentation of x that the gradient goes through; without it, x is what D sees.
+    R1 at real images, R2 at generated ones (Mescheder et al. 2018, without their 1/2). Compute the scores within
+    `ops.no_weight_gradients()` too: on GPUs the convolutions then take the derivatives that this asks for.
     """
-    x = x.detach().requires_grad_()
     with no_weight_gradients():
-        (gradient,) = torch.autograd.grad(D(through(x) if through else x, y).sum(), x, create_graph=True)
-    return gradient.square().sum(dim=(1, 2, 3)).mean()
+        gradients = torch.autograd.grad(scores.sum(), images, create_graph=True)
+    return [g.square().sum(dim=(1, 2, 3)).mean() for g in gradients]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -472,6 +472,8 @@ class Trainer:
         if options["start"] == "he":
             he_init(decoder)
             decoder.generator.last.weight.data.mul_(0.5)  # keeps the first images out of tanh's saturation
+            # eps fainter than the first subspace: else that layer's z has nothing to say and dies. 0.3: found by trying.
+            decoder.generator.first.weight.data.mul_(0.3)
         projected = width * options["projection"]
         D = build_discriminator(
             options["disc"], options["size"], options["disc_layers"], classes, options["width"], projected
@@ -484,7 +486,7 @@ class Trainer:
             # against patches: their batch norm hides colours, which the regularisation would then drive into saturation.
             self.decoder.mapper.weight.data[:, :width].mul_((NOISE / 3) ** 0.5)
         self.ema = copy.deepcopy(self.decoder).requires_grad_(False).eval()
-        adam = dict(lr=options["lr"], betas=BETAS, fused=True)
+        adam = dict(lr=options["lr"], betas=(options["beta1"], BETA2), fused=True)
         self.step_g = training.Stepper(run, torch.optim.Adam(self.decoder.parameters(), **adam))
         self.step_d = training.Stepper(run, torch.optim.Adam(self.D.parameters(), **adam))
         self.adversarial_norm = None  # of the decoder's last adversarial gradient
@@ -514,30 +516,34 @@ class Trainer:
         self.step_d.optimizer.zero_grad(set_to_none=True)
 
     def discriminate(self, real: Tensor, y_real: Tensor | None) -> dict[str, Tensor]:
-        """One step of D on real and generated images, eqs. 6-7."""
+        """One step of D on real and generated images, eqs. 6-7; --penalty r1r2: with R1 and R2 at what D sees."""
         self.drop_gradients()
+        penalised = self.options["penalty"] == "r1r2" and self.options["r1"] > 0
         with torch.no_grad():
             fake, y_fake = self.fake()
-        real, fake = augment(real, self.options["augment"]), augment(fake, self.options["augment"])
-        with self.run.autocast():
-            score_real, score_fake = scores_real_fake(self.D, real, fake, y_real, y_fake)
-        loss = loss_d(self.options["loss"], score_real, score_fake)
-        self.step_d.step(loss)
+        images = [augment(x, self.options["augment"]).detach().requires_grad_(penalised) for x in (real, fake)]
+        with no_weight_gradients() if penalised else self.run.autocast():  # a penalty is computed in fp32
+            score_real, score_fake = scores_real_fake(self.D, *images, y_real, y_fake)
+        loss = total = loss_d(self.options["loss"], score_real, score_fake)
         stats = {"loss_d": loss, "score_real": score_real.detach().mean(), "score_fake": score_fake.detach().mean()}
+        if penalised:
+            r1, r2 = gradient_penalty(torch.cat((score_real, score_fake)), *images)
+            total = loss + self.options["r1"] * (r1 + r2)
+            stats |= {"r1": r1, "r2": r2}
+        self.step_d.step(total)
         if self.options["loss"] == "ns":  # its discriminator bounds the Jensen-Shannon divergence from below, in bits
             stats["jsd_bound"] = 1 - loss.detach() / 2 / math.log(2)
         return stats
 
     def penalise(self, real: Tensor, y_real: Tensor | None) -> dict[str, Tensor]:
-        """Lazy R1: its own forward pass, in fp32, and its own step of D's optimiser."""
+        """Lazy R1, as published: through the augmentation to the real images, in fp32, and its own step of D's optimiser."""
         self.drop_gradients()
-        policy = self.options["augment"]
-        if self.options["r1_at"] == "image":
-            penalty = r1_penalty(self.D, real, y_real, through=lambda x: augment(x, policy))
-        else:
-            penalty = r1_penalty(self.D, augment(real, policy), y_real)
-        self.step_d.step(self.options["r1"] * penalty)
-        return {"r1": penalty}
+        x = real.detach().requires_grad_()
+        with no_weight_gradients():
+            score = self.D(augment(x, self.options["augment"]), y_real)
+        (r1,) = gradient_penalty(score, x)
+        self.step_d.step(self.options["r1"] * r1)
+        return {"r1": r1}
 
     def generate(self, joint: bool = False) -> dict[str, Tensor]:
         """One adversarial step of the decoder, eqs. 6-7, with the orthogonality penalty; joint: with eqs. 4-5 too."""
@@ -614,8 +620,8 @@ class Trainer:
         # Train D to tell real from generated images.
         stats = self.discriminate(real, y_real)
 
-        # Every 16th iteration, penalise its gradient at real images.
-        if o["r1"] > 0 and i % R1_EVERY == 0:
+        # Penalise its gradient at real images every 16th iteration, if the step above has not.
+        if o["penalty"] == "r1" and o["r1"] > 0 and i % R1_EVERY == 0:
             stats |= self.penalise(real, y_real)
 
         # Train the decoder to pass for real.
@@ -835,22 +841,23 @@ OPTIONS = [
     click.option("--disc-layers",   metavar="N", type=click.IntRange(1, 8), help="Layers of --disc patch that halve the image.  [default: as many as leave 2x2 scores; 6 at 256 px]"),
     click.option("--per-class",     is_flag=True, help="One discriminator for each class, D(x | y); one-hot labels only."),
     click.option("--projection/--no-projection", default=None, help="Let y have a say in the global discriminator: D(x | y) with a shared trunk.  [default: on; off with --per-class, --disc patch, --protocol paper]"),
-    click.option("--width",         metavar="N", type=click.IntRange(1, 512), help="Channels of the decoder and the global discriminator at full size.  [default: 32; --protocol paper: 16]"),
+    click.option("--width",         metavar="N", type=click.IntRange(1, 512), help="Channels of the decoder and the global discriminator at full size.  [default: 32 up to 32 px, then 16, as published]"),
     click.option("--loss",          type=click.Choice(LOSSES), default="hinge", help="Adversarial loss; ns: non-saturating; hinge-v1, lsgan-published: as the published code has them."),
     click.option("--reg-every",     metavar="N", type=click.IntRange(0, 10**6), default=2, help="Iterations between classification regularisations; 0: never."),
     click.option("--reg-mode",      type=click.Choice(["separate", "joint"]), default="separate", help="Regularise by an update of its own, or in the adversarial one."),
     click.option("--reg-over",      type=click.Choice(["sum", "mean"]), help="Add up an image's attributes in the regularisation, or average them.  [default: sum; --protocol paper: mean]"),
     click.option("--reg-clip/--no-reg-clip", default=None, help="Limit a regularisation's gradient to N times the adversarial one's norm.  [default: by data]"),
     click.option("--orth",          type=click.Choice(["penalty", "exact", "none"]), default="penalty", help="How the bases U are kept orthonormal."),
-    click.option("--r1",            metavar="W", type=click.FloatRange(0, 1e6), help="Weight of the gradient penalty, every 16th iteration; 0: none.  [default: by data and --disc]"),
-    click.option("--r1-at",         type=click.Choice(["augmented", "image"]), help="The gradient penalty is with respect to what D sees, or through the augmentation to the image.  [default: augmented; --protocol paper: image]"),
+    click.option("--r1",            metavar="W", type=click.FloatRange(0, 1e6), help="Weight of the gradient penalty; 0: none.  [default: 0.5 at 32 px, in proportion to the pixels; 10 with --penalty r1]"),
+    click.option("--penalty",       type=click.Choice(["r1", "r1r2"]), help="Of D's gradient: r1: at real images, every 16th iteration, in an update of its own; r1r2: at real and generated images, in every step of D.  [default: r1r2; --protocol paper: r1]"),
     click.option("--augment",       metavar="LIST|none", help="Of the discriminator's inputs: color,translation,cutout or some of them.  [default: by data]"),
     click.option("--draw-y",        type=click.Choice(["data", "uniform"]), help="Labels of generated images: as they occur in the data, or classes alike and fair coins.  [default: data; --protocol paper: uniform]"),
     click.option("--start",         type=click.Choice(["he", "torch"]), help="First weights: at He et al.'s scale, with smooth upsampling, or PyTorch's.  [default: he; --protocol paper: torch]"),
     click.option("--unconditional", is_flag=True, help="Vanilla EigenGAN: no labels, no regularisation; needs no earlier stage."),
     click.option("--lr",            metavar="RATE", type=click.FloatRange(0, 1e6, min_open=True), help="Learning rate of both Adams.  [default: 5e-4 up to 64 px, then 1e-4]"),
+    click.option("--beta1",         metavar="B", type=click.FloatRange(0, 1, max_open=True), help="Momentum of both Adams.  [default: 0; --protocol paper: 0.5]"),
     click.option("--lr-decay",      metavar="PART", type=click.FloatRange(0, 1), help="Over this last part of the run, the learning rate falls to 0.  [default: 0.5; --protocol paper: 0]"),
-    click.option("--kimg",          metavar="KIMG", type=click.FloatRange(0, 1e6, min_open=True), help="Length in thousands of real images.  [default: by size, 60 at 32 px]"),
+    click.option("--kimg",          metavar="KIMG", type=click.FloatRange(0, 1e6, min_open=True), help="Length in thousands of real images.  [default: by size, 60 up to 64 px]"),
     click.option("--keep",          metavar="N", type=click.IntRange(1, 10**6), default=5, help="Snapshots to keep, the last ones, beside every tenth."),
     click.option("--snap",          metavar="KIMG", type=click.FloatRange(0, 1e6, min_open=True), help="Thousands of images between snapshots.  [default: a sixth of --kimg]"),
 ]
@@ -861,8 +868,8 @@ FREE = {"data", "kimg", "snap", "keep", "outdir", "precision", "device", "worker
 
 
 def default_kimg(size: int) -> float:
-    """Thousands of images to train for by default: 60 for 32 px, found by trying; in proportion to the pixels above."""
-    return 60.0 * max(1, size / 32) ** 2
+    """Thousands of images to train for by default: 60 up to 64 px, found by trying; in proportion to the pixels above."""
+    return 60.0 * max(1, size / 64) ** 2
 
 
 def set_by_size(options: dict) -> None:
@@ -873,13 +880,12 @@ def set_by_size(options: dict) -> None:
     if patch and options["disc_layers"] is None:
         options["disc_layers"] = patch_layers(size)
     if options["r1"] is None:
-        # Found by trying: at 10, discriminators of small images are flat; the global one then learns slowly, the patch
-        # one does not keep the generator from saturated colours.
-        options["r1"] = 10 * (size / 256) ** (2 if patch else 0.5)
-    # Small images take a higher rate and smaller batches, found by trying at 32 px; above, the published ones.
+        # Found by trying at 32 px; gradients are sums over pixels, so larger images take more.
+        options["r1"] = 0.5 * (size / 32) ** 2 if options["penalty"] == "r1r2" else 10.0
+    # Small images take a higher rate, smaller batches and wider maps, found by trying at 32 px; above, the published ones.
     batch, lr = (16, 5e-4) if size <= 64 else (32, 1e-4)
     kimg = options["kimg"] or default_kimg(size)
-    by_size = dict(batch=batch, lr=lr, kimg=kimg, snap=kimg / 6)
+    by_size = dict(width=32 if size <= 32 else 16, batch=batch, lr=lr, kimg=kimg, snap=kimg / 6)
     options |= {name: value for name, value in by_size.items() if options[name] is None}
 
 
@@ -937,7 +943,7 @@ def main(**options):
         set_by_size(options)
     if options["dry_run"]:
         constants = dict(
-            noise=NOISE, basis=BASIS, betas=BETAS, orth_weight=ORTH, r1_every=R1_EVERY, ema_half_life=EMA_HALF_LIFE
+            noise=NOISE, basis=BASIS, beta2=BETA2, orth_weight=ORTH, r1_every=R1_EVERY, ema_half_life=EMA_HALF_LIFE
         )
         return click.echo(json.dumps(options | constants, indent=2))
 

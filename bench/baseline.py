@@ -57,7 +57,7 @@ class PlainBlock(nn.Module):
 
 
 # Options of our side that make it train what the plain side trains.
-PLAIN = dict(width=16, projection=False, lr_decay=0.0, reg_clip=False)
+PLAIN = dict(width=16, projection=False, lr_decay=0.0, beta1=0.5, reg_clip=False, penalty="r1")
 
 
 class PlainDecoder(nn.Module):
@@ -240,8 +240,9 @@ class PlainTrainer:
         return self.step(plain_loss_d(self.options["loss"], self.D(real), self.D(fake)), self.opt_d)
 
     def penalise(self, real: Tensor, y: Tensor) -> Tensor:
-        x = plain_augment(real, self.options["augment"]).requires_grad_()
-        (gradient,) = torch.autograd.grad(self.D(x).sum(), x, create_graph=True)
+        x = real.clone().requires_grad_()
+        score = self.D(plain_augment(x, self.options["augment"]))
+        (gradient,) = torch.autograd.grad(score.sum(), x, create_graph=True)
         return self.step(self.options["r1"] * gradient.square().sum(dim=(1, 2, 3)).mean(), self.opt_d)
 
     def generate(self) -> Tensor:
@@ -276,7 +277,7 @@ def build(side: str, size: int, batch: int, disc: str, backbone: str, loss: str 
     disc: 'global' or 'patch'. backbone: of the frozen encoder, with an ImageNet stem and random weights.
     """
     layers = 3 if disc == "patch" else None  # pix2pix's discriminator, as `plain_discriminator` has it
-    options = gan.default_options(size, batch=batch, disc=disc, disc_layers=layers, loss=loss, r1=10.0, **PLAIN)
+    options = gan.default_options(size, batch=batch, disc=disc, disc_layers=layers, loss=loss, **PLAIN)
     torch.manual_seed(0)
     resnet = getattr(torchvision.models, backbone)()
     features, resnet.fc = resnet.fc.in_features, nn.Identity()

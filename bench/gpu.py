@@ -29,7 +29,7 @@ from torch.utils._pytree import tree_leaves
 import encoder as stage1
 import gan
 import training
-from ops import bias_lrelu, subspace_lrelu
+from ops import bias_lrelu, no_weight_gradients, subspace_lrelu
 
 from .baseline import PLAIN, PlainTrainer
 
@@ -144,8 +144,15 @@ def counting_triton(count: Callable[[str], None], runs: bool = True) -> Iterator
 
 
 def all_updates(trainer: gan.Trainer, real: Tensor, y: Tensor) -> dict[str, Callable[[], object]]:
-    """The four updates, as calls without arguments."""
+    """The four updates, and D's with both penalties in it, as calls without arguments."""
+
+    def discriminate_r1r2() -> None:
+        published, trainer.options = trainer.options, trainer.options | {"penalty": "r1r2"}
+        trainer.discriminate(real, y)
+        trainer.options = published
+
     return dict(
+        discriminate_r1r2=discriminate_r1r2,
         discriminate=lambda: trainer.discriminate(real, y),
         penalise=lambda: trainer.penalise(real, y),
         generate=trainer.generate,
@@ -175,7 +182,7 @@ def make_trainer(
     network = stage1.Encoder(backbone, "imagenet").eval()
     frozen = gan.frozen_encoder(network, size, run.device, run.dtype)
     classifier = nn.Linear(network.features, 3).to(run.device).requires_grad_(False)
-    options = gan.default_options(size, batch=batch, disc=disc, **options)
+    options = gan.default_options(size, batch=batch, disc=disc, **{"penalty": "r1"} | options)
     trainer = gan.Trainer(options, run, torch.eye(3), "one-hot", frozen, classifier)
     real = torch.rand(batch, 3, size, size, device=run.device) * 2 - 1
     y = torch.eye(3, device=run.device).repeat(batch // 3 + 1, 1)[:batch]
@@ -317,7 +324,10 @@ def r1_error(run: training.Run, quick: bool) -> Iterator[dict]:
 
     def gradient(D: nn.Module, x: Tensor) -> Tensor:
         weights = [p for n, p in D.named_parameters() if n in names]
-        found = torch.autograd.grad(gan.r1_penalty(D, x, None), weights)
+        x = x.requires_grad_()
+        with no_weight_gradients():
+            score = D(x)
+        found = torch.autograd.grad(gan.gradient_penalty(score, x), weights)
         return torch.cat([g.double().flatten() for g in found])
 
     single = {}

@@ -18,7 +18,7 @@ from PIL import Image
 import gan
 import training
 
-OPTIONS = gan.default_options(32, batch=8, loss="ns", lr=1e-3, r1=10.0, reg_clip=False, width=16)
+OPTIONS = gan.default_options(32, batch=8, loss="ns", lr=1e-3, penalty="r1", reg_clip=False, width=16)
 CPU = training.Run(torch.device("cpu"), None, 0)
 
 
@@ -136,9 +136,10 @@ def test_projection_discriminator():
     torch.testing.assert_close(both, D(x, torch.eye(3).double()[[0] * 4]) - D(x, torch.zeros(4, 3).double()))
 
     # The gradient penalty sees the labels too, and reaches the projection.
-    penalty = [gan.r1_penalty(D, x, torch.eye(3).double()[[c] * 4]) for c in (0, 1)]
+    x.requires_grad_()
+    penalty = [gan.gradient_penalty(D(x, torch.eye(3).double()[[c] * 4]), x)[0] for c in (0, 1)]
     assert penalty[0] != penalty[1]
-    penalty[0].backward()
+    penalty[0].backward(inputs=[D.projection])
     assert D.projection.grad[0].abs().sum() > 0 and D.projection.grad[1:].abs().sum() == 0
 
 
@@ -231,22 +232,15 @@ def test_conditional_entropy():
     assert gan.loss_y("multi-label", even, torch.ones(4, 2)).item() == pytest.approx(2 * math.log(2))
 
 
-def test_r1_of_a_linear_discriminator_and_its_gradient():
-    """D(x) = w . x: the penalty is ||w||^2, its gradient 2 w."""
-    D = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 16, 1, bias=False))
-    D.forward = lambda x, y=None: D[1](D[0](x))
-    penalty = gan.r1_penalty(D, torch.randn(5, 3, 4, 4), None)
-    w = D[1].weight
-    assert penalty.item() == pytest.approx(w.square().sum().item(), rel=1e-5)
-    penalty.backward()
+def test_penalty_of_a_linear_discriminator_and_its_gradient():
+    """D(x) = w . x: the penalty is ||w||^2 at any images, its gradient 2 w; seen through a halving of x, w / 2."""
+    w = torch.nn.Parameter(torch.randn(3 * 16))
+    real, fake = torch.randn(5, 3, 4, 4, requires_grad=True), torch.randn(2, 3, 4, 4, requires_grad=True)
+    r1, r2 = gan.gradient_penalty(torch.cat((real, fake / 2)).flatten(1) @ w, real, fake)
+    assert r1.item() == pytest.approx(w.square().sum().item(), rel=1e-5)
+    assert r2.item() == pytest.approx(w.square().sum().item() / 4, rel=1e-5)
+    r1.backward(inputs=[w])
     torch.testing.assert_close(w.grad, 2 * w.detach())
-
-
-def test_r1_through_the_augmentation():
-    """D(x) = w . x seen through a halving of x: the gradient at the image is w / 2."""
-    w = torch.randn(3 * 16)
-    penalty = gan.r1_penalty(lambda x, y: x.flatten(1) @ w, torch.randn(5, 3, 4, 4), None, through=lambda x: x / 2)
-    assert penalty.item() == pytest.approx(w.square().sum().item() / 4, rel=1e-5)
 
 
 @pytest.mark.parametrize("disc", ["global", "patch"])
@@ -256,12 +250,13 @@ def test_r1_gradient_of_the_real_discriminators(disc):
     layers = D.layers if disc == "patch" else torch.nn.Sequential(D.features, torch.nn.Flatten(), D.hidden)
     D.forward = lambda x, y=None: layers(x)  # without the cast to float32 at the end
     x, p = torch.randn(4, 3, 32, 32).double(), next(layers.parameters())
-    gan.r1_penalty(D, x, None).backward()
+    x.requires_grad_()
+    gan.gradient_penalty(D(x), x)[0].backward()
     direction, step = torch.randn_like(p), 1e-8  # so small that no leaky ReLU changes its side
     values = []
     for sign in (1, -1):
         p.data += sign * step * direction
-        values.append(gan.r1_penalty(D, x, None).item())
+        values.append(gan.gradient_penalty(D(x), x)[0].item())
         p.data -= sign * step * direction
     assert (p.grad * direction).sum().item() == pytest.approx((values[0] - values[1]) / (2 * step), rel=1e-4)
 
@@ -311,6 +306,22 @@ def test_ema_half_life_counts_images():
             t.average(images)
         for q in t.ema.parameters():
             torch.testing.assert_close(q, torch.full_like(q, 0.5))
+
+
+def test_penalties_in_every_step_of_the_discriminator():
+    """--penalty r1r2: both in each iteration, and the step's gradient is the loss's plus theirs times the weight."""
+    real, y = torch.rand(8, 3, 32, 32) * 2 - 1, torch.eye(3)[torch.arange(8) % 3]
+    gradients = []
+    for weight in (0.0, 1.0, 2.0):
+        t = trainer(penalty="r1r2", r1=weight, augment="none", reg_every=0)
+        CPU.reseed(1)
+        stats = t.discriminate(real, y)
+        assert ("r2" in stats) == (weight > 0)
+        gradients.append(torch.cat([p.grad.flatten() for p in t.D.parameters()]))
+        assert ["r1" in t.iteration(i, real, y) for i in (1, 2)] == [weight > 0] * 2
+    once, twice = gradients[1] - gradients[0], gradients[2] - gradients[0]
+    assert once.norm() > 0
+    torch.testing.assert_close(twice, 2 * once, rtol=1e-3, atol=1e-3 * once.abs().max().item())
 
 
 def test_regularisation_counts_iterations(monkeypatch):
@@ -420,8 +431,8 @@ def test_regularisation_over_attributes():
 OTHERS = [
     dict(disc="patch"), dict(per_class=True), dict(loss="hinge"), dict(loss="lsgan"), dict(reg_every=0),
     dict(reg_mode="joint"), dict(orth="exact"), dict(orth="none"), dict(r1=0.0), dict(r1=1.0), dict(augment="none"),
-    dict(augment="cutout"), dict(reg_clip=True), dict(lr=0.01), dict(batch=6), dict(r1_at="image"), dict(start="torch"),
-    dict(loss="lsgan-published"), dict(loss="hinge-v1"),
+    dict(augment="cutout"), dict(reg_clip=True), dict(lr=0.01), dict(beta1=0.5), dict(batch=6), dict(penalty="r1r2"),
+    dict(start="torch"), dict(loss="lsgan-published"), dict(loss="hinge-v1"),
 ]  # fmt: skip
 
 
@@ -530,7 +541,7 @@ def test_resumed_run_equals_an_unbroken_one(command, class_folder, class_run, tm
 def test_options_of_the_command_reach_the_run(command, class_folder, class_run, tmp_path):
     variants = [[], ["--disc", "patch"], ["--unconditional"], ["--seed", "1"], ["--precision", OTHER_PRECISION]]
     variants += [["--init", tmp_path / "0" / "gan.pt"], ["--width", 8], ["--no-projection"], ["--per-class"]]
-    variants += [["--lr-decay", 1.0]]
+    variants += [["--lr-decay", 1.0], ["--beta1", 0.5], ["--penalty", "r1"]]
     seen, used = set(), []
     for i, variant in enumerate(variants):
         outdir = copy_run(class_run, tmp_path / str(i))
@@ -541,7 +552,7 @@ def test_options_of_the_command_reach_the_run(command, class_folder, class_run, 
             shutil.rmtree(outdir)
     assert len(seen) == len(variants)
     assert [o["projection"] for o in used[:2]] == [True, False] and not used[2]["projection"]  # unconditional
-    assert [o["r1"] for o in used[:2]] == [10 * (used[0]["size"] / 256) ** power for power in (0.5, 2)]  # --disc patch
+    assert used[0]["r1"] == 0.5 * (used[0]["size"] / 32) ** 2 and used[-1]["r1"] == 10  # --penalty r1
     outdir = copy_run(class_run, tmp_path / "snap")
     few = ("--kimg", 0.024, "--snap", 0.008, "--workers", 0)
     command("gan", "--data", class_folder, "--outdir", outdir, "--smoke", *few)
@@ -602,8 +613,10 @@ def test_dry_run_touches_nothing(command, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     best = ("--data", "afhq", "--disc", "patch", "--loss", "lsgan-published", "--dry-run")
     options = json.loads(command("gan", *best).output)
-    published = dict(size=256, batch=32, kimg=6400, lr=1e-4, betas=[0.5, 0.99], reg_every=2, reg_mode="separate", r1=10)
-    published |= dict(r1_every=16, r1_at="image", orth="penalty", orth_weight=100, noise=512, basis=6, disc_layers=6)
+    published = dict(
+        size=256, batch=32, kimg=6400, lr=1e-4, beta1=0.5, beta2=0.99, reg_every=2, reg_mode="separate", r1=10
+    )
+    published |= dict(r1_every=16, penalty="r1", orth="penalty", orth_weight=100, noise=512, basis=6, disc_layers=6)
     published |= dict(
         ema_half_life=10_000, augment="color,translation,cutout", reg_clip=False, draw_y="uniform", start="torch"
     )
@@ -613,8 +626,8 @@ def test_dry_run_touches_nothing(command, tmp_path, monkeypatch):
     published |= dict(size=128, batch=64, kimg=12_800, disc_layers=None, reg_over="mean")
     assert {key: celeba[key] for key in published} == published
     # Every setting can be overridden; the other protocol, and the paper's on other data, can be asked for.
-    options = json.loads(command("gan", *best, "--r1-at", "augmented", "--disc-layers", 3, "--lr", 0.1).output)
-    assert (options["r1_at"], options["disc_layers"], options["lr"]) == ("augmented", 3, 0.1)
+    options = json.loads(command("gan", *best, "--penalty", "r1r2", "--disc-layers", 3, "--lr", 0.1).output)
+    assert (options["penalty"], options["disc_layers"], options["lr"]) == ("r1r2", 3, 0.1)
     assert json.loads(command("gan", *best, "--protocol", "ours").output)["start"] == "he"
     assert json.loads(command("gan", "--protocol", "paper", "--dry-run").output)["start"] == "torch"
     assert json.loads(command("gan", "--dry-run").output)["start"] == "he"
