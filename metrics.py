@@ -642,13 +642,32 @@ def kernel_distance(
         raise click.ClickException(
             f"--kid-subset {subset} must be from 2 to the {min(len(x), len(y))} images there are"
         )
+
+    def pick(points: Tensor, drawn: Sequence[np.ndarray]) -> tuple[Tensor, Tensor]:
+        """The points that were drawn, and a column for each subset that is 1 at its own."""
+        rows = np.unique(np.concatenate(drawn))
+        members = torch.zeros(len(rows), len(drawn), dtype=torch.float64, device=points.device)
+        for column, index in enumerate(drawn):
+            members[np.searchsorted(rows, index), column] = 1
+        return points[rows].double(), members
+
+    def sums(a: Tensor, b: Tensor, in_a: Tensor, in_b: Tensor, block: int = 1024) -> Tensor:
+        """The sum of the kernel over all pairs, for each subset."""
+        parts = zip(a.split(block), in_a.split(block), strict=True)
+        return sum((m * ((part @ b.T).div_(a.shape[1]).add_(1).pow_(3) @ in_b)).sum(0) for part, m in parts)
+
+    def within(a: Tensor, in_a: Tensor) -> Tensor:
+        own = (a.square().sum(1) / a.shape[1] + 1).pow(3)  # of each point with itself
+        return (sums(a, a, in_a, in_a) - own @ in_a) / (subset * (subset - 1))
+
     draw, values = np.random.RandomState(seed), []
-    for _ in range(subsets):
-        a = x[draw.choice(len(x), subset, replace=False)].double()
-        b = y[draw.choice(len(y), subset, replace=False)].double()
-        aa, bb, ab = ((u @ v.T / x.shape[1] + 1).pow_(3) for u, v in ((a, a), (b, b), (a, b)))
-        within = aa.sum() - aa.diagonal().sum() + bb.sum() - bb.diagonal().sum()
-        values.append((within / (subset * (subset - 1)) - 2 * ab.mean()).item())
+    drawn = [[draw.choice(len(s), subset, replace=False) for s in (x, y)] for _ in range(subsets)]
+    # One matrix of all kernels serves all subsets; where that is larger than all of theirs, each has its own.
+    step = subsets if max(len(x), len(y)) ** 2 < subsets * subset**2 else 1
+    for i in range(0, subsets, step):
+        of_x, of_y = zip(*drawn[i : i + step], strict=True)
+        (a, in_a), (b, in_b) = pick(x, of_x), pick(y, of_y)
+        values += (within(a, in_a) + within(b, in_b) - 2 / subset**2 * sums(a, b, in_a, in_b)).tolist()
     return float(np.mean(values)), float(np.std(values))
 
 

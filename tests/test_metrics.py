@@ -251,6 +251,18 @@ def test_kid_closed_form():
         metrics.kernel_distance(zero, one, 31)
 
 
+@pytest.mark.parametrize(("n", "subset"), [(30, 20), (30, 30), (90, 4)])  # one matrix for all subsets, or one for each
+def test_kid_subset_by_subset(n, subset):
+    x, y = torch.randn(2, n, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).unbind()
+    y, draw, values = y[:-7] + 0.5 if subset < n else y, np.random.RandomState(2020), []
+    for _ in range(100):
+        a, b = (s[draw.choice(len(s), subset, replace=False)] for s in (x, y))
+        aa, bb, ab = ((u @ v.T / 5 + 1) ** 3 for u, v in ((a, a), (b, b), (a, b)))
+        other = ~torch.eye(subset, dtype=torch.bool)
+        values.append((aa[other].mean() + bb[other].mean() - 2 * ab.mean()).item())
+    assert metrics.kernel_distance(x, y, subset) == (pytest.approx(np.mean(values)), pytest.approx(np.std(values)))
+
+
 def test_precision_and_recall():
     """Of a generator that copies half of the classes, all images are right and half of the real ones are found."""
     draw = torch.Generator().manual_seed(0)
