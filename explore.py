@@ -506,7 +506,7 @@ def embedding_command(network, data, seed, device, out):
             panels += label_panels(run.names, run.kind, torch.cat((labels[index], fake.y)).numpy())
     if len(h) < 10:
         raise click.ClickException(f"{len(index)} validation images are too few for a t-SNE")
-    points = metrics.tsne(h, dims=2, perplexity=min(30.0, (len(h) - 1) / 3), seed=seed)
+    points = metrics.tsne(h, dims=2, perplexity=min(30.0, (len(h) - 1) / 3))
     write_figure(scatter(points.numpy(), panels[:6], "t-SNE of embeddings"), out or network.with_name("embedding.png"))
 
 

@@ -642,13 +642,32 @@ def kernel_distance(
         raise click.ClickException(
             f"--kid-subset {subset} must be from 2 to the {min(len(x), len(y))} images there are"
         )
+
+    def pick(points: Tensor, drawn: Sequence[np.ndarray]) -> tuple[Tensor, Tensor]:
+        """The points that were drawn, and a column for each subset that is 1 at its own."""
+        rows = np.unique(np.concatenate(drawn))
+        members = torch.zeros(len(rows), len(drawn), dtype=torch.float64, device=points.device)
+        for column, index in enumerate(drawn):
+            members[np.searchsorted(rows, index), column] = 1
+        return points[rows].double(), members
+
+    def sums(a: Tensor, b: Tensor, in_a: Tensor, in_b: Tensor, block: int = 1024) -> Tensor:
+        """The sum of the kernel over all pairs, for each subset."""
+        parts = zip(a.split(block), in_a.split(block), strict=True)
+        return sum((m * ((part @ b.T).div_(a.shape[1]).add_(1).pow_(3) @ in_b)).sum(0) for part, m in parts)
+
+    def within(a: Tensor, in_a: Tensor) -> Tensor:
+        own = (a.square().sum(1) / a.shape[1] + 1).pow(3)  # of each point with itself
+        return (sums(a, a, in_a, in_a) - own @ in_a) / (subset * (subset - 1))
+
     draw, values = np.random.RandomState(seed), []
-    for _ in range(subsets):
-        a = x[draw.choice(len(x), subset, replace=False)].double()
-        b = y[draw.choice(len(y), subset, replace=False)].double()
-        aa, bb, ab = ((u @ v.T / x.shape[1] + 1).pow_(3) for u, v in ((a, a), (b, b), (a, b)))
-        within = aa.sum() - aa.diagonal().sum() + bb.sum() - bb.diagonal().sum()
-        values.append((within / (subset * (subset - 1)) - 2 * ab.mean()).item())
+    drawn = [[draw.choice(len(s), subset, replace=False) for s in (x, y)] for _ in range(subsets)]
+    # One matrix of all kernels serves all subsets; where that is larger than all of theirs, each has its own.
+    step = subsets if max(len(x), len(y)) ** 2 < subsets * subset**2 else 1
+    for i in range(0, subsets, step):
+        of_x, of_y = zip(*drawn[i : i + step], strict=True)
+        (a, in_a), (b, in_b) = pick(x, of_x), pick(y, of_y)
+        values += (within(a, in_a) + within(b, in_b) - 2 / subset**2 * sums(a, b, in_a, in_b)).tolist()
     return float(np.mean(values)), float(np.std(values))
 
 
@@ -791,12 +810,11 @@ def affinities(x: Tensor, perplexity: float, block: int = 1024) -> Tensor:
     return p.clamp_(min=torch.finfo(torch.float64).eps)
 
 
-def forces(p: Tensor, y: Tensor, dims: int, force: str, block: int = 1024) -> tuple[Tensor, Tensor, Tensor]:
+def forces(p: Tensor, y: Tensor, dims: int, block: int = 1024) -> tuple[Tensor, Tensor, Tensor]:
     """The sums of one t-SNE iteration, by blocks of rows: what ops.tsne_forces computes without temporaries.
 
-    p float32 [N, N], y float32 [3, N] (the third row 0 in the plane). With d = y_i - y_j and q = (1 + |d|^2/v)^(-(v+1)/2),
-    returns sum_j p w d and sum_j q w d of every point i, both [3, N], and the sum of q over all pairs. The gradient has
-    w = 1 / (1 + |d|^2/v); force 'scikit-learn' has w = q.
+    p float32 [N, N], y float32 [3, N] (the third row 0 in the plane). With d = y_i - y_j, w = 1 / (1 + |d|^2/v) and
+    q = w^((v+1)/2), returns sum_j p w d and sum_j q w d of every point i, both [3, N], and the sum of q over all pairs.
     """
     points, v = y.T.contiguous(), max(dims - 1, 1)
     attract, repel, total = torch.empty_like(points), torch.empty_like(points), 0.0
@@ -806,7 +824,6 @@ def forces(p: Tensor, y: Tensor, dims: int, force: str, block: int = 1024) -> tu
         w = w.square_().div_(v).add_(1).reciprocal_()
         q = w * w.sqrt() if dims == 3 else w
         total = total + q.sum(dtype=torch.float64) - len(own)
-        w = w if force == "gradient" else q
         for out, weight in ((attract, p[a : a + block] * w), (repel, q * w)):
             out[a : a + block] = weight.sum(1, keepdim=True) * own - weight @ points
     return attract.T.contiguous(), repel.T.contiguous(), total
@@ -817,37 +834,29 @@ def tsne(
     dims: int = 3,
     perplexity: float = 30.0,
     iterations: int = 1000,
-    init: str = "pca",
-    rate: float | None = None,
-    force: str = "gradient",
-    seed: int = 0,
     p: Tensor | None = None,
 ) -> Tensor:
     """Exact t-SNE (van der Maaten and Hinton 2008) with the settings and the schedule of scikit-learn's exact method.
 
     x float [N, D] on the device to compute on -> float32 [N, dims], dims 2 or 3. Kernel (1 + d^2/v)^(-(v+1)/2), v = dims
-    - 1. 250 iterations of early exaggeration 12 at momentum 0.5, the rest at 0.8; gains +0.2 and x0.8, at least 0.01;
-    rate: by default max(N/48, 50). init: 'pca' (then the seed does nothing) or 'random'. p: `affinities`, if known.
+    - 1. From the principal components, so nothing is drawn; learning rate max(N/48, 50); 250 iterations of early
+    exaggeration 12 at momentum 0.5, the rest at 0.8; gains +0.2 and x0.8, at least 0.01. p: `affinities`, if known.
     Memory: 4 N^2 bytes. Raises ValueError for too few points.
 
-    force: 'gradient' of KL(P || Q), or 'scikit-learn', which weighs each pair by the kernel instead. The two are the same
-    in the plane; in 3-D the second is no gradient and ends at a higher divergence, with distances several times as large,
-    and published numbers that come from scikit-learn are on its scale.
+    In the plane it finds the minima that scikit-learn finds. In 3-D that library moves points by what is not the gradient
+    of KL(P || Q), and ends at a higher divergence, with distances several times as large: the two have other scales.
     """
     n = len(x)
     if n <= perplexity:
         raise ValueError(f"t-SNE of perplexity {perplexity:g} needs more than {perplexity:g} points, got {n}")
     p = affinities(x, perplexity) if p is None else p
     y = torch.zeros(3, n, device=x.device)
-    if init == "pca":
-        centred = (x - x.mean(0)).double()
-        vectors = torch.linalg.eigh(centred.T @ centred)[1][:, -dims:].flip(1)
-        vectors = vectors * vectors.gather(0, vectors.abs().argmax(0, keepdim=True)).sign()  # as scikit-learn's
-        y[:dims] = (centred @ vectors).T
-        y *= 1e-4 / y[0].std(correction=0).clamp(min=1e-30)
-    else:
-        y[:dims] = 1e-4 * torch.randn(n, dims, generator=torch.Generator().manual_seed(seed)).T
-    rate, v = rate or max(n / 48, 50.0), max(dims - 1, 1)
+    centred = (x - x.mean(0)).double()
+    vectors = torch.linalg.eigh(centred.T @ centred)[1][:, -dims:].flip(1)
+    vectors = vectors * vectors.gather(0, vectors.abs().argmax(0, keepdim=True)).sign()  # as scikit-learn's
+    y[:dims] = (centred @ vectors).T
+    y *= 1e-4 / y[0].std(correction=0).clamp(min=1e-30)
+    rate, v = max(n / 48, 50.0), max(dims - 1, 1)
     step = tsne_forces or forces
     exaggeration, momentum, end = 12.0, 0.5, 250
     gains, velocity = torch.ones_like(y), torch.zeros_like(y)
@@ -855,7 +864,7 @@ def tsne(
         if i == end:
             exaggeration, momentum = 1.0, 0.8
             gains, velocity = torch.ones_like(y), torch.zeros_like(y)
-        attract, repel, total = step(p, y, dims, force)
+        attract, repel, total = step(p, y, dims)
         gradient = (attract.mul_(exaggeration) - repel.div_(total)).mul_(2 * (v + 1) / v)
         gains = torch.where(velocity * gradient < 0, gains + 0.2, gains * 0.8).clamp_(min=0.01)
         gradient *= gains
@@ -889,11 +898,19 @@ def perplexity_of(points: int) -> float:
 def tsne_chamfer(real: Tensor, other: Tensor, seed: int, device: torch.device | str, published: bool = False) -> float:
     """Chamfer distance of two sets of features [N, D] in the 3-D t-SNE of both: mean squared distances, both ways added.
 
-    published: as the published code has it (random start, rate 200, scikit-learn's force, sum from real to other).
+    published: as the published code has it, by scikit-learn's t-SNE with the defaults of that time (Barnes-Hut, from
+    points drawn by the seed) on the CPU, the sum from real to other. Raises click.ClickException without scikit-learn.
     """
-    how = {"init": "random", "rate": 200.0, "force": "scikit-learn"} if published else {}
-    perplexity = perplexity_of(min(len(real), len(other)))
-    y = tsne(torch.cat([real, other]).to(device), perplexity=perplexity, seed=seed, **how)
+    x, perplexity = torch.cat([real, other]), perplexity_of(min(len(real), len(other)))
+    if published:
+        try:
+            from sklearn.manifold import TSNE
+        except ImportError:
+            raise click.ClickException("chamfer_sum needs scikit-learn: pip install scikit-learn") from None
+        how = {"init": "random", "learning_rate": 200.0, "random_state": seed, "n_jobs": torch.get_num_threads()}
+        y = torch.from_numpy(TSNE(3, perplexity=perplexity, **how).fit_transform(x.cpu().numpy()))
+    else:
+        y = tsne(x.to(device), perplexity=perplexity)
     return chamfer(y[: len(real)], y[len(real) :])[int(published)]
 
 
@@ -1129,7 +1146,7 @@ def measure_chamfer(run: Run, seeds: list[int], points: int, published: bool) ->
 
     The floor is the same number between two disjoint halves of real images. t-SNE magnifies differences in the last
     digits, so features are computed 64 at once and, on the CPU, on one thread: the number then depends neither on the
-    batch nor on the processes.
+    batch nor on the processes. Only the published sum may change with the threads, in whose order scikit-learn adds.
     """
     embedded, values, floors = {}, {}, {}
     for seed in seeds:
@@ -1141,6 +1158,8 @@ def measure_chamfer(run: Run, seeds: list[int], points: int, published: bool) ->
             embedded[seed] = real, other, run.embed(run.generated(points, seed), 64)
         finally:
             torch.set_num_threads(threads)
+    if published and run.world.rank == 0:
+        click.echo(f"t-SNE of {2 * points:,} points by scikit-learn, {2 * len(seeds)} times: minutes", err=True)
     for seed in seeds[run.world.rank :: run.world.size]:  # the t-SNEs of different seeds go to different processes
         real, other, fake = embedded[seed]
         values[seed] = tsne_chamfer(real, fake, seed, run.world.device, published)
@@ -1380,9 +1399,8 @@ def evaluate(options: dict, world: World) -> dict:
     if run and run.clusters and need & {"accuracy", "diversity", "information"} and run.labels("train") is None:
         notes.append(f"no judge, no diversity, no I(Y;E): they need the clusters' {run.folder / 'classifier.pt'}")
     if not wanted:
-        need &= OF_PAPER if paper else need - {"is_published"}
+        need &= OF_PAPER if paper else need - {"is_published", "chamfer_sum"}  # which take long
         need -= {"kid", "pr", "chamfer"} if is_stats(options["reference"] or "") else set()
-        need -= {"chamfer_sum"} if slow and not paper else set()  # an hour
     amounts = AMOUNTS["smoke" if options["smoke"] else "cpu" if slow else "gpu"]
     results: dict = {key: options[key] for key in ("network", "images", "reference") if options[key]}
     results |= {"seed": seed, "processes": world.size, "device": world.device.type}
@@ -1503,7 +1521,7 @@ OPTIONS = [
     click.option("--data", metavar="PATH", help="The run's images, if they have moved."),
     click.option("--images", metavar="DIR", help="Folder of images to score without a run."),
     click.option("--reference", metavar="DIR|NPZ", help="What to score --images against: a folder, or statistics."),
-    click.option("--metrics", metavar="A,B,...", help=f"Some of {', '.join(METRICS)}.  [default: those that apply, chamfer_sum on GPUs only]"),
+    click.option("--metrics", metavar="A,B,...", help=f"Some of {', '.join(METRICS)}.  [default: those that apply, is_published and chamfer_sum with --protocol paper only]"),
     click.option("--json", "json_file", metavar="FILE", help="Write the results as one JSON object (several runs: keyed by file)."),
     click.option("--features", metavar="auto|inception|judge|encoder|FILE", default="auto", help="Network of FID, IS, KID and pr. judge: trained on the real images alone; encoder: the run's own, which the generator was trained through; FILE: of that encoder.pt or gan.pt. auto: Inception if it can be had, else the judge."),
     click.option("--inception", metavar="FILE", help="The Inception weights, if not to be downloaded."),

@@ -12,8 +12,6 @@
 
 namespace {
 
-enum Kernel { kPlane, kSpace, kSpaceScikit };  // as tsne.py numbers them
-
 using F = V<float>;
 
 // The points of a tile's side: 6 sums and 3 coordinates of each, 18 KB, stay in a first-level cache of 32 KB.
@@ -75,7 +73,7 @@ struct Cloud {
 
 // Adds the pairs of the points i .. i + R - 1 with the points [from, to), which lie in the block that starts at `block`. The sums of the attraction's three
 // coordinates and the repulsion's go to mine [6, kBlock] for the points i, and to theirs [6, kBlock] for the others. Returns the sum of the kernel.
-template <Kernel K, int R>
+template <int D, int R>
 float add_rows(const Cloud& cloud, int64_t i, int64_t from, int64_t to, int64_t block, float* mine, float* theirs) {
   const int64_t n = cloud.n;
   const float *rows = cloud.p + i * n, *points[3] = {cloud.y, cloud.y + cloud.padded, cloud.y + 2 * cloud.padded};
@@ -94,12 +92,11 @@ float add_rows(const Cloud& cloud, int64_t i, int64_t from, int64_t to, int64_t 
       const F d[3] = {x[r][0] - y[0], x[r][1] - y[1], x[r][2] - y[2]};
       const F s = d[0] * d[0] + (d[1] * d[1] + (d[2] * d[2] + 1));
       F w, q;
-      if constexpr (K == kPlane) {
+      if constexpr (D == 2) {
         w = q = inverse(s);
       } else {
         const F root = twice_inverse_root(s);
         w = root * root, q = w * root;
-        if constexpr (K == kSpaceScikit) w = q;
       }
       if (counts) q *= *counts;
       kernel += q;
@@ -139,22 +136,22 @@ float add_rows(const Cloud& cloud, int64_t i, int64_t from, int64_t to, int64_t 
 }
 
 // The pairs of blocks I <= J of points; each pair once. mine and theirs are the same memory where I is J.
-template <Kernel K> double add_tile(const Cloud& cloud, int64_t I, int64_t J, float* mine, float* theirs) {
+template <int D> double add_tile(const Cloud& cloud, int64_t I, int64_t J, float* mine, float* theirs) {
   const int64_t begin = I * kBlock, end = std::min(cloud.n, begin + kBlock), from = J * kBlock, to = std::min(cloud.n, from + kBlock);
   int64_t i = begin;
   double sum = 0;
   if (I == J) {
-    for (; i < end; i++) sum += add_rows<K, 1>(cloud, i, i + 1, to, from, mine + i - begin, theirs);
+    for (; i < end; i++) sum += add_rows<D, 1>(cloud, i, i + 1, to, from, mine + i - begin, theirs);
   }
-  for (; i + kRows <= end; i += kRows) sum += add_rows<K, kRows>(cloud, i, from, to, from, mine + i - begin, theirs);
-  for (; i < end; i++) sum += add_rows<K, 1>(cloud, i, from, to, from, mine + i - begin, theirs);
+  for (; i + kRows <= end; i += kRows) sum += add_rows<D, kRows>(cloud, i, from, to, from, mine + i - begin, theirs);
+  for (; i < end; i++) sum += add_rows<D, 1>(cloud, i, from, to, from, mine + i - begin, theirs);
   return sum;
 }
 
 // p [n, n], y [3, n]; attract and repel [3, n]; kernel [1] takes its sum over all pairs.
-template <Kernel K> void forces(const float* p, const float* y, float* attract, float* repel, double* kernel, int64_t n) {
+template <int D> void forces(const float* p, const float* y, float* attract, float* repel, double* kernel, int64_t n) {
   const int64_t blocks = (n + kBlock - 1) / kBlock, padded = blocks * kBlock, size = 6 * kBlock;
-  const float scale = K == kPlane ? 1 : std::sqrt(0.5f);
+  const float scale = D == 2 ? 1 : std::sqrt(0.5f);
   Buffer<float> points(3 * padded), sums(blocks * blocks * size);  // sums [I, J]: of the points of block I, over those of block J
   Buffer<double> kernels(blocks * blocks);
   for (int c = 0; c < 3; c++) {
@@ -169,10 +166,10 @@ template <Kernel K> void forces(const float* p, const float* y, float* attract, 
     float *mine = sums.data + tile * size, *theirs = sums.data + (J * blocks + I) * size;
     std::fill(mine, mine + size, 0.0f);
     std::fill(theirs, theirs + size, 0.0f);
-    kernels.data[tile] = add_tile<K>(cloud, I, J, mine, theirs);
+    kernels.data[tile] = add_tile<D>(cloud, I, J, mine, theirs);
   }
   // The roots came out doubled: so w is 4 times too large and q 8 times. And the differences are scaled.
-  const float w = K == kPlane ? 1 : K == kSpace ? 4 : 8, q = K == kPlane ? 1 : 8;
+  const float w = D == 2 ? 1 : 4, q = D == 2 ? 1 : 8;
   const float pull = 1 / (w * scale), push = 1 / (q * w * scale);
 #pragma omp parallel for schedule(static)
   for (int64_t i = 0; i < n; i++) {
@@ -242,9 +239,8 @@ void neighbourhood(float* d, float* scratch, int64_t n, int64_t own, double targ
 
 }  // namespace
 
-extern "C" void tsne_forces_float32(const void* p, const void* y, void* attract, void* repel, void* kernel, int64_t n, int64_t which) {
-  const auto run = which == kPlane ? forces<kPlane> : which == kSpace ? forces<kSpace> : forces<kSpaceScikit>;
-  run((const float*)p, (const float*)y, (float*)attract, (float*)repel, (double*)kernel, n);
+extern "C" void tsne_forces_float32(const void* p, const void* y, void* attract, void* repel, void* kernel, int64_t n, int64_t dims) {
+  (dims == 2 ? forces<2> : forces<3>)((const float*)p, (const float*)y, (float*)attract, (float*)repel, (double*)kernel, n);
 }
 
 extern "C" void tsne_neighbourhoods_float32(void* d, int64_t rows, int64_t n, int64_t first, double target) {

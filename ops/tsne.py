@@ -1,4 +1,4 @@
-"""What takes the time in exact t-SNE: tsne_forces(p, y, dims, force), the forces of one iteration in one pass over P,
+"""What takes the time in exact t-SNE: tsne_forces(p, y, dims), the forces of one iteration in one pass over P,
 and tsne_neighbourhoods(d, first, perplexity), which makes the rows of P out of squared distances.
 
 With the affinities P of the data and the kernel q(y_i, y_j) of the points, t-SNE (van der Maaten and Hinton 2008) pulls
@@ -13,22 +13,21 @@ import torch
 
 from .build import c_function, choose, tl, triton
 
-_KERNELS = {(2, "gradient"): 0, (2, "scikit-learn"): 0, (3, "gradient"): 1, (3, "scikit-learn"): 2}
 _BLOCK = 2**20  # elements of the reference's temporaries, 4 MB each
 
 
 @torch.no_grad()
 def tsne_forces(
-    p: torch.Tensor, y: torch.Tensor, dims: int = 3, force: str = "gradient", impl: str = "auto"
+    p: torch.Tensor, y: torch.Tensor, dims: int = 3, impl: str = "auto"
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(attract, repel, total) of the points y for the affinities p: sums over the other points j of every point i.
 
-    d_ij = y_i - y_j, v = dims - 1 are the degrees of freedom, q_ij = (1 + |d_ij|^2 / v)^(-(v + 1) / 2) is the kernel.
+    d_ij = y_i - y_j, v = dims - 1 are the degrees of freedom, w_ij = 1 / (1 + |d_ij|^2 / v), and the kernel is
+    q_ij = w_ij^((v + 1) / 2).
 
         attract_i = sum_j p_ij w_ij d_ij,    repel_i = sum_j q_ij w_ij d_ij,    total = sum_ij q_ij over i != j.
 
-    w_ij = 1 / (1 + |d_ij|^2 / v) makes 2 (v + 1) / v (attract - repel / total) the gradient of KL(P || Q). With force
-    'scikit-learn' w_ij = q_ij, as that library has it: in the plane the same, in 3-D no gradient.
+    So 2 (v + 1) / v (attract - repel / total) is the gradient of KL(P || Q).
 
     p: float32 [N, N], symmetric (C++ reads what is above its diagonal); the diagonal is not used. y: float32 [3, N],
     its last row 0 if dims is 2. dims: 2 or 3. impl: 'auto' (Triton on CUDA, C++ on the CPU, the reference with one
@@ -37,21 +36,19 @@ def tsne_forces(
     Returns attract and repel [3, N] like y, and total, a float64 scalar on the device. No derivatives. The same input
     gives the same bits.
 
-    Raises ValueError for shapes, dims or force that do not fit, TypeError for dtypes, RuntimeError with the reason if
+    Raises ValueError for shapes or dims that do not fit, TypeError for dtypes, RuntimeError with the reason if
     the implementation asked for cannot run.
     """
     n = y.shape[-1]
     if y.ndim != 2 or len(y) != 3 or p.shape != (n, n):
         raise ValueError(f"tsne_forces needs p [N, N] and y [3, N], got {[*p.shape]} and {[*y.shape]}")
-    if (dims, force) not in _KERNELS:
-        raise ValueError(
-            f"tsne_forces knows dims 2 and 3, force 'gradient' and 'scikit-learn', got {dims} and {force!r}"
-        )
+    if dims not in (2, 3):
+        raise ValueError(f"tsne_forces knows dims 2 and 3, got {dims}")
     if p.dtype != y.dtype or y.dtype not in ((torch.float32, torch.float64) if impl == "ref" else (torch.float32,)):
         raise TypeError(f"tsne_forces needs float32 tensors, got {p.dtype} and {y.dtype}")
     impl = choose(impl, y.device.type)
     if impl == "ref":
-        return _reference(p, y, dims, force)
+        return _reference(p, y, dims)
     p, y = p.contiguous(), y.contiguous()
     attract, repel = torch.empty_like(y), torch.empty_like(y)
     # The kernel's sum, or for Triton its sums over each point's others.
@@ -60,14 +57,14 @@ def tsne_forces(
         pass
     elif impl == "triton":
         with torch.cuda.device_of(y):
-            _triton_forces(p, y, attract, repel, kernel, _KERNELS[dims, force])
+            _triton_forces(p, y, attract, repel, kernel, dims)
     else:
         pointers = (t.data_ptr() for t in (p, y, attract, repel, kernel))
-        c_function("tsne_forces", torch.float32, "pppppii")(*pointers, n, _KERNELS[dims, force])
+        c_function("tsne_forces", torch.float32, "pppppii")(*pointers, n, dims)
     return attract, repel, kernel.sum(dtype=torch.float64)
 
 
-def _reference(p, y, dims, force):
+def _reference(p, y, dims):
     """The sums as they are defined, for a block of points i at a time."""
     n, v = y.shape[1], dims - 1
     attract, repel = torch.zeros_like(y), torch.zeros_like(y)
@@ -80,7 +77,6 @@ def _reference(p, y, dims, force):
         q = w * w.sqrt() if dims == 3 else w.clone()
         q.diagonal(start).zero_()  # a point's kernel with itself is left out of the total
         total += q.sum(dtype=torch.float64)
-        w = w if force == "gradient" else q
         a, r = p[rows] * w, q * w
         for c in range(dims):
             attract[c, rows], repel[c, rows] = (a * d[c]).sum(1), (r * d[c]).sum(1)
@@ -151,7 +147,7 @@ if triton is not None:
 
     @triton.jit
     def _forces_kernel(
-        p, y, attract, repel, kernel, n, WHICH: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr
+        p, y, attract, repel, kernel, n, DIMS: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr
     ):  # fmt: skip
         """Reads P once, 4 n^2 bytes, the minimum; y, which the cache holds, n / ROWS times.
 
@@ -169,15 +165,13 @@ if triton is not None:
             d1 = x1 - tl.load(y + n + j, mask=j < n, other=0)[None, :]
             d2 = x2 - tl.load(y + 2 * n + j, mask=j < n, other=0)[None, :]
             square = d0 * d0 + d1 * d1 + d2 * d2
-            if WHICH == 0:
+            if DIMS == 2:
                 w = 1 / (1 + square)
                 q = w
             else:
                 root = tl.rsqrt(1 + 0.5 * square)
                 w = root * root
                 q = w * root
-                if WHICH == 2:
-                    w = q
             others = (j[None, :] < n) & (i[:, None] != j[None, :])
             q = tl.where(others, q, 0)
             total += q
@@ -199,6 +193,6 @@ if triton is not None:
         tl.store(repel + 2 * n + i, tl.sum(r2, 1), mask=i < n)
 
 
-def _triton_forces(p, y, attract, repel, kernel, which):
+def _triton_forces(p, y, attract, repel, kernel, dims):
     n = y.shape[1]
-    _forces_kernel[(triton.cdiv(n, _ROWS),)](p, y, attract, repel, kernel, n, which, _ROWS, _COLS)
+    _forces_kernel[(triton.cdiv(n, _ROWS),)](p, y, attract, repel, kernel, n, dims, _ROWS, _COLS)

@@ -590,7 +590,7 @@ cases = {  # kernel, warps, constants, how many large tensors are read and writt
     "subspace backward, batch 64": (subspace._backward_kernel, 1, to_maps | backward[64], 2, 1),
     "subspace backward to all, batch 1": (subspace._backward_kernel, 1, mix | backward[1], 2, 1),
     "subspace backward to all, batch 128": (subspace._backward_kernel, 1, mix | backward[128], 2, 1),
-    "t-SNE": (tsne._forces_kernel, 4, {"WHICH": 1, "ROWS": tsne._ROWS, "COLS": tsne._COLS}, 1, 0),
+    "t-SNE": (tsne._forces_kernel, 4, {"DIMS": 3, "ROWS": tsne._ROWS, "COLS": tsne._COLS}, 1, 0),
 }
 big = {"x", "y", "g", "dx", "h", "dh", "maps", "p", "part_maps"}
 numbers = {"rows", "cols", "C", "S", "B", "P", "n", "loops"}
