@@ -95,6 +95,11 @@ def usual_size(root: Path | None, keys: list) -> int:
     return min(256, max(32, 1 << (min(sides, default=32).bit_length() - 1)))
 
 
+def most_by_default(device: torch.device) -> int:
+    """The largest size that is taken where none is asked for: on a CPU, what it trains on in half an hour."""
+    return 64 if device.type == "cpu" else 256
+
+
 def scan_critters() -> Source:
     """What critters.py draws: species as classes, its attributes, and the kinds, which training does not see."""
     keys = [(split, i) for split, count in critters.SPLITS.items() for i in range(count)]
@@ -140,6 +145,7 @@ def prepare(
     train_on_all: bool = False,
     max_pixels: int = MAX_PIXELS,
     strict: bool = False,
+    most: int = 256,
 ) -> Path:
     """The folder of the pack of `data` at `size`, made now if there is none for this content.
 
@@ -147,9 +153,9 @@ def prepare(
     """
     # Resolve the arguments. The sizes are powers of two, since the networks halve and double.
     name, root = layouts.locate(data)
-    most = 1024 if root else 512  # critters are drawn no larger
-    if size is not None and not (16 <= size <= most and size & (size - 1) == 0):
-        fail(f"--size {size} is not a power of two between 16 and {most}")
+    largest = 1024 if root else 512  # critters are drawn no larger
+    if size is not None and not (16 <= size <= largest and size & (size - 1) == 0):
+        fail(f"--size {size} is not a power of two between 16 and {largest}")
     size = size or PRESETS.get(layouts.preset_of(data, preset))
     squash = squash and root is not None  # critters are drawn square
 
@@ -172,7 +178,7 @@ def prepare(
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
             seen = json.loads(memo.read_text())
             seen = {key: seen[key] for key in ("content", "size", "notes", "absent")}
-            return seen, find(seen["content"], size or seen["size"])
+            return seen, find(seen["content"], size or min(seen["size"], most))
         return None, None
 
     def make(alone: bool) -> tuple[dict, Path]:
@@ -183,7 +189,7 @@ def prepare(
             fail(f"{root}: {source.notes[0]}")
         seen = {"content": content_of(root, source) if root else state, "size": usual_size(root, source.keys)}
         seen |= {"notes": source.notes, "absent": source.absent}
-        pixels, fingerprint = size or seen["size"], fingerprint_for(seen["content"])
+        pixels, fingerprint = size or min(seen["size"], most), fingerprint_for(seen["content"])
         if not (pack := find(seen["content"], pixels)):
             for left in cache.glob(".packing-*") if alone else ():  # by processes that were killed
                 shutil.rmtree(left, ignore_errors=True)
@@ -225,6 +231,8 @@ def prepare(
     skipped = read_info(pack)["skipped"]
     if skipped and max_pixels > MAX_PIXELS and not skip_broken:
         fail(f"{pack} was packed without {skipped} unreadable images: delete it to pack it with --max-pixels")
+    if not size and seen["size"] > most:
+        say(f"Images at {most} px, which CPUs train on in half an hour; --size {seen['size']} takes them larger")
     for note in seen["notes"]:
         say(f"Note on {data}: {note}")
     return pack
@@ -587,11 +595,12 @@ def open_dataset(
     train_on_all: bool = False,
     max_pixels: int = MAX_PIXELS,
     strict: bool = False,
+    most: int = 256,
 ) -> Dataset:
     """Open one split of a source, packing the source first if that has not been done for its present content.
 
-    data: preset or path. size: a power of two, by default the preset's, or what the images allow. split: 'train' and
-    'val' always exist. attributes: 'class', names joined by commas, celeba5, celeba10, celeba15; by default the
+    data: preset or path. size: a power of two, by default the preset's, or what the images allow, up to `most`.
+    split: 'train' and 'val' always exist. attributes: 'class', names joined by commas, celeba5, celeba10, celeba15; by default the
     classes, or else all attributes (preset celeba: celeba5). skip_broken: leave out images that cannot be read.
     preset: whose usual size and attributes to take; by default that of the data (layouts.preset_of), 'none' for none.
     squash: resize to the square without cropping and antialiasing. train_on_all: 'train' holds the images of all
@@ -600,7 +609,7 @@ def open_dataset(
     Raises click.ClickException, with one line for the user, for whatever is wrong with the source or the arguments.
     """
     preset = layouts.preset_of(data, preset)
-    how = dict(squash=squash, train_on_all=train_on_all, max_pixels=max_pixels, strict=strict)
+    how = dict(squash=squash, train_on_all=train_on_all, max_pixels=max_pixels, strict=strict, most=most)
     pack = prepare(data, size, skip_broken, preset=preset or "none", **how)
     return Dataset(pack, data, split, attributes, preset)
 

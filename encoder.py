@@ -522,7 +522,7 @@ def main(**options):
     path = outdir / "encoder.pt"
     run.first(lambda: training.check_size(path, "encoder", options))
     how = {name: options[name] for name in ("preset", "squash", "train_on_all")}
-    ds = dataset.open_dataset(options["data"], options["size"], **how)
+    ds = dataset.open_dataset(options["data"], options["size"], most=dataset.most_by_default(run.device), **how)
     val = ds.part("val")
     options["size"] = ds.size
     if len(ds) < options["batch"]:

@@ -961,7 +961,7 @@ def main(**options):
         how |= {name: encoder_pt["data"][name] for name in ("squash", "train_on_all")}
     size = options["size"] or (encoder_pt["data"]["size"] if encoder_pt else None)
     attributes = classifier_pt["data"]["attributes"] if classifier_pt else None
-    data = dataset.open_dataset(options["data"], size, "train", **how)
+    data = dataset.open_dataset(options["data"], size, "train", most=dataset.most_by_default(run.device), **how)
     for checkpoint, file in ((encoder_pt, "encoder.pt"), (classifier_pt, "classifier.pt")):
         if checkpoint:
             training.check_same(checkpoint["data"], data.info(), ("fingerprint", "size"), outdir / file, remedy)

@@ -65,12 +65,17 @@ def test_center_crop_and_antialiased_resize():
     assert np.all(x == (9, 8, 7))
 
 
-def test_usual_size(tmp_path):
+def test_usual_size(tmp_path, capsys):
     for name, side, want in (("a", 70, 64), ("b", 300, 256), ("c", 20, 32), ("d", 128, 128), ("e", 700, 256)):
         class_folders(tmp_path / name, {"x": 2, "y": 2}, size=(side, side + 9))
         assert open_dataset(str(tmp_path / name)).size == want
     assert open_dataset(str(tmp_path / "a"), 16).size == 16
     assert open_dataset(str(tmp_path / "a")).size == 64  # an asked-for size does not become the usual one
+    assert "takes them larger" not in capsys.readouterr().err
+    most = dataset.most_by_default(torch.device("cpu"))
+    assert open_dataset(str(tmp_path / "b"), most=most).size == most == 64
+    assert "--size 256 takes them larger" in capsys.readouterr().err
+    assert open_dataset(str(tmp_path / "b"), 128, most=most).size == 128
     for size in (8, 48, 2048):
         with pytest.raises(click.ClickException, match=f"--size {size} is not a power of two"):
             open_dataset(str(tmp_path / "a"), size)
