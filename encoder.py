@@ -17,6 +17,7 @@ import copy
 import functools
 import json
 import math
+import zipfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -77,6 +78,8 @@ class Encoder(nn.Module):
         norm_layer=nn.BatchNorm2d,
     ):
         super().__init__()
+        if backbone not in ("resnet18", "resnet34", "resnet50"):  # a file may name anything else in torchvision
+            raise ValueError(f"no backbone {backbone!r:.40}")
         self.config = dict(backbone=backbone, stem=stem, mean=tuple(mean), std=tuple(std))
         self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(3, 1, 1), persistent=False)
@@ -98,6 +101,7 @@ class Encoder(nn.Module):
 
 def build(checkpoint: dict) -> Encoder:
     """The frozen encoder in eval mode, from the content of `encoder.pt`."""
+    training.check_fits(lambda: Encoder(**checkpoint["config"]), checkpoint["model"])
     encoder = Encoder(**checkpoint["config"])
     encoder.load_state_dict(checkpoint["model"])
     return encoder.eval().requires_grad_(False)
@@ -460,7 +464,8 @@ def first_weights(file: str, options: dict) -> tuple[dict, dict]:
     if not Path(file).is_file():
         raise click.ClickException(f"--init {file}: no such file")
     try:
-        weights = torch.load(file, map_location="cpu", weights_only=True)
+        # A map of a zip: a plain load reads beyond parts that are shorter than their tensors. Old weights are no zips.
+        weights = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
     except Exception as error:  # whatever a damaged or foreign file may provoke
         raise click.ClickException(f"--init {file} cannot be read as weights ({type(error).__name__})") from None
     if isinstance(weights, dict) and "stage" in weights:

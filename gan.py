@@ -707,13 +707,17 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> Network:
     with training.reading(path):
         names = data["label_names"] if labels else []
         options = state["options"]
-        decoder = Decoder(data["size"], len(names), options["orth"] == "exact", options["width"])
+        shape = data["size"], len(names), options["orth"] == "exact", options["width"]
+        training.check_fits(lambda: Decoder(*shape), state["ema"])
+        decoder = Decoder(*shape)
         decoder.load_state_dict(state["ema"])
         decoder.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
         encoder = frozen_encoder(stage1.build(state["encoder"]), data["size"], device) if state.get("encoder") else None
         classifier = stage2.build(state["classifier"]).to(device) if state.get("classifier") else None
         balance = torch.tensor(state["classifier"]["balance"]) if classifier else None
-        rows = labels["rows"].float().repeat_interleave(labels["counts"], dim=0) if labels else None
+        if labels and labels["counts"].sum() != data["splits"]["train"]:
+            raise ValueError("its labels are not those of its images")
+        rows = labels["rows"].byte().float().repeat_interleave(labels["counts"], dim=0) if labels else None
         if labels and not rows.shape[1] == len(names) == (classifier.out_features if classifier else len(names)):
             raise ValueError(f"{len(names)} label names, but labels of {rows.shape[1]}")
         with torch.inference_mode():

@@ -63,6 +63,7 @@ METRICS = (
 OF_PAPER = {"fid", "is_published", "chamfer_sum", "accuracy"}  # what --protocol paper measures by default
 OF_FOLDERS = ("fid", "is", "kid", "pr", "chamfer")
 FEWEST = 64  # points a side for t-SNE: of fewer, equal clouds may score worse than clouds far apart
+MAX_STATS = 2**29  # bytes of unpacked statistics: those of 8,000 features
 MOST = 10_000  # features a side for precision and recall, whose time grows with their product
 
 # --- the image reader: files.py has the same text ---
@@ -451,7 +452,7 @@ def inception_network(file: str | None, url: str, option: str, build: Callable) 
     """
     path = Path(file) if file else published_weights(url, option)
     try:
-        return build(torch.load(path, map_location="cpu", weights_only=True)), path
+        return build(torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))), path
     except Exception as error:  # damaged files raise nearly anything
         why = "it is no file of tensors"
         if isinstance(error, OSError | ValueError):
@@ -728,11 +729,14 @@ def load_stats(path: Path | str, features) -> tuple[Moments, bool]:
     Raises click.ClickException if they are of another network or resize, or no statistics at all.
     """
     try:
+        with zipfile.ZipFile(path) as parts:
+            if sum(part.file_size for part in parts.infolist()) > MAX_STATS:  # a few kB can unpack to any size
+                raise ValueError
         with np.load(path, allow_pickle=False) as file:
             stats = {k: file[k] for k in ("mu", "sigma", "n", "network", "resize") if k in file.files}
         mean, cov = (torch.from_numpy(np.asarray(stats[name], np.float64)) for name in ("mu", "sigma"))
         n = int(stats.get("n", 10**9))
-    except (OSError, ValueError, KeyError, EOFError, TypeError, AttributeError, zipfile.BadZipFile) as error:
+    except Exception as error:  # damaged files raise nearly anything
         why = f": {error.strerror}" if getattr(error, "strerror", None) else ""
         raise click.ClickException(f"{path} holds no statistics ('mu' and 'sigma'){why}") from None
     if mean.ndim != 1 or cov.shape != (len(mean), len(mean)) or not all(t.isfinite().all() for t in (mean, cov)):

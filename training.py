@@ -630,6 +630,16 @@ ENTRIES = {
     "classifier": dict(config=dict, model=dict, data=dict, options=dict, encoder_hash=str, balance=list),
     "gan": dict(ema=dict, data=dict, options=dict, images_seen=int),
 }
+DTYPES = (
+    torch.bool,
+    torch.uint8,
+    torch.int32,
+    torch.int64,
+    torch.float16,
+    torch.bfloat16,
+    torch.float32,
+    torch.float64,
+)
 RESUME_REMEDY = "give --no-resume to start over, or another --outdir"
 DATA = dict(data=str, name=str, size=int, fingerprint=str, label_names=list, label_kind=str, splits=dict, preset=str)
 
@@ -686,8 +696,12 @@ def load(path: Path | str, stage: str, finished: bool = False, others: bool = Tr
         raise click.ClickException(f"{path} does not exist: run {stage}.py with the same --data and --outdir first")
     try:
         with zipfile.ZipFile(path) as parts:  # what torch.save writes; torch.load does not compare its checksums
+            if any(part.compress_type for part in parts.infolist()):
+                raise ValueError("torch.save compresses nothing, so this may unpack to any size")
             damaged = parts.testzip()
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        # By way of a map of the file: a plain load reads beyond parts that are shorter than their tensors.
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        state = in_memory(state, [4 * path.stat().st_size])
     except Exception as error:  # damaged files raise nearly anything
         raise click.ClickException(
             f"{path} is not a checkpoint of this project, or damaged ({type(error).__name__} while reading it)"
@@ -711,11 +725,40 @@ def load(path: Path | str, stage: str, finished: bool = False, others: bool = Tr
             raise click.ClickException(f"{path} is incomplete: its 'data' has no {name!r}, or not a {kind.__name__}")
     for name, weights in (("model", state.get("model")), ("ema", state.get("ema"))):
         for key, value in (weights or {}).items():
-            if not isinstance(value, torch.Tensor) or (value.is_floating_point() and not value.isfinite().all()):
+            if not (isinstance(key, str) and isinstance(value, torch.Tensor) and value.isfinite().all()):
                 raise click.ClickException(f"{path} has values in {name}.{key} that are no finite numbers: not usable")
     if finished and "results" not in state:
         raise click.ClickException(f"{path} is of an unfinished run: run {stage}.py again, to its end")
     return state
+
+
+def in_memory(value: object, room: list[int]) -> object:
+    """A copy of what torch.load has mapped, in memory of its own: the file may change.
+
+    Raises ValueError for tensors that take more than `room` bytes together, or that no network of ours has.
+    """
+    if isinstance(value, dict):
+        return {key: in_memory(v, room) for key, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(in_memory(v, room) for v in value)
+    if not isinstance(value, torch.Tensor):
+        return value
+    if value.layout != torch.strided or value.is_meta or value.dtype not in DTYPES:
+        raise ValueError("not a plain tensor")
+    room[0] -= value.numel() * value.element_size()  # a few bytes can stand for a tensor of any size
+    if room[0] < 0:
+        raise ValueError("its tensors are larger than the file")
+    return value.clone()
+
+
+def check_fits(build: Callable[[], torch.nn.Module], weights: dict[str, torch.Tensor]) -> None:
+    """Raise ValueError unless the network has tensors of the shapes of `weights`: only then it is built in memory."""
+    with torch.device("meta"):
+        shapes = {name: tuple(value.shape) for name, value in build().state_dict().items()}
+    theirs = {name: tuple(value.shape) for name, value in weights.items()}
+    for name in shapes | theirs:
+        if theirs.get(name) != shapes.get(name):
+            raise ValueError(f"{name} is {theirs.get(name, 'missing')} there, {shapes.get(name, 'missing')} here")
 
 
 def instead(path: Path, stage: str) -> str:
@@ -733,7 +776,7 @@ def reading(file: Path | str) -> Iterator[None]:
     """Within it, entries of a checkpoint that are missing or do not fit are reported in one line that names the file."""
     try:
         yield
-    except (KeyError, ValueError, TypeError, AttributeError, IndexError, RuntimeError) as error:
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         lines = str(error).splitlines() or [type(error).__name__]
         what = f"no entry {lines[0]}" if isinstance(error, KeyError) else lines[-1].strip()[:200]
         raise click.ClickException(f"{file} is incomplete or does not fit this code: {what}") from None

@@ -305,6 +305,12 @@ BROKEN = {
     "other names": lambda s: s["data"].update(label_names=["a", "b"]),
     "rows of another width": lambda s: s["labels"].update(rows=torch.zeros(3, 7, dtype=torch.uint8)),
     "no classifier": lambda s: s["classifier"].pop("config"),
+    "another network in its place": lambda s: s["encoder"]["config"].update(backbone="regnet_y_128gf"),
+    "a classifier larger than its weights": lambda s: s["classifier"]["config"].update(labels=30_000),
+    "more labels than images": lambda s: s["labels"].update(counts=s["labels"]["counts"] + 10**7),
+    "images larger than its weights": lambda s: s["data"].update(size=1024),
+    "a size that no computer has": lambda s: s["data"].update(size=10**100),
+    "weights with numbers for names": lambda s: s["ema"].update({3: torch.zeros(1)}),
     "another version": lambda s: s.update(version=1),
     "a list": lambda s: s.update(stage=["gan"]),
 }
@@ -327,7 +333,8 @@ def test_incomplete_checkpoints_are_one_line(command, class_folder, gan_run, tmp
     torch.save(state, folder / "gan.pt")
     before = (folder / "gan.pt").read_bytes()
     options = ("--data", class_folder, "--outdir", folder, "--smoke", "--kimg", 0.032)
-    if what not in ("rows of another width", "no classifier"):  # which training writes anew
+    anew = ("rows of another width", "no classifier", "another network in its place", "more labels than images")
+    if what not in (*anew, "a classifier larger than its weights"):  # which training does not read
         line = last_line(command("gan", *options, code=1))
         assert line.startswith("Error: ") and "gan.pt" in line and len(line) < 500
         assert (folder / "gan.pt").read_bytes() == before
