@@ -114,7 +114,7 @@ def embed(encoder: nn.Module, batches: Iterable[torch.Tensor], total: int, run: 
     batches: uint8 [B, S, S, 3] tensors, `total` images in all. Shows progress.
     """
     encoder, parts = encoder.eval(), []
-    with tqdm(total=total, desc="embed", unit="img", dynamic_ncols=True, leave=False) as bar:
+    with tqdm(total=total, desc="embed", unit="img", dynamic_ncols=True, leave=False, file=training.SCREEN) as bar:
         for images in batches:
             with run.autocast():
                 parts.append(encoder(training.to_float(images.to(run.device))).float())
@@ -581,23 +581,25 @@ def main(**options):
             content |= dict(options=options, images_seen=seen, training=extra) | more
             training.save(path, content, must=seen >= total)
 
-    # Train.
-    with training.lock(outdir, "encoder", run.rank), training.signals(run):
-        if run.rank == 0:
-            training.write_options(outdir / "encoder.json", options)
-            print(
-                f"{'Resuming' if done else 'Training'} {options['method']} {options['backbone']} on {len(ds):,} images "
-                f"of {ds.size} px, to {total:,} images seen ({total / len(ds):.3g} epochs)"
-            )
-        with training.Log(outdir, "encoder", total, done, rank=run.rank) as log:
-            extra = train(encoder, ds, run, options, state, total, log, save) if done < total else state["training"]
+    with training.lock(outdir, "encoder", run.rank):
+        # Train.
+        with training.signals(run):
+            if run.rank == 0:
+                training.write_options(outdir / "encoder.json", options)
+                print(
+                    f"{'Resuming' if done else 'Training'} {options['method']} {options['backbone']} on {len(ds):,} images "
+                    f"of {ds.size} px, to {total:,} images seen ({total / len(ds):.3g} epochs)"
+                )
+            with training.Log(outdir, "encoder", total, done, rank=run.rank) as log:
+                extra = train(encoder, ds, run, options, state, total, log, save) if done < total else state["training"]
 
-    # Evaluate.
+        # Evaluate.
+        if run.rank == 0:
+            results = evaluate(encoder, ds, val, run, 200 if options["smoke"] else EVALUATED)
+            steps = max(0, math.ceil((total - done) / options["batch"]))
+            save(done + steps * options["batch"], extra, results=results)
+            training.write_options(outdir / "encoder.json", options | {"results": results})
     if run.rank == 0:
-        results = evaluate(encoder, ds, val, run, 200 if options["smoke"] else EVALUATED)
-        steps = max(0, math.ceil((total - done) / options["batch"]))
-        save(done + steps * options["batch"], extra, results=results)
-        training.write_options(outdir / "encoder.json", options | {"results": results})
         report(results, ds.label_kind)
         print(f"Wrote {path} and {outdir / 'encoder.json'}")
 

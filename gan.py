@@ -774,7 +774,8 @@ def save_grid(trainer: Trainer, path: Path, y: Tensor | None, latents: Tensor) -
     with torch.inference_mode():
         picture = grid(trainer.ema(y, latents), columns=8)
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(picture).save(path)
+    with training.atomic(path) as temporary:
+        Image.fromarray(picture).save(temporary)
     return picture
 
 
@@ -1052,13 +1053,10 @@ def main(**options):
                 log.write(images, **control)
                 training.check_finite([trainer.step_g, trainer.step_d], images, options)
 
-            # Save the networks, and now and then a snapshot and a picture.
+            # Save now and then a snapshot and a picture, then the networks: a run that is killed amid it does it again.
             if due or stopping:
                 if run.rank == 0:
                     state = frozen | {"images_seen": images, "iteration": iteration, "ema": trainer.ema.state_dict()}
-                    training.save(
-                        checkpoint, state | stages | {"trainer": trainer.state()}, must=bool(done or stopping)
-                    )
                     if due:
                         training.save_snapshot(
                             outdir / "snapshots" / f"gan-{images:08d}.pt", state, options["keep"], 10 * snap
@@ -1067,6 +1065,9 @@ def main(**options):
                             log.picture(
                                 "samples", save_grid(trainer, outdir / "samples" / f"{images:08d}.png", *fixed), images
                             )
+                    training.save(
+                        checkpoint, state | stages | {"trainer": trainer.state()}, must=bool(done or stopping)
+                    )
                 run.wait()
             if stopping:
                 raise training.Stopped(stopping, f"stopped and saved at {images:,} images; the same command goes on")

@@ -1116,7 +1116,7 @@ class Run:
     def logged(self, stage: str, key: str) -> float | None:
         """The last value of `key` that the stage's present run wrote to stats.jsonl: not one that was started over."""
         value, images = None, 0
-        with contextlib.suppress(OSError, ValueError):
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
             for line in (self.folder / "stats.jsonl").read_text().splitlines():
                 entry = json.loads(line)
                 if entry.get("stage") == stage:

@@ -443,10 +443,11 @@ def signals(run: Run) -> Iterator[None]:
         # torchrun passes a SIGINT on that the terminal has sent already: within a second it is the same one.
         if signum == signal.SIGINT and run.signal == signum and time.monotonic() - asked > 1:
             raise KeyboardInterrupt
-        if not run.signal and run.rank == 0:
+        first, run.signal, asked = not run.signal, signum, time.monotonic()
+        if first and run.rank == 0:
             again = "; again to end at once" if signum == signal.SIGINT else ""
-            tqdm.write(f"{signal.Signals(signum).name}: finishing the iteration, then saving{again}", file=sys.stderr)
-        run.signal, asked = signum, time.monotonic()
+            with contextlib.suppress(RuntimeError):  # Python refuses a line amid another one
+                tqdm.write(f"{signal.Signals(signum).name}: finishing the iteration, then saving{again}", file=SCREEN)
 
     if threading.current_thread() is not threading.main_thread():  # Python handles signals there alone
         yield
@@ -662,7 +663,7 @@ def save(path: Path, state: dict, must: bool = True, keep_previous: bool = True)
         why = getattr(error, "strerror", None) or "is the disk full?"
         if must:
             raise click.ClickException(f"cannot write {path}: {why}") from None
-        tqdm.write(f"Warning: cannot write {path}: {why}; training goes on until the next save", file=sys.stderr)
+        tqdm.write(f"Warning: cannot write {path}: {why}; training goes on until the next save", file=SCREEN)
 
 
 def save_snapshot(path: Path, state: dict, keep: int, every: int) -> None:
@@ -844,9 +845,10 @@ def lock(outdir: Path, stage: str, rank: int = 0) -> Iterator[None]:
             file.write(f"{stage}.py, process {os.getpid()} on {socket.gethostname()}\n".encode())
         except OSError as error:
             raise click.ClickException(f"cannot write to {outdir}: {error.strerror}; give another --outdir") from None
-        for left in outdir.glob(".*.[0-9]*"):  # temporary files of `atomic`
-            if re.search(r"\.\d+(\.\w+)?$", left.name):
-                left.unlink(missing_ok=True)
+        for folder in (outdir, outdir / "snapshots", outdir / "samples"):
+            for left in folder.glob(".*"):  # temporary files of `atomic`, and no others
+                if re.fullmatch(r"\.(encoder|classifier|gan|stats|\d+)([.-]\w+)?\.\d+\.(pt|jsonl?|png)", left.name):
+                    left.unlink(missing_ok=True)
         yield
 
 
@@ -904,6 +906,24 @@ def duration(seconds: float) -> str:
     return f"{seconds:.0f} seconds"
 
 
+class Screen:
+    """stderr, for what no run should end for: its reader may have gone, or it may be a file on a full disk."""
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(sys.stderr, name)
+
+    def write(self, text: str) -> None:
+        with contextlib.suppress(OSError):
+            sys.stderr.write(text)
+
+    def flush(self) -> None:
+        with contextlib.suppress(OSError):
+            sys.stderr.flush()
+
+
+SCREEN = Screen()
+
+
 class Log:
     """Progress bar on stderr, one JSON object a line in `stats.jsonl`, the same numbers in TensorBoard.
 
@@ -929,6 +949,7 @@ class Log:
         self.bar = tqdm(
             total=total,
             initial=done,
+            file=SCREEN,
             desc=stage,
             unit=unit,
             unit_scale=True,
@@ -957,15 +978,16 @@ class Log:
             if what not in self.warned:
                 self.warned.add(what)
                 tqdm.write(
-                    f"Warning: {what} cannot be written ({error.strerror or error}); training goes on", file=sys.stderr
+                    f"Warning: {what} cannot be written ({error.strerror or error}); training goes on", file=SCREEN
                 )
 
     def forget(self, done: int) -> None:
         """Drop the lines of this stage after `done` images: a resumed run writes them again, a new one its own."""
         if self.path.exists():
             kept = []
-            for line in self.path.read_text().splitlines():
-                with contextlib.suppress(ValueError, TypeError, KeyError):  # half a line, of a run that was killed
+            for line in self.path.read_text(errors="replace").splitlines():
+                # Half a line, of a run that was killed, or what a crash of the machine left.
+                with contextlib.suppress(ValueError, TypeError, KeyError, RecursionError):
                     entry = json.loads(line)
                     if entry["stage"] != self.stage or entry["images"] <= done:
                         kept.append(line + "\n")
@@ -989,9 +1011,7 @@ class Log:
             seconds = (time.monotonic() - self.since[0]) / (self.bar.n - self.since[1])  # per image
             line = f"{1 / seconds:,.3g} images/s: about {duration(seconds * (self.bar.total - self.bar.n))} to the end"
             others = [f"{duration(seconds * n)} for {name}" for name, n in self.lengths.items() if n != self.bar.total]
-            tqdm.write(
-                f"{line}{' (from the start: ' * bool(others)}{', '.join(others)}{')' * bool(others)}", sys.stderr
-            )
+            tqdm.write(f"{line}{' (from the start: ' * bool(others)}{', '.join(others)}{')' * bool(others)}", SCREEN)
             self.since = None
 
     def write(self, images: int, **extra: float) -> dict[str, float]:
