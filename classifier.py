@@ -46,6 +46,7 @@ class Classifier(nn.Linear):
 
 def build(checkpoint: dict) -> Classifier:
     """The frozen classifier in eval mode, from the content of `classifier.pt`."""
+    training.check_fits(lambda: Classifier(**checkpoint["config"]), checkpoint["model"])
     classifier = Classifier(**checkpoint["config"])
     classifier.load_state_dict(checkpoint["model"])
     return classifier.eval().requires_grad_(False)
@@ -315,20 +316,20 @@ def main(**options):
         first.to(run.device).requires_grad_(False)
     h = {split: v.to(run.device) for split, v in h.items()}
     done = state.get("training", {}).get("epochs", 0)
-    with (
-        training.lock(outdir, "classifier"),
-        training.signals(run),
-        training.reading(path),
-        training.Log(outdir, "classifier", epochs * len(ds), done * len(ds)) as log,
-    ):
-        go_on = dict(first=first, state=state.get("training"), log=log, save=save, stopping=lambda: run.signal)
-        classifier = fit(h["train"], labels["train"], one_hot, options, epochs, **go_on)
+    go_on = dict(first=first, state=state.get("training"), save=save, stopping=lambda: run.signal)
+    with training.lock(outdir, "classifier"):
+        with (
+            training.signals(run),
+            training.reading(path),
+            training.Log(outdir, "classifier", epochs * len(ds), done * len(ds)) as log,
+        ):
+            classifier = fit(h["train"], labels["train"], one_hot, options, epochs, log=log, **go_on)
 
-        # Evaluate.
-        results |= evaluate(classifier(h["val"]).cpu(), labels["val"].cpu(), names, one_hot, balance)
-        log.write(epochs * len(ds), accuracy=results["overall"]["accuracy"], mi_bits=results["bits"]["mi"])
-    training.save(path, saved | {"results": results})
-    training.write_options(outdir / "classifier.json", options | {"results": results})
+            # Evaluate.
+            results |= evaluate(classifier(h["val"]).cpu(), labels["val"].cpu(), names, one_hot, balance)
+            log.write(epochs * len(ds), accuracy=results["overall"]["accuracy"], mi_bits=results["bits"]["mi"])
+        training.save(path, saved | {"results": results})
+        training.write_options(outdir / "classifier.json", options | {"results": results})
     report(results, one_hot, options["balance"])
     for name, v in results.get("clusters", {}).items():
         print(f"{len(names)} clusters against {name}: purity {v['purity']:.3f}  NMI {v['nmi']:.3f}  ARI {v['ari']:.3f}")

@@ -442,9 +442,9 @@ def select(
         spec = "celeba5" if five else "class" if classes else ",".join(attributes)
     if spec == "class" and classes:
         return spec, []
-    names = [layouts.nfc(s.strip()) for s in CELEBA.get(spec, spec).split(",")]
+    names, there = [layouts.nfc(s.strip()) for s in CELEBA.get(spec, spec).split(",")], set(attributes)
     for name in names:
-        if name not in attributes:
+        if name not in there:
             known = ", ".join((["class"] if classes else []) + attributes)
             fail(f"--attributes: {data} has no {name!r}; it has: {known}")
     if len(set(names)) < len(names):
@@ -489,7 +489,8 @@ class Dataset:
         self.label_names = names or info["classes"]
         # Labels are floats, as losses take them; the pack has them as bytes and class numbers.
         if names:
-            columns = [info["attributes"].index(n) for n in names]
+            column_of = {name: i for i, name in enumerate(info["attributes"])}
+            columns = [column_of[name] for name in names]
             self.labels = np.ascontiguousarray(arrays[f"{split}.attributes"][:, columns], np.float32)
         else:
             self.labels = np.eye(len(self.label_names), dtype=np.float32)[arrays[f"{split}.class"]]

@@ -17,6 +17,7 @@ import copy
 import functools
 import json
 import math
+import zipfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -77,6 +78,8 @@ class Encoder(nn.Module):
         norm_layer=nn.BatchNorm2d,
     ):
         super().__init__()
+        if backbone not in ("resnet18", "resnet34", "resnet50"):  # a file may name anything else in torchvision
+            raise ValueError(f"no backbone {backbone!r:.40}")
         self.config = dict(backbone=backbone, stem=stem, mean=tuple(mean), std=tuple(std))
         self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(3, 1, 1), persistent=False)
@@ -98,6 +101,7 @@ class Encoder(nn.Module):
 
 def build(checkpoint: dict) -> Encoder:
     """The frozen encoder in eval mode, from the content of `encoder.pt`."""
+    training.check_fits(lambda: Encoder(**checkpoint["config"]), checkpoint["model"])
     encoder = Encoder(**checkpoint["config"])
     encoder.load_state_dict(checkpoint["model"])
     return encoder.eval().requires_grad_(False)
@@ -110,7 +114,7 @@ def embed(encoder: nn.Module, batches: Iterable[torch.Tensor], total: int, run: 
     batches: uint8 [B, S, S, 3] tensors, `total` images in all. Shows progress.
     """
     encoder, parts = encoder.eval(), []
-    with tqdm(total=total, desc="embed", unit="img", dynamic_ncols=True, leave=False) as bar:
+    with tqdm(total=total, desc="embed", unit="img", dynamic_ncols=True, leave=False, file=training.SCREEN) as bar:
         for images in batches:
             with run.autocast():
                 parts.append(encoder(training.to_float(images.to(run.device))).float())
@@ -460,7 +464,8 @@ def first_weights(file: str, options: dict) -> tuple[dict, dict]:
     if not Path(file).is_file():
         raise click.ClickException(f"--init {file}: no such file")
     try:
-        weights = torch.load(file, map_location="cpu", weights_only=True)
+        # A map of a zip: a plain load reads beyond parts that are shorter than their tensors. Old weights are no zips.
+        weights = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
     except Exception as error:  # whatever a damaged or foreign file may provoke
         raise click.ClickException(f"--init {file} cannot be read as weights ({type(error).__name__})") from None
     if isinstance(weights, dict) and "stage" in weights:
@@ -576,23 +581,25 @@ def main(**options):
             content |= dict(options=options, images_seen=seen, training=extra) | more
             training.save(path, content, must=seen >= total)
 
-    # Train.
-    with training.lock(outdir, "encoder", run.rank), training.signals(run):
-        if run.rank == 0:
-            training.write_options(outdir / "encoder.json", options)
-            print(
-                f"{'Resuming' if done else 'Training'} {options['method']} {options['backbone']} on {len(ds):,} images "
-                f"of {ds.size} px, to {total:,} images seen ({total / len(ds):.3g} epochs)"
-            )
-        with training.Log(outdir, "encoder", total, done, rank=run.rank) as log:
-            extra = train(encoder, ds, run, options, state, total, log, save) if done < total else state["training"]
+    with training.lock(outdir, "encoder", run.rank):
+        # Train.
+        with training.signals(run):
+            if run.rank == 0:
+                training.write_options(outdir / "encoder.json", options)
+                print(
+                    f"{'Resuming' if done else 'Training'} {options['method']} {options['backbone']} on {len(ds):,} images "
+                    f"of {ds.size} px, to {total:,} images seen ({total / len(ds):.3g} epochs)"
+                )
+            with training.Log(outdir, "encoder", total, done, rank=run.rank) as log:
+                extra = train(encoder, ds, run, options, state, total, log, save) if done < total else state["training"]
 
-    # Evaluate.
+        # Evaluate.
+        if run.rank == 0:
+            results = evaluate(encoder, ds, val, run, 200 if options["smoke"] else EVALUATED)
+            steps = max(0, math.ceil((total - done) / options["batch"]))
+            save(done + steps * options["batch"], extra, results=results)
+            training.write_options(outdir / "encoder.json", options | {"results": results})
     if run.rank == 0:
-        results = evaluate(encoder, ds, val, run, 200 if options["smoke"] else EVALUATED)
-        steps = max(0, math.ceil((total - done) / options["batch"]))
-        save(done + steps * options["batch"], extra, results=results)
-        training.write_options(outdir / "encoder.json", options | {"results": results})
         report(results, ds.label_kind)
         print(f"Wrote {path} and {outdir / 'encoder.json'}")
 

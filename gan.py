@@ -713,13 +713,17 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> Network:
     with training.reading(path):
         names = data["label_names"] if labels else []
         options = state["options"]
-        decoder = Decoder(data["size"], len(names), options["orth"] == "exact", options["width"])
+        shape = data["size"], len(names), options["orth"] == "exact", options["width"]
+        training.check_fits(lambda: Decoder(*shape), state["ema"])
+        decoder = Decoder(*shape)
         decoder.load_state_dict(state["ema"])
         decoder.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
         encoder = frozen_encoder(stage1.build(state["encoder"]), data["size"], device) if state.get("encoder") else None
         classifier = stage2.build(state["classifier"]).to(device) if state.get("classifier") else None
         balance = torch.tensor(state["classifier"]["balance"]) if classifier else None
-        rows = labels["rows"].float().repeat_interleave(labels["counts"], dim=0) if labels else None
+        if labels and labels["counts"].sum() != data["splits"]["train"]:
+            raise ValueError("its labels are not those of its images")
+        rows = labels["rows"].byte().float().repeat_interleave(labels["counts"], dim=0) if labels else None
         if labels and not rows.shape[1] == len(names) == (classifier.out_features if classifier else len(names)):
             raise ValueError(f"{len(names)} label names, but labels of {rows.shape[1]}")
         with torch.inference_mode():
@@ -776,7 +780,8 @@ def save_grid(trainer: Trainer, path: Path, y: Tensor | None, latents: Tensor) -
     with torch.inference_mode():
         picture = grid(trainer.ema(y, latents), columns=8)
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(picture).save(path)
+    with training.atomic(path) as temporary:
+        Image.fromarray(picture).save(temporary)
     return picture
 
 
@@ -1054,13 +1059,10 @@ def main(**options):
                 log.write(images, **control)
                 training.check_finite([trainer.step_g, trainer.step_d], images, options)
 
-            # Save the networks, and now and then a snapshot and a picture.
+            # Save now and then a snapshot and a picture, then the networks: a run that is killed amid it does it again.
             if due or stopping:
                 if run.rank == 0:
                     state = frozen | {"images_seen": images, "iteration": iteration, "ema": trainer.ema.state_dict()}
-                    training.save(
-                        checkpoint, state | stages | {"trainer": trainer.state()}, must=bool(done or stopping)
-                    )
                     if due:
                         training.save_snapshot(
                             outdir / "snapshots" / f"gan-{images:08d}.pt", state, options["keep"], 10 * snap
@@ -1069,6 +1071,9 @@ def main(**options):
                             log.picture(
                                 "samples", save_grid(trainer, outdir / "samples" / f"{images:08d}.png", *fixed), images
                             )
+                    training.save(
+                        checkpoint, state | stages | {"trainer": trainer.state()}, must=bool(done or stopping)
+                    )
                 run.wait()
             if stopping:
                 raise training.Stopped(stopping, f"stopped and saved at {images:,} images; the same command goes on")

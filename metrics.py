@@ -63,12 +63,22 @@ METRICS = (
 OF_PAPER = {"fid", "is_published", "chamfer_sum", "accuracy"}  # what --protocol paper measures by default
 OF_FOLDERS = ("fid", "is", "kid", "pr", "chamfer")
 FEWEST = 64  # points a side for t-SNE: of fewer, equal clouds may score worse than clouds far apart
+MAX_STATS = 2**29  # bytes of unpacked statistics: those of 8,000 features
 MOST = 10_000  # features a side for precision and recall, whose time grows with their product
 
 # --- the image reader: files.py has the same text ---
 SUFFIXES = (
     *(".avif", ".bmp", ".gif", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".pnm", ".ppm"),
     *(".tga", ".tif", ".tiff", ".webp"),
+)
+OF_SYSTEMS = (
+    "__MACOSX",
+    "__pycache__",
+    "@eaDir",
+    "#recycle",
+    "lost+found",
+    "$RECYCLE.BIN",
+    "System Volume Information",
 )
 # Pillow tries only these formats, whatever a file is called: some others (EPS) would start a program.
 FORMATS = sorted({name for suffix, name in Image.registered_extensions().items() if suffix in SUFFIXES})
@@ -124,7 +134,7 @@ def read_image(file: str | Path | BinaryIO, max_pixels: int = MAX_PIXELS) -> Ima
 
 def is_hidden(name: str) -> bool:
     """Whether systems and editors use the name for files of their own: .x, ._x, .ipynb_checkpoints, __MACOSX."""
-    return name.startswith(".") or name == "__MACOSX"
+    return name.startswith(".") or name in OF_SYSTEMS
 
 
 def walk(root: Path) -> tuple[list[str], list[str]]:
@@ -442,7 +452,7 @@ def inception_network(file: str | None, url: str, option: str, build: Callable) 
     """
     path = Path(file) if file else published_weights(url, option)
     try:
-        return build(torch.load(path, map_location="cpu", weights_only=True)), path
+        return build(torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))), path
     except Exception as error:  # damaged files raise nearly anything
         why = "it is no file of tensors"
         if isinstance(error, OSError | ValueError):
@@ -738,11 +748,14 @@ def load_stats(path: Path | str, features) -> tuple[Moments, bool]:
     Raises click.ClickException if they are of another network or resize, or no statistics at all.
     """
     try:
+        with zipfile.ZipFile(path) as parts:
+            if sum(part.file_size for part in parts.infolist()) > MAX_STATS:  # a few kB can unpack to any size
+                raise ValueError
         with np.load(path, allow_pickle=False) as file:
             stats = {k: file[k] for k in ("mu", "sigma", "n", "network", "resize") if k in file.files}
         mean, cov = (torch.from_numpy(np.asarray(stats[name], np.float64)) for name in ("mu", "sigma"))
         n = int(stats.get("n", 10**9))
-    except (OSError, ValueError, KeyError, EOFError, TypeError, AttributeError, zipfile.BadZipFile) as error:
+    except Exception as error:  # damaged files raise nearly anything
         why = f": {error.strerror}" if getattr(error, "strerror", None) else ""
         raise click.ClickException(f"{path} holds no statistics ('mu' and 'sigma'){why}") from None
     if mean.ndim != 1 or cov.shape != (len(mean), len(mean)) or not all(t.isfinite().all() for t in (mean, cov)):
@@ -1120,7 +1133,7 @@ class Run:
     def logged(self, stage: str, key: str) -> float | None:
         """The last value of `key` that the stage's present run wrote to stats.jsonl: not one that was started over."""
         value, images = None, 0
-        with contextlib.suppress(OSError, ValueError):
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
             for line in (self.folder / "stats.jsonl").read_text().splitlines():
                 entry = json.loads(line)
                 if entry.get("stage") == stage:

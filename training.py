@@ -443,10 +443,11 @@ def signals(run: Run) -> Iterator[None]:
         # torchrun passes a SIGINT on that the terminal has sent already: within a second it is the same one.
         if signum == signal.SIGINT and run.signal == signum and time.monotonic() - asked > 1:
             raise KeyboardInterrupt
-        if not run.signal and run.rank == 0:
+        first, run.signal, asked = not run.signal, signum, time.monotonic()
+        if first and run.rank == 0:
             again = "; again to end at once" if signum == signal.SIGINT else ""
-            tqdm.write(f"{signal.Signals(signum).name}: finishing the iteration, then saving{again}", file=sys.stderr)
-        run.signal, asked = signum, time.monotonic()
+            with contextlib.suppress(RuntimeError):  # Python refuses a line amid another one
+                tqdm.write(f"{signal.Signals(signum).name}: finishing the iteration, then saving{again}", file=SCREEN)
 
     if threading.current_thread() is not threading.main_thread():  # Python handles signals there alone
         yield
@@ -630,6 +631,16 @@ ENTRIES = {
     "classifier": dict(config=dict, model=dict, data=dict, options=dict, encoder_hash=str, balance=list),
     "gan": dict(ema=dict, data=dict, options=dict, images_seen=int),
 }
+DTYPES = (
+    torch.bool,
+    torch.uint8,
+    torch.int32,
+    torch.int64,
+    torch.float16,
+    torch.bfloat16,
+    torch.float32,
+    torch.float64,
+)
 RESUME_REMEDY = "give --no-resume to start over, or another --outdir"
 DATA = dict(data=str, name=str, size=int, fingerprint=str, label_names=list, label_kind=str, splits=dict, preset=str)
 
@@ -652,7 +663,7 @@ def save(path: Path, state: dict, must: bool = True, keep_previous: bool = True)
         why = getattr(error, "strerror", None) or "is the disk full?"
         if must:
             raise click.ClickException(f"cannot write {path}: {why}") from None
-        tqdm.write(f"Warning: cannot write {path}: {why}; training goes on until the next save", file=sys.stderr)
+        tqdm.write(f"Warning: cannot write {path}: {why}; training goes on until the next save", file=SCREEN)
 
 
 def save_snapshot(path: Path, state: dict, keep: int, every: int) -> None:
@@ -686,8 +697,12 @@ def load(path: Path | str, stage: str, finished: bool = False, others: bool = Tr
         raise click.ClickException(f"{path} does not exist: run {stage}.py with the same --data and --outdir first")
     try:
         with zipfile.ZipFile(path) as parts:  # what torch.save writes; torch.load does not compare its checksums
+            if any(part.compress_type for part in parts.infolist()):
+                raise ValueError("torch.save compresses nothing, so this may unpack to any size")
             damaged = parts.testzip()
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        # By way of a map of the file: a plain load reads beyond parts that are shorter than their tensors.
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        state = in_memory(state, [4 * path.stat().st_size])
     except Exception as error:  # damaged files raise nearly anything
         raise click.ClickException(
             f"{path} is not a checkpoint of this project, or damaged ({type(error).__name__} while reading it)"
@@ -711,11 +726,40 @@ def load(path: Path | str, stage: str, finished: bool = False, others: bool = Tr
             raise click.ClickException(f"{path} is incomplete: its 'data' has no {name!r}, or not a {kind.__name__}")
     for name, weights in (("model", state.get("model")), ("ema", state.get("ema"))):
         for key, value in (weights or {}).items():
-            if not isinstance(value, torch.Tensor) or (value.is_floating_point() and not value.isfinite().all()):
+            if not (isinstance(key, str) and isinstance(value, torch.Tensor) and value.isfinite().all()):
                 raise click.ClickException(f"{path} has values in {name}.{key} that are no finite numbers: not usable")
     if finished and "results" not in state:
         raise click.ClickException(f"{path} is of an unfinished run: run {stage}.py again, to its end")
     return state
+
+
+def in_memory(value: object, room: list[int]) -> object:
+    """A copy of what torch.load has mapped, in memory of its own: the file may change.
+
+    Raises ValueError for tensors that take more than `room` bytes together, or that no network of ours has.
+    """
+    if isinstance(value, dict):
+        return {key: in_memory(v, room) for key, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(in_memory(v, room) for v in value)
+    if not isinstance(value, torch.Tensor):
+        return value
+    if value.layout != torch.strided or value.is_meta or value.dtype not in DTYPES:
+        raise ValueError("not a plain tensor")
+    room[0] -= value.numel() * value.element_size()  # a few bytes can stand for a tensor of any size
+    if room[0] < 0:
+        raise ValueError("its tensors are larger than the file")
+    return value.clone()
+
+
+def check_fits(build: Callable[[], torch.nn.Module], weights: dict[str, torch.Tensor]) -> None:
+    """Raise ValueError unless the network has tensors of the shapes of `weights`: only then it is built in memory."""
+    with torch.device("meta"):
+        shapes = {name: tuple(value.shape) for name, value in build().state_dict().items()}
+    theirs = {name: tuple(value.shape) for name, value in weights.items()}
+    for name in shapes | theirs:
+        if theirs.get(name) != shapes.get(name):
+            raise ValueError(f"{name} is {theirs.get(name, 'missing')} there, {shapes.get(name, 'missing')} here")
 
 
 def instead(path: Path, stage: str) -> str:
@@ -733,7 +777,7 @@ def reading(file: Path | str) -> Iterator[None]:
     """Within it, entries of a checkpoint that are missing or do not fit are reported in one line that names the file."""
     try:
         yield
-    except (KeyError, ValueError, TypeError, AttributeError, IndexError, RuntimeError) as error:
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         lines = str(error).splitlines() or [type(error).__name__]
         what = f"no entry {lines[0]}" if isinstance(error, KeyError) else lines[-1].strip()[:200]
         raise click.ClickException(f"{file} is incomplete or does not fit this code: {what}") from None
@@ -801,9 +845,10 @@ def lock(outdir: Path, stage: str, rank: int = 0) -> Iterator[None]:
             file.write(f"{stage}.py, process {os.getpid()} on {socket.gethostname()}\n".encode())
         except OSError as error:
             raise click.ClickException(f"cannot write to {outdir}: {error.strerror}; give another --outdir") from None
-        for left in outdir.glob(".*.[0-9]*"):  # temporary files of `atomic`
-            if re.search(r"\.\d+(\.\w+)?$", left.name):
-                left.unlink(missing_ok=True)
+        for folder in (outdir, outdir / "snapshots", outdir / "samples"):
+            for left in folder.glob(".*"):  # temporary files of `atomic`, and no others
+                if re.fullmatch(r"\.(encoder|classifier|gan|stats|\d+)([.-]\w+)?\.\d+\.(pt|jsonl?|png)", left.name):
+                    left.unlink(missing_ok=True)
         yield
 
 
@@ -861,6 +906,24 @@ def duration(seconds: float) -> str:
     return f"{seconds:.0f} seconds"
 
 
+class Screen:
+    """stderr, for what no run should end for: its reader may have gone, or it may be a file on a full disk."""
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(sys.stderr, name)
+
+    def write(self, text: str) -> None:
+        with contextlib.suppress(OSError):
+            sys.stderr.write(text)
+
+    def flush(self) -> None:
+        with contextlib.suppress(OSError):
+            sys.stderr.flush()
+
+
+SCREEN = Screen()
+
+
 class Log:
     """Progress bar on stderr, one JSON object a line in `stats.jsonl`, the same numbers in TensorBoard.
 
@@ -886,6 +949,7 @@ class Log:
         self.bar = tqdm(
             total=total,
             initial=done,
+            file=SCREEN,
             desc=stage,
             unit=unit,
             unit_scale=True,
@@ -914,15 +978,16 @@ class Log:
             if what not in self.warned:
                 self.warned.add(what)
                 tqdm.write(
-                    f"Warning: {what} cannot be written ({error.strerror or error}); training goes on", file=sys.stderr
+                    f"Warning: {what} cannot be written ({error.strerror or error}); training goes on", file=SCREEN
                 )
 
     def forget(self, done: int) -> None:
         """Drop the lines of this stage after `done` images: a resumed run writes them again, a new one its own."""
         if self.path.exists():
             kept = []
-            for line in self.path.read_text().splitlines():
-                with contextlib.suppress(ValueError, TypeError, KeyError):  # half a line, of a run that was killed
+            for line in self.path.read_text(errors="replace").splitlines():
+                # Half a line, of a run that was killed, or what a crash of the machine left.
+                with contextlib.suppress(ValueError, TypeError, KeyError, RecursionError):
                     entry = json.loads(line)
                     if entry["stage"] != self.stage or entry["images"] <= done:
                         kept.append(line + "\n")
@@ -946,9 +1011,7 @@ class Log:
             seconds = (time.monotonic() - self.since[0]) / (self.bar.n - self.since[1])  # per image
             line = f"{1 / seconds:,.3g} images/s: about {duration(seconds * (self.bar.total - self.bar.n))} to the end"
             others = [f"{duration(seconds * n)} for {name}" for name, n in self.lengths.items() if n != self.bar.total]
-            tqdm.write(
-                f"{line}{' (from the start: ' * bool(others)}{', '.join(others)}{')' * bool(others)}", sys.stderr
-            )
+            tqdm.write(f"{line}{' (from the start: ' * bool(others)}{', '.join(others)}{')' * bool(others)}", SCREEN)
             self.since = None
 
     def write(self, images: int, **extra: float) -> dict[str, float]:

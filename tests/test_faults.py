@@ -126,6 +126,29 @@ def test_a_signal_to_one_process_stops_all_of_them_together(class_folder, class_
     assert training.load(folder / "gan.pt", "gan")["images_seen"] == 64  # all look at every eighth iteration
 
 
+def test_a_signal_amid_a_line_is_taken(monkeypatch):
+    def reentrant(*arguments, **options):
+        raise RuntimeError("reentrant call inside <_io.BufferedWriter name='<stderr>'>")
+
+    run = training.Run(torch.device("cpu"), None, 0)
+    monkeypatch.setattr(training.tqdm, "write", reentrant)
+    with training.signals(run):
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert run.stopping(0) == signal.SIGTERM
+
+
+def test_a_run_killed_amid_its_saves_makes_up_for_them(command, class_folder, class_run, tmp_path, monkeypatch):
+    """The end of a process in the first snapshot: the resumed run has every snapshot and picture all the same."""
+    folder = copy_run(class_run, tmp_path / "run")
+    options = ("--data", class_folder, "--outdir", folder, "--smoke", "--kimg", 0.032, "--snap", 0.016)
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "save_snapshot", lambda *arguments: sys.exit(9))
+        command("gan", *options, code=9)
+    command("gan", *options)
+    assert sorted(p.name for p in (folder / "snapshots").iterdir()) == ["gan-00000016.pt", "gan-00000032.pt"]
+    assert sorted(p.name for p in (folder / "samples").iterdir()) == ["00000016.png", "00000032.png"]
+
+
 # Divergence.
 
 
@@ -233,6 +256,34 @@ def test_logs_that_cannot_be_written_end_no_run(tmp_path, capsys):
     assert said.count("Warning: TensorBoard's log cannot be written") == 1
 
 
+def test_a_terminal_that_cannot_be_written_ends_no_run(tmp_path, monkeypatch):
+    """Its reader has gone, or it is a file on a full disk."""
+
+    class Gone:
+        def write(self, text):
+            raise OSError(28, "No space left on device")
+
+        flush = isatty = fileno = lambda self: self.write("")
+
+    monkeypatch.setattr(sys, "stderr", Gone())
+    monkeypatch.setattr(training.sys.stderr.__class__, "isatty", lambda self: False)
+    (tmp_path / "stats.jsonl").mkdir()
+    with training.Log(tmp_path, "gan", total=100) as log:
+        log.add(x=torch.tensor(1.0))
+        log.step(50)
+        log.bar.refresh()
+        log.write(50)
+
+
+@pytest.mark.parametrize("left", [b"\xff\xfe\0\n", b"[" * 100_000, b"[1]\n{}\nnull\n"])
+def test_whatever_a_crash_left_in_the_log_ends_no_run(tmp_path, left):
+    line = b'{"stage": "gan", "images": 1}\n'
+    (tmp_path / "stats.jsonl").write_bytes(line + left)
+    with training.Log(tmp_path, "gan", total=100, done=10):
+        pass
+    assert (tmp_path / "stats.jsonl").read_bytes() == line
+
+
 def test_a_save_that_fails_underway_is_tried_again(command, class_folder, class_run, tmp_path, monkeypatch):
     folder, save = copy_run(class_run, tmp_path / "run"), torch.save
 
@@ -305,6 +356,12 @@ BROKEN = {
     "other names": lambda s: s["data"].update(label_names=["a", "b"]),
     "rows of another width": lambda s: s["labels"].update(rows=torch.zeros(3, 7, dtype=torch.uint8)),
     "no classifier": lambda s: s["classifier"].pop("config"),
+    "another network in its place": lambda s: s["encoder"]["config"].update(backbone="regnet_y_128gf"),
+    "a classifier larger than its weights": lambda s: s["classifier"]["config"].update(labels=30_000),
+    "more labels than images": lambda s: s["labels"].update(counts=s["labels"]["counts"] + 10**7),
+    "images larger than its weights": lambda s: s["data"].update(size=1024),
+    "a size that no computer has": lambda s: s["data"].update(size=10**100),
+    "weights with numbers for names": lambda s: s["ema"].update({3: torch.zeros(1)}),
     "another version": lambda s: s.update(version=1),
     "a list": lambda s: s.update(stage=["gan"]),
 }
@@ -327,7 +384,8 @@ def test_incomplete_checkpoints_are_one_line(command, class_folder, gan_run, tmp
     torch.save(state, folder / "gan.pt")
     before = (folder / "gan.pt").read_bytes()
     options = ("--data", class_folder, "--outdir", folder, "--smoke", "--kimg", 0.032)
-    if what not in ("rows of another width", "no classifier"):  # which training writes anew
+    anew = ("rows of another width", "no classifier", "another network in its place", "more labels than images")
+    if what not in (*anew, "a classifier larger than its weights"):  # which training does not read
         line = last_line(command("gan", *options, code=1))
         assert line.startswith("Error: ") and "gan.pt" in line and len(line) < 500
         assert (folder / "gan.pt").read_bytes() == before
@@ -374,6 +432,38 @@ def test_two_runs_in_one_folder(command, class_folder, class_run, tmp_path):
     other.communicate(b"\n")
     command("gan", "--data", class_folder, "--outdir", folder, "--smoke", "--kimg", 0.008)
     assert not (folder / ".gan.12345.pt").exists()
+
+
+def test_a_run_that_evaluates_holds_its_folder(command, class_folder, tmp_path, monkeypatch):
+    seen = []
+
+    def evaluate(*arguments):
+        with pytest.raises(click.ClickException, match=r"is in use by encoder\.py"), training.lock(tmp_path, "gan"):
+            pass
+        seen.append(1)
+        return real(*arguments)
+
+    real = encoder.evaluate
+    monkeypatch.setattr(encoder, "evaluate", evaluate)
+    command("encoder", "--data", class_folder, "--outdir", tmp_path, "--smoke")
+    assert seen == [1]
+
+
+def test_only_what_killed_runs_left_is_cleared(tmp_path):
+    left = [
+        ".encoder.12.pt",
+        ".gan.previous.34.pt",
+        ".stats.5.jsonl",
+        "snapshots/.gan-00000016.77.pt",
+        "samples/.00000016.8.png",
+    ]
+    kept = [".bashrc.1", ".gan.pt", "other/.gan.12.pt", "gan.pt", ".lock.3"]
+    for name in left + kept:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    with training.lock(tmp_path, "gan"):
+        assert not [name for name in left if (tmp_path / name).exists()]
+        assert all((tmp_path / name).exists() for name in kept)
 
 
 # Processes.

@@ -211,7 +211,14 @@ def test_damaged_images_raise_nothing_but_valueerror(small_images, data):
 def test_hidden_files_are_left_out(tmp_path):
     for name in ("cat/1.png", "cat/deep/2.JPG", "top.webp"):
         paint(tmp_path / "x" / name, format="png")
-    for name in ("cat/._1.png", ".hidden.png", "cat/.ipynb_checkpoints/1-checkpoint.png", "__MACOSX/cat/1.png"):
+    for name in (
+        "cat/._1.png",
+        ".hidden.png",
+        "cat/.ipynb_checkpoints/1-checkpoint.png",
+        "__MACOSX/cat/1.png",
+        "cat/@eaDir/1.png/SYNOFILE_THUMB_M.png",
+        "lost+found/1.png",
+    ):
         paint(tmp_path / "x" / name, format="png")
     (tmp_path / "x" / "cat" / "notes.txt").write_text("x")
     root = tmp_path / "x"

@@ -9,6 +9,7 @@ import sys
 import textwrap
 import time
 import warnings
+import zipfile
 from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
@@ -903,6 +904,10 @@ def test_statistics_and_weights_that_make_no_sense(space, tmp_path):
         fails(*fid, tmp_path / name, "--reference", space.b, text=f"{name} holds no weights for --inception")
         output = command(*fid, tmp_path / name, "--reference", space.b).output
         assert len(output) < 600 and "weights_only" not in output
+    with zipfile.ZipFile(tmp_path / "bomb.npz", "w", zipfile.ZIP_DEFLATED) as parts, parts.open("mu.npy", "w") as file:
+        for _ in range(513):
+            file.write(bytes(2**20))
+    fails(*fid, space.weights, "--reference", tmp_path / "bomb.npz", text="holds no statistics")
     out = ("--reference", space.b, *fid, space.weights)
     fails(*out, "--json", tmp_path, text="is no regular file", code=2)
     fails(*out, "--save-stats", "/dev/full", text="/dev/full is no regular file", code=2)

@@ -4,6 +4,8 @@ import errno
 import json
 import math
 import time
+import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
 import click
@@ -72,6 +74,38 @@ def test_damaged_checkpoints(tmp_path, content):
     (tmp_path / "a.pt").write_bytes(content)
     with pytest.raises(click.ClickException, match="is not a checkpoint"):
         training.load(tmp_path / "a.pt", "gan")
+
+
+def zipped_anew(path: Path, change: Callable[[str, bytes], bytes], method: int = zipfile.ZIP_STORED) -> None:
+    """Write the parts of a checkpoint again, with other contents or compressed."""
+    with zipfile.ZipFile(path) as parts:
+        contents = {name: change(name, parts.read(name)) for name in parts.namelist()}
+    with zipfile.ZipFile(path, "w", method) as parts:
+        for name, content in contents.items():
+            parts.writestr(name, content)
+
+
+CLAIMS = {
+    "a tensor of a few bytes": lambda: torch.zeros(1).expand(10**12),
+    "many of one": lambda: list(torch.zeros(10**4).expand(100, -1)),
+    "no plain tensor": lambda: torch.zeros(9).to_sparse(),
+    "complex": lambda: torch.zeros(9, dtype=torch.complex64),
+    "no memory": lambda: torch.zeros(9, device="meta"),
+}
+
+
+@pytest.mark.parametrize("what", [*CLAIMS, "compressed", "a part cut short", "a loop"])
+def test_checkpoints_that_claim_more_than_they_hold(tmp_path, what):
+    path, state = tmp_path / "gan.pt", {"stage": "gan", "x": CLAIMS[what]() if what in CLAIMS else torch.zeros(10**5)}
+    if what == "a loop":
+        state["x"] = state
+    torch.save(state, path)
+    if what == "compressed":
+        zipped_anew(path, lambda name, content: content, zipfile.ZIP_DEFLATED)
+    if what == "a part cut short":
+        zipped_anew(path, lambda name, content: content[:8] if name.endswith("data/0") else content)
+    with pytest.raises(click.ClickException, match="is not a checkpoint of this project, or damaged"):
+        training.load(path, "gan")
 
 
 def test_uint8_and_float_undo_each_other():
