@@ -45,7 +45,7 @@ endif
 page: .venv/done
 	$(BIN)/python explore.py serve --network $(NETWORK)
 
-VARIANTS := --seed=0 --width=16 --lr-decay=0 --no-projection --per-class --orth=exact --orth=none --reg-mode=joint --unconditional
+VARIANTS := --seed=0 --penalty=r1 --beta1=0.5 --width=16 --lr-decay=0 --no-projection --per-class --orth=exact --orth=none --reg-mode=joint --unconditional
 
 ablations: .venv/done
 	for option in $(VARIANTS); do \
@@ -55,7 +55,7 @@ ablations: .venv/done
 	$(BIN)/python metrics.py $(VARIANTS:--%=--network runs/ablations/%/gan.pt)
 
 test: .venv/done
-	$(BIN)/python -m pytest -q
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist loadfile
 
 lint: .venv/done
 	$(BIN)/ruff format --check .

@@ -17,6 +17,7 @@ import copy
 import functools
 import json
 import math
+import warnings
 import zipfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -257,6 +258,7 @@ def knn(bank: np.ndarray, labels: np.ndarray, queries: np.ndarray, k: int = 20) 
 
 def linear_probe(h: np.ndarray, labels: np.ndarray, queries: np.ndarray, one_hot: bool) -> np.ndarray:
     """Scores [Q, Y] of logistic regression on standardised features h [N, F]; attributes each on their own, balanced."""
+    from sklearn.exceptions import ConvergenceWarning
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
@@ -264,7 +266,9 @@ def linear_probe(h: np.ndarray, labels: np.ndarray, queries: np.ndarray, one_hot
     def fit(y: np.ndarray, **options) -> np.ndarray:
         # C makes it the same penalty per image, 1e-3 |w|^2, whatever their number.
         probe = make_pipeline(StandardScaler(), LogisticRegression(C=500 / len(h), max_iter=200, **options))
-        return probe.fit(h, y).decision_function(queries)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ConvergenceWarning)  # it is a measure, and 200 iterations tell enough
+            return probe.fit(h, y).decision_function(queries)
 
     scores = np.zeros((len(queries), labels.shape[1]))
     if one_hot:
