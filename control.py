@@ -1,7 +1,7 @@
 """What a conditional generator is asked beyond FID: attribute control, diversity within one y, bounds on information.
 
-`metrics.py --network` calls this. y and labels are float32 [N, Y], one-hot or multi-hot; kind is 'one-hot' or
-'multi-label'. `run` is the metrics.Run of a trained network: it generates, embeds and classifies. The functions above
+runs.py calls this for `metrics.py --network`. y and labels are float32 [N, Y], one-hot or multi-hot; kind is 'one-hot'
+or 'multi-label'. `run` is the runs.Run of a trained network: it generates, embeds and classifies. The functions above
 the `measure_*` need networks, images and labels alone.
 """
 

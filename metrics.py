@@ -1,4 +1,4 @@
-"""Scores generated images: FID, IS, KID and t-SNE Chamfer distance of two sets; for a run, attribute control and more.
+"""Scores two sets of images: FID, IS, KID, precision and recall, t-SNE Chamfer distance. A trained run is scored too.
 
     python metrics.py --images DIR --reference DIR --resize clean
     python metrics.py --images DIR --reference stats.npz
@@ -14,8 +14,9 @@ tens of per cent on how images are resized to 299 px, so every output names it: 
 torch-fidelity and the original code, `clean` as clean-fid. All images are compared as 8-bit RGB.
 
 Everything random comes from the seed and the index of an image alone, so no number depends on the batch size or on the
-number of processes beyond rounding. For two folders this file needs no other, and with `ops/` beside it t-SNE is faster;
-for a run it needs gan.py and what that needs.
+number of processes beyond rounding. For two folders this file needs no other, and with `ops/` beside it t-SNE is faster.
+For `--network` it needs runs.py, which says what the two sets of a run are and what else a run is asked, and what that
+needs: all of this project.
 """
 
 import contextlib
@@ -32,6 +33,7 @@ import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import BinaryIO
 
@@ -60,7 +62,6 @@ METRICS = (
     *("fid", "is", "is_published", "kid", "pr", "spectrum"),
     *("chamfer", "chamfer_sum", "accuracy", "diversity", "information"),
 )
-OF_PAPER = {"fid", "is_published", "chamfer_sum", "accuracy"}  # what --protocol paper measures by default
 OF_FOLDERS = ("fid", "is", "kid", "pr", "chamfer")
 FEWEST = 64  # points a side for t-SNE: of fewer, equal clouds may score worse than clouds far apart
 MAX_STATS = 2**29  # bytes of unpacked statistics: those of 8,000 features
@@ -221,35 +222,6 @@ class Folder:
                     yield images
             finally:
                 pool.shutdown(wait=False, cancel_futures=True)
-
-
-class Real:
-    """The images of a dataset.Dataset at the given indices."""
-
-    def __init__(self, ds, index: np.ndarray):
-        self.ds, self.index = ds, index
-
-    def __len__(self) -> int:
-        return len(self.index)
-
-    def batches(self, blocks: Sequence[np.ndarray]) -> Iterator[Tensor]:
-        for block in blocks:
-            yield torch.from_numpy(self.ds.images[self.index[block]])
-
-
-class Generated:
-    """Images that a gan.Network generates for the rows of y [N, Y]; image i depends on (seed, i) and y[i] only."""
-
-    def __init__(self, net, n: int, y: Tensor | None, seed: int, to_uint8: Callable[[Tensor], Tensor]):
-        self.net, self.n, self.y, self.seed, self.to_uint8 = net, n, y, seed, to_uint8
-
-    def __len__(self) -> int:
-        return self.n
-
-    def batches(self, blocks: Sequence[np.ndarray]) -> Iterator[Tensor]:
-        for block in blocks:
-            seeds = [(self.seed * 1_000_003 + int(i)) % 2**31 for i in block]
-            yield self.to_uint8(self.net.generate(None if self.y is None else self.y[block], seeds))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -481,63 +453,6 @@ class ImageNetClasses:
         return self.net(resize(images, "torch", self.device)).double().log_softmax(1)
 
 
-class EncoderFeatures:
-    """Features h of a run's own encoder, and the class probabilities of its classifier if there is one.
-
-    Images of another size (of two folders) are cropped to the central square and resized with antialiasing.
-    """
-
-    name, resize = "encoder", "none"
-
-    def __init__(self, encoder: nn.Module, classifier: nn.Module | None, kind: str, size: int, device: torch.device):
-        self.encoder, self.classifier = encoder.to(device).eval(), classifier and classifier.to(device)
-        self.kind, self.size, self.device, self.dims = kind, size, device, encoder.features
-        weights = b"".join(v.cpu().numpy().tobytes() for v in encoder.state_dict().values())
-        self.hash = hashlib.sha256(weights).hexdigest()[:16]
-
-    @torch.inference_mode()
-    def embed(self, images: Tensor | list[Tensor]) -> Tensor:
-        """uint8 images -> h [B, features]."""
-        if isinstance(images, list):
-            parts = []
-            for image in images:
-                h, w, side = *image.shape[:2], min(image.shape[:2])
-                square = image[(h - side) // 2 :, (w - side) // 2 :][:side, :side].to(self.device).permute(2, 0, 1)
-                parts.append(F.interpolate(square[None].float(), (self.size,) * 2, mode="bilinear", antialias=True))
-            x = torch.cat(parts)
-        else:
-            x = images.to(self.device).permute(0, 3, 1, 2).float()
-            if x.shape[-1] != self.size:  # of another run's encoder
-                x = F.interpolate(x, (self.size,) * 2, mode="bilinear", antialias=True)
-        return self.encoder((x / 127.5 - 1).contiguous(memory_format=torch.channels_last)).float()
-
-    def __call__(self, images: Tensor | list[Tensor]) -> tuple[Tensor, Tensor | None]:
-        h = self.embed(images)
-        return h, None if self.classifier is None else log_probabilities(self.classifier(h), self.kind)
-
-
-class JudgeFeatures:
-    """Features of the independent judge of a run's data (control.Judge), and its probabilities of the run's labels."""
-
-    name, resize = "judge", "none"
-
-    def __init__(self, judge: nn.Module, kind: str, labels: int):
-        self.judge, self.kind, self.labels, self.dims = judge, kind, labels, judge.DIMS
-        weights = b"".join(v.cpu().numpy().tobytes() for v in judge.state_dict().values())
-        self.hash = hashlib.sha256(weights).hexdigest()[:16]
-
-    @torch.inference_mode()
-    def __call__(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        h, logits = self.judge(images)
-        return h, log_probabilities(logits[:, : self.labels], self.kind)
-
-
-def log_probabilities(logits: Tensor, kind: str) -> Tensor:
-    """log p(c|x) float64 for IS; of independent attributes both sides, whose entropies add up."""
-    logits = logits.double()
-    return logits.log_softmax(1) if kind == "one-hot" else torch.cat([F.logsigmoid(logits), F.logsigmoid(-logits)], 1)
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Statistics of features and the numbers made from them.
 
@@ -700,28 +615,6 @@ def precision_recall(real: Tensor, fake: Tensor, k: int = 3, block: int = 1024) 
 
     real, fake = real.double(), fake.double()
     return within(fake, real), within(real, fake)
-
-
-class Spectrum:
-    """Mean power of the images' brightness at every frequency, as a stream; checkerboards stand out at the highest."""
-
-    def __init__(self, n: int = 0, power: Tensor | float = 0.0):
-        self.n, self.power = n, power
-
-    def add(self, images: Tensor) -> None:
-        """Take in uint8 [B, S, S, 3]."""
-        x = images.double().mean(3)
-        x = x - x.mean((1, 2), keepdim=True)
-        self.join(Spectrum(len(x), torch.fft.fft2(x).abs().square().sum(0).cpu()))
-
-    def join(self, other: "Spectrum") -> None:
-        self.n, self.power = self.n + other.n, self.power + other.power
-
-    def nyquist(self) -> tuple[float, float]:
-        """Power at the highest frequency across, and down: of stripes two pixels wide."""
-        power = self.power / self.n
-        half = len(power) // 2
-        return power[:, half].sum().item(), power[half].sum().item()
 
 
 def is_stats(reference: str) -> bool:
@@ -928,7 +821,7 @@ def tsne_chamfer(real: Tensor, other: Tensor, seed: int, device: torch.device | 
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Processes, and one pass over a source.
+# Processes, one pass over a source, and what takes passes of its own.
 
 
 @dataclass
@@ -947,6 +840,13 @@ class World:
             dist.all_gather_object(values, value)
         return values
 
+    def joined(self, stream):
+        """The streams of all processes (Moments, InceptionScore) as one."""
+        whole, *others = self.gather(stream)
+        for other in others:
+            whole.join(other)
+        return whole
+
     def first(self, action: Callable[[], object]) -> None:
         """Run something on the first process only, the others waiting; its error for the user is raised on all."""
         error = None
@@ -957,6 +857,22 @@ class World:
                 error = e.message
         if error := self.gather(error)[0]:
             raise click.ClickException(error)
+
+    def scan(self, source, network: Callable, what: str) -> Iterator[tuple[np.ndarray, object]]:
+        """network(images) for the blocks of a source that are this process's, with the images' indices."""
+        n, b = len(source), self.batch
+        blocks = [np.arange(i, min(i + b, n)) for i in range(0, n, b)][self.rank :: self.size]
+        total = sum(map(len, blocks))
+        with tqdm(total=total, desc=what, unit="img", leave=False, dynamic_ncols=True, disable=self.rank > 0) as bar:
+            for block, images in zip(blocks, source.batches(blocks), strict=True):
+                yield block, network(images)
+                bar.update(len(block))
+
+    def in_order(self, parts: dict[int, Tensor]) -> Tensor:
+        """Join the blocks {first index: tensor} of all processes."""
+        for others in self.gather(parts):
+            parts = parts | others
+        return torch.cat([parts[i] for i in sorted(parts)])
 
 
 def start(device: str, batch: int) -> World:
@@ -979,215 +895,60 @@ def start(device: str, batch: int) -> World:
     return World(chosen, rank, size, batch)
 
 
-def scan(source, network: Callable, world: World, what: str) -> Iterator[tuple[np.ndarray, object]]:
-    """network(images) for the blocks of a source that are this process's, with the images' indices."""
-    n, b = len(source), world.batch
-    blocks = [np.arange(i, min(i + b, n)) for i in range(0, n, b)][world.rank :: world.size]
-    total = sum(map(len, blocks))
-    with tqdm(total=total, desc=what, unit="img", leave=False, dynamic_ncols=True, disable=world.rank > 0) as bar:
-        for block, images in zip(blocks, source.batches(blocks), strict=True):
-            yield block, network(images)
-            bar.update(len(block))
-
-
-def in_order(parts: dict[int, Tensor], world: World) -> Tensor:
-    """Join the blocks {first index: tensor} of all processes."""
-    for others in world.gather(parts):
-        parts = parts | others
-    return torch.cat([parts[i] for i in sorted(parts)])
-
-
-def measure(source, features, world: World, what: str, score=False, keep=False, spectrum: Spectrum | None = None):
+def measure(source, features: Callable, world: World, what: str, score: bool = False, keep: bool = False):
     """One pass over a source: Moments, and if wanted InceptionScore and all features [N, D] (else None)."""
-    moments, joined, kept = Moments(), Moments(), {}
-    inception = InceptionScore(len(source)) if score else None
-
-    def look(images: Tensor | list[Tensor]) -> tuple[Tensor, Tensor | None]:
-        if spectrum:
-            spectrum.add(images)
-        return features(images)
-
-    for index, (f, log_p) in scan(source, look, world, what):
+    moments, kept, scores = Moments(), {}, InceptionScore(len(source)) if score else None
+    for index, (f, log_p) in world.scan(source, features, what):
         moments.add(f)
         if score:
-            inception.add(index, log_p)
+            scores.add(index, log_p)
         if keep:
             kept[index[0]] = f.cpu()
     if moments.n:  # sent from a GPU, they would arrive on that same one in every process
         moments = Moments(moments.n, moments.mean.cpu(), moments.scatter.cpu())
-    for i, (other, scores, spectra) in enumerate(world.gather((moments, inception, spectrum))):
-        joined.join(other)
-        if score and i != world.rank:
-            inception.join(scores)
-        if spectrum and i != world.rank:
-            spectrum.join(spectra)
-    return joined, inception, in_order(kept, world) if keep else None
+    joined = world.joined(moments), world.joined(scores) if score else None
+    return *joined, world.in_order(kept) if keep else None
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# A trained run, and what is measured on it beyond two sets of images.
-
-
-@contextlib.contextmanager
-def beside(option: str) -> Iterator[None]:
-    """Imports that an option needs, and that a copy of this file alone has not got."""
-    try:
-        yield
-    except ModuleNotFoundError as error:
-        raise click.ClickException(f"{option} needs {error.name}.py beside metrics.py") from None
-
-
-class Run:
-    """What `--network` names: the generator, its encoder and classifier, and the images it was trained on."""
-
-    def __init__(self, path: str, world: World, moved: str | None = None):
-        with beside("--network"):
-            import dataset
-            import gan
-            import training
-
-        self.net, self.folder, self.world, self.training = gan.load(path, world.device), Path(path).parent, world, training  # fmt: skip
-        self.kind, self.names, self.real = self.net.label_kind, self.net.label_names, self.net.real_labels
-        data = self.net.data
-        self.judges: dict[tuple[int, int], tuple] = {}  # what control.load_judge found, by seed and steps
-        self.clusters = bool(self.names) and str(data["attributes"]).startswith("clusters")
-        attributes = None if self.clusters or not self.names else data["attributes"]
-        how = {"preset": data["preset"] or "none"} | {name: data[name] for name in ("squash", "train_on_all")}
-        self.train = dataset.open_dataset(moved or data["data"], data["size"], "train", attributes, **how)
-        self.images = {"train": self.train, "val": self.train.part("val")}
-        info = dataset.read_info(self.train.pack)
-        self.all_labels = info["classes"], info["attributes"]  # what the images have, whatever the run took
-        self.protocol = self.net.options["protocol"]
-        remedy = "give the run's folder the data it was trained on, or train again"
-        training.check_same(data, self.train.info(), ("fingerprint", "size"), path, remedy)
-
-        # A run without labels carries no classifier, but stages 1 and 2 may lie beside it.
-        encoder, classifier, kind = self.net.encoder, self.net.classifier, self.kind
-        if classifier is None and (self.folder / "encoder.pt").exists():
-            import classifier as stage2
-            import encoder as stage1
-
-            state = training.load(self.folder / "encoder.pt", "encoder")
-            encoder = gan.frozen_encoder(stage1.build(state), data["size"], world.device)
-            if (self.folder / "classifier.pt").exists():
-                found = training.load(self.folder / "classifier.pt", "classifier")
-                if found["encoder_hash"] == training.fingerprint(state["model"]):
-                    classifier, kind = stage2.build(found), found["data"]["label_kind"]
-        self.features = encoder and EncoderFeatures(encoder, classifier, kind, data["size"], world.device)
-
-    def labels(self, split: str) -> Tensor | None:
-        """Labels of the real images, float32 [N, Y] in their order; None for clusters without their classifier.pt."""
-        if not self.clusters:
-            return torch.from_numpy(np.array(self.images[split].labels))
-        path = self.folder / "classifier.pt"
-        if not path.exists():
-            return None
-        state, own = self.training.load(path, "classifier"), self.net.classifier.state_dict()
-        if self.training.fingerprint(state["model"]) != self.training.fingerprint(own):
-            return None  # of other clusters
-        return torch.eye(len(self.names))[state["assignments"][split].long()]
-
-    def judge(self, steps: int, seed: int) -> JudgeFeatures | None:
-        """Features of the independent judge of the run's images; None if these have no labels."""
-        import control
-
-        if (found := control.load_judge(self, seed, steps)) is None:
-            return None
-        judge, groups, _ = found
-        kind, names, _ = groups[0]
-        return JudgeFeatures(judge, kind, len(names))
-
-    def generated(self, n: int, seed: int, y: Tensor | None = None) -> Generated:
-        """n images; y by default drawn from the labels of the training images as they occur together.
-
-        Under the paper's protocol, classes are drawn uniformly and attributes are fair coins, as its code does.
-        """
-        draw = np.random.default_rng([seed, 1])
-        if y is None and self.real is not None:
-            Y = self.real.shape[1]
-            if self.protocol != "paper":
-                y = self.real[torch.from_numpy(draw.integers(0, len(self.real), n))]
-            elif self.kind == "one-hot":
-                y = torch.eye(Y)[torch.from_numpy(draw.integers(0, Y, n))]
-            else:
-                y = torch.from_numpy(draw.integers(0, 2, (n, Y))).float()
-        return Generated(self.net, n, y, seed, self.training.to_uint8)
-
-    def real_images(self, split: str, index: np.ndarray) -> Real:
-        return Real(self.images[split], index)
-
-    def look(self, source, network: Callable[[Tensor], Tensor], batch: int | None = None) -> Tensor:
-        """network(uint8 images) [N, ...] of a source, on the CPU. batch: images at once, by default the world's."""
-        what, world = "generated images" if isinstance(source, Generated) else "real images", self.world
-        world = World(world.device, world.rank, world.size, batch or world.batch)
-        return in_order({block[0]: h.cpu() for block, h in scan(source, network, world, what)}, world)
-
-    def embed(self, source, batch: int | None = None) -> Tensor:
-        """Encoder features h float32 [N, F] of a source, on the CPU."""
-        return self.look(source, self.features.embed, batch)
-
-    def classify(self, h: Tensor) -> Tensor:
-        """Logits [N, Y] of the run's classifier for features h, on the CPU."""
-        return self.features.classifier(h.to(self.world.device)).cpu()
-
-    def logged(self, stage: str, key: str) -> float | None:
-        """The last value of `key` that the stage's present run wrote to stats.jsonl: not one that was started over."""
-        value, images = None, 0
-        with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
-            for line in (self.folder / "stats.jsonl").read_text().splitlines():
-                entry = json.loads(line)
-                if entry.get("stage") == stage:
-                    value = entry.get(key, value if entry["images"] > images else None)
-                    images = entry["images"]
-        return value
-
-
-def measure_is_published(run: Run, n: int, seed: int, file: str | None) -> dict:
-    """IS as the paper has it: of n generated images, by ImageNet's classes, in one split."""
-    run.world.first(lambda: file or published_weights(IMAGENET_URL, "--imagenet-inception"))
-    network, score = ImageNetClasses(file, run.world.device), InceptionScore(n, splits=1)
-    for index, log_p in scan(run.generated(n, seed), network, run.world, "IS as published"):
+def measure_is_published(images, file: str | None, world: World) -> dict:
+    """IS as the paper has it: of the images of a source, by ImageNet's classes, in one split."""
+    world.first(lambda: file or published_weights(IMAGENET_URL, "--imagenet-inception"))
+    network, score = ImageNetClasses(file, world.device), InceptionScore(len(images), splits=1)
+    for index, log_p in world.scan(images, network, "IS as published"):
         score.add(index, log_p)
-    for i, other in enumerate(run.world.gather(score)):
-        if i != run.world.rank:
-            score.join(other)
-    return {"is_published": score.value()[0], "is_published_n": n}
+    return {"is_published": world.joined(score).value()[0], "is_published_n": len(images)}
 
 
-def measure_chamfer(run: Run, seeds: list[int], points: int, published: bool) -> dict:
-    """t-SNE Chamfer distance of `points` real and as many generated images, with every seed's own images.
+def measure_chamfer(name: str, clouds: Callable, seeds: Sequence[int], points: int, world: World) -> dict:
+    """t-SNE Chamfer distance over seeds: mean and standard deviation, keyed as in the JSON file.
 
-    The floor is the same number between two disjoint halves of real images. t-SNE magnifies differences in the last
-    digits, so features are computed 64 at once and, on the CPU, on one thread: the number then depends neither on the
-    batch nor on the processes. Only the published sum may change with the threads, in whose order scikit-learn adds.
+    name: 'chamfer', or 'chamfer_sum' for the published one, which may change with the number of threads, in whose order
+    scikit-learn adds. clouds(points, seed) draws features [points, D] of real images, of those to score, and of other
+    real ones or None: these give the floor, the same number between two sets of real images.
     """
-    embedded, values, floors = {}, {}, {}
-    for seed in seeds:
-        order = np.random.default_rng([seed, 4]).permutation(len(run.train))[: 2 * points]
-        threads = torch.get_num_threads()
-        try:
-            torch.set_num_threads(1)
-            real, other = (run.embed(Real(run.train, np.sort(part)), 64) for part in np.split(order, [points]))
-            embedded[seed] = real, other, run.embed(run.generated(points, seed), 64)
-        finally:
-            torch.set_num_threads(threads)
-    if published and run.world.rank == 0:
+    published, drawn = name == "chamfer_sum", {seed: clouds(points, seed) for seed in seeds}
+    if published and world.rank == 0:
         click.echo(f"t-SNE of {2 * points:,} points by scikit-learn, {2 * len(seeds)} times: minutes", err=True)
-    for seed in seeds[run.world.rank :: run.world.size]:  # the t-SNEs of different seeds go to different processes
-        real, other, fake = embedded[seed]
-        values[seed] = tsne_chamfer(real, fake, seed, run.world.device, published)
-        floors[seed] = tsne_chamfer(real, other, seed, run.world.device, published)
-    for v, f in run.world.gather((values, floors)):
+    values, floors = {}, {}
+    for seed in seeds[world.rank :: world.size]:  # the t-SNEs of different seeds go to different processes
+        real, images, other = drawn[seed]
+        values[seed] = tsne_chamfer(real, images, seed, world.device, published)
+        if other is not None:
+            floors[seed] = tsne_chamfer(real, other, seed, world.device, published)
+    for v, f in world.gather((values, floors)):
         values, floors = values | v, floors | f
-    return chamfer_results([values[seed] for seed in seeds], [floors[seed] for seed in seeds], points)
-
-
-def chamfer_results(values: list[float], floors: list[float], points: int) -> dict:
-    """Mean and standard deviation over seeds of the distances, and of the floors between real images if there are any."""
+    values, floors = ([of[seed] for seed in seeds if seed in of] for of in (values, floors))
     results = {"": float(np.mean(values)), "_std": float(np.std(values)), "_values": values, "_n": points}
     if floors:
         results |= {"_floor": float(np.mean(floors)), "_floor_std": float(np.std(floors))}
-    return results
+    return {name + key: value for key, value in results.items()} | {"seeds": [*seeds]}
+
+
+def draw_clouds(real: Tensor, images: Tensor, points: int, seed: int) -> tuple[Tensor, Tensor, Tensor | None]:
+    """`points` of the features of each of two sets; others of `real`, where there are enough of them, for the floor."""
+    draw = np.random.default_rng([seed, 4])
+    images, real = (f[draw.permutation(len(f))[: 2 * points]] for f in (images, real))
+    return real[:points], images[:points], real[points:] if len(real) == 2 * points else None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1203,36 +964,23 @@ AMOUNTS = {
 }  # fmt: skip
 
 
-def choose_features(option: str, inception: str | None, how: str, steps: int, run: Run | None, world: World, seed: int):
+def import_runs(option: str):
+    """runs.py, which an option needs and a copy of this file alone has not got: so it is not imported at the top."""
+    try:
+        import runs
+    except ModuleNotFoundError as error:
+        raise click.ClickException(f"{option} needs {error.name}.py beside metrics.py") from None
+    return runs
+
+
+def choose_features(option: str, inception: str | None, how: str, steps: int, run, world: World, seed: int):
     """The feature network for FID, IS, KID, precision and recall, by --features. steps, seed: of the judge's training."""
-    own, kind = run and run.features, "none"
     if option in ("encoder", "judge") and run is None:
         raise click.UsageError(f"--features {option} needs --network; two folders take inception or FILE")
-    if option == "encoder":
-        if own is None:
-            raise click.ClickException(f"there is no encoder in the run nor {run.folder / 'encoder.pt'}")
-        return own
-    if option == "judge":
-        if (judge := run.judge(steps, seed)) is None:
-            raise click.ClickException("--features judge: the run's images have no labels that a judge could learn")
-        return judge
+    if option in ("encoder", "judge"):
+        return run.own_features(option, steps, seed)
     if option not in ("auto", "inception"):
-        with beside(f"--features {option}"):
-            import encoder
-            import gan
-            import training
-
-        try:
-            state = training.load(option, "encoder")
-            network, classifier, size = encoder.build(state), None, state["data"]["size"]
-        except click.ClickException as error:
-            if "written by gan.py" not in error.message:
-                raise
-            net = gan.load(option, world.device)
-            network, classifier, kind, size = net.encoder, net.classifier, net.label_kind, net.size
-            if network is None:
-                raise click.ClickException(f"{option} holds no encoder: its run had no labels") from None
-        return EncoderFeatures(network, classifier, kind, size, world.device)
+        return import_runs(f"--features {option}").features_of(option, world.device)
     try:
         if inception is None:
             world.first(lambda: published_weights(WEIGHTS_URL, "--inception"))
@@ -1240,7 +988,7 @@ def choose_features(option: str, inception: str | None, how: str, steps: int, ru
     except click.ClickException as error:
         if option == "inception" or inception or run is None:
             raise
-        features = run.judge(steps, seed) or own
+        features = run.judge(steps, seed) or run.features
         if features is None:
             raise
         if world.rank == 0:
@@ -1254,7 +1002,7 @@ def choose_features(option: str, inception: str | None, how: str, steps: int, ru
     return features
 
 
-def measure_fidelity(options: dict, amounts: dict, need: set, run: Run | None, world: World, notes: list[str]) -> dict:
+def measure_fidelity(options: dict, amounts: dict, need: set, run, world: World, notes: list[str]) -> dict:
     """Frechet and kernel distance, IS, precision and recall, the spectrum, and for two folders Chamfer.
 
     `need` says which of them; what the user should know of them is added to `notes`.
@@ -1270,10 +1018,8 @@ def measure_fidelity(options: dict, amounts: dict, need: set, run: Run | None, w
         if run.protocol == "paper" and not options["smoke"]:
             num = num or len(run.train)  # as many generated as real images
         num = num or amounts["inception" if features.name == "inception" else "num"]
-        n = min(num, len(run.train))
-        images = run.generated(num, seed)
-        real = Real(run.train, np.sort(np.random.default_rng([seed, 5]).permutation(len(run.train))[:n]))
-        results["reference"] = f"{n:,} of {len(run.train):,} training images"
+        images, real = run.sides(num, seed)
+        results["reference"] = f"{len(real):,} of {len(run.train):,} training images"
     else:
         num = num or (amounts["num"] if options["smoke"] else None)
         images = Folder(options["images"], num, seed, options["max_pixels"])
@@ -1306,9 +1052,10 @@ def measure_fidelity(options: dict, amounts: dict, need: set, run: Run | None, w
 
     # One pass over each side.
     keep = bool(need & {"kid", "pr"}) or (run is None and "chamfer" in need)
-    spectra = [Spectrum() if "spectrum" in need else None for _ in range(2)]
+    spectra = [import_runs("--metrics spectrum").Spectrum() for _ in range(2)] if "spectrum" in need else []
+    look, look_real = [spectrum.watch(features) for spectrum in spectra] or [features, features]
     what = "generated" if run else "images"
-    moments, scores, kept = measure(images, features, world, what, "is" in need, keep, spectra[0])
+    moments, scores, kept = measure(images, look, world, what, "is" in need, keep)
     results["n"] = moments.n
     if "is" in need:
         results["is"], results["is_std"] = scores.value()
@@ -1318,7 +1065,7 @@ def measure_fidelity(options: dict, amounts: dict, need: set, run: Run | None, w
         if not named:
             notes.append(f"{reference} does not name its network and resize: taken to be these")
     elif compared:
-        theirs, _, kept_real = measure(real, features, world, "reference", keep=keep, spectrum=spectra[1])
+        theirs, _, kept_real = measure(real, look_real, world, "reference", keep=keep)
         if options["save_stats"]:
             world.first(lambda: save_stats(Path(options["save_stats"]), theirs, features))
         results["n_reference"] = theirs.n
@@ -1346,11 +1093,11 @@ def measure_fidelity(options: dict, amounts: dict, need: set, run: Run | None, w
         results["precision"], results["recall"] = precision_recall(*parts)
         results["pr_n"] = min(MOST, len(kept), len(kept_real))
     if "spectrum" in need:
-        fake, true = (spectrum.nyquist() for spectrum in spectra)
+        fake, true = (world.joined(spectrum).nyquist() for spectrum in spectra)
         results |= {f"nyquist_{way}": a / b for way, a, b in zip("hv", fake, true, strict=True) if b > 0}
     if run is None and "chamfer" in need:
-        real_there, there = kept_real.to(world.device), kept.to(world.device)
-        results |= chamfer_of_folders(real_there, there, points, seed, options["seeds"] or amounts["seeds"])
+        seeds = range(seed, seed + (options["seeds"] or amounts["seeds"]))
+        results |= measure_chamfer("chamfer", partial(draw_clouds, kept_real, kept), seeds, points, world)
     for source in (images, real):
         if isinstance(source, Folder) and len(source.sizes) > 1:
             notes.append(f"{source.path} has images of {len(source.sizes)} sizes: each is resized from its own")
@@ -1365,56 +1112,26 @@ def few_points(points: int) -> list[str]:
             "compare it at equal numbers of points only"]  # fmt: skip
 
 
-def chamfer_of_folders(real: Tensor, images: Tensor, points: int, seed: int, seeds: int) -> dict:
-    """t-SNE Chamfer distance of two folders' features, over seeds that each draw `points` images a side.
-
-    The floor, where the reference has images enough: the same between two halves of them.
-    """
-    values, floors = [], []
-    for s in range(seed, seed + seeds):
-        draw = np.random.default_rng([s, 4])
-        mine, theirs = (f[draw.permutation(len(f))] for f in (images, real))
-        values.append(tsne_chamfer(theirs[:points], mine[:points], s, real.device))
-        if len(theirs) >= 2 * points:
-            floors.append(tsne_chamfer(theirs[:points], theirs[points : 2 * points], s, real.device))
-    results = chamfer_results(values, floors, points)
-    return {"chamfer" + key: value for key, value in results.items()} | {"seeds": [*range(seed, seed + seeds)]}
-
-
 def evaluate(options: dict, world: World) -> dict:
     """Run the command with its options; returns the results, keyed as in the JSON file."""
-    began, slow, seed = time.time(), world.device.type == "cpu", options["seed"]
-    run = Run(options["network"], world, options["data"]) if options["network"] else None
-    if run and options["protocol"]:
-        run.protocol = options["protocol"]
-    paper = run is not None and run.protocol == "paper"
-    wanted = options["metrics"] and [m.strip() for m in options["metrics"].split(",")]
-    wanted = wanted and [{"fd": "fid", "kd": "kid"}.get(m, m) for m in wanted]
-    possible = [m for m in METRICS if run or m in OF_FOLDERS]
-    if run and run.features is None:  # the others look through the run's own encoder
-        possible = [m for m in possible if m in ("fid", "is", "kid", "pr", "spectrum")]
-    if run and run.kind == "none":
-        possible = [m for m in possible if m not in ("accuracy", "diversity", "information")]
-    for name in wanted or []:
+    began, seed, notes, run = time.time(), options["seed"], [], None
+    if options["network"]:
+        run = import_runs("--network").Run(options["network"], world, options["data"])
+        run.protocol = options["protocol"] or run.protocol
+    wanted = [m.strip() for m in options["metrics"].split(",")] if options["metrics"] else []
+    wanted = [{"fd": "fid", "kd": "kid"}.get(m, m) for m in wanted]
+    possible = run.possible(METRICS) if run else OF_FOLDERS
+    for name in wanted:
         if name not in METRICS:
             raise click.UsageError(f"--metrics: no {name!r}; choose from {', '.join(METRICS)}")
         if name not in possible:
             raise click.UsageError(f"--metrics {name} needs {'a run with labels and encoder' if run else '--network'}")
-    notes = []
-    if run and len(run.train) < 2 * FEWEST and any(m.startswith("chamfer") for m in wanted or possible):
-        few = f"{len(run.train)} training images are too few for its t-SNE, {2 * FEWEST} are needed"
-        notes.append(f"no Chamfer distance: {few}")
-        wanted, possible = (m and [n for n in m if not n.startswith("chamfer")] for m in (wanted, possible))
-    if run and run.names and len(run.names) == 1 and run.kind == "one-hot" and "accuracy" in (wanted or possible):
-        notes.append("no control accuracy: with one class there is nothing to confuse it with")
-        wanted, possible = (m and [n for n in m if n != "accuracy"] for m in (wanted, possible))
-    need = set(wanted if options["metrics"] else possible)
-    if run and run.clusters and need & {"accuracy", "diversity", "information"} and run.labels("train") is None:
-        notes.append(f"no judge, no diversity, no I(Y;E): they need the clusters' {run.folder / 'classifier.pt'}")
-    if not wanted:
-        need &= OF_PAPER if paper else need - {"is_published", "chamfer_sum"}  # which take long
-        need -= {"kid", "pr", "chamfer"} if is_stats(options["reference"] or "") else set()
-    amounts = AMOUNTS["smoke" if options["smoke"] else "cpu" if slow else "gpu"]
+    need = set(wanted or possible)
+    if run:
+        need = run.choose(need, not wanted, FEWEST, notes)
+    elif not wanted and is_stats(options["reference"] or ""):
+        need -= {"kid", "pr", "chamfer"}  # which need single features
+    amounts = AMOUNTS["smoke" if options["smoke"] else "cpu" if world.device.type == "cpu" else "gpu"]
     results: dict = {key: options[key] for key in ("network", "images", "reference") if options[key]}
     results |= {"seed": seed, "processes": world.size, "device": world.device.type}
     results |= {"protocol": run.protocol} if run else {}
@@ -1422,25 +1139,16 @@ def evaluate(options: dict, world: World) -> dict:
     if need & ({"fid", "is", "kid", "pr", "spectrum"} | (set() if run else {"chamfer"})):
         results |= measure_fidelity(options, amounts, need, run, world, notes)
     if run:
-        import control
-
-        seeds = list(range(seed, seed + (options["seeds"] or amounts["seeds"])))
-        for name in need & {"chamfer", "chamfer_sum"}:
+        seeds = range(seed, seed + (options["seeds"] or amounts["seeds"]))
+        for name in [m for m in ("chamfer", "chamfer_sum") if m in need]:
             points = 6400 if name == "chamfer_sum" and not options["smoke"] else amounts["points"]
             points = min(options["points"] or points, len(run.train) // 2)
             notes.extend(few_points(points))
-            found = measure_chamfer(run, seeds, points, name == "chamfer_sum")
-            results |= {name + key: value for key, value in found.items()} | {"seeds": seeds}
+            results |= measure_chamfer(name, run.clouds, seeds, points, world)
         if "is_published" in need:
-            n = options["num"] or amounts["imagenet"]
-            results |= measure_is_published(run, n, seed, options["imagenet_inception"])
-        n = options["num"] or amounts["control"]
-        if "accuracy" in need:
-            results |= control.measure_accuracy(run, n, seed, amounts["judge"])
-        if "diversity" in need and (labels := run.labels("train")) is not None:
-            results |= control.measure_diversity(run, labels, amounts["each"], seed, notes)
-        if "information" in need:
-            results |= control.measure_information(run, n, seed)
+            images = run.generated(options["num"] or amounts["imagenet"], seed)
+            results |= measure_is_published(images, options["imagenet_inception"], world)
+        results |= run.ask(need, options["num"] or amounts["control"], seed, amounts, notes)
     return results | {"seconds": round(time.time() - began, 1)} | ({"notes": notes} if notes else {})
 
 
@@ -1473,8 +1181,8 @@ LINES = (
 )  # fmt: skip
 
 
-def report(r: dict, columns: int = 5) -> str:
-    """The results as text; attribute control in the layout of the paper's Tables 1-3, five attributes a row."""
+def report(r: dict) -> str:
+    """The results as text, for a run with the table of its attribute control."""
     lines = [r["network"] if "network" in r else f"{r['images']} against {r.get('reference')}"]
     if "features" in r:
         against = f", against {r['reference']}" if "network" in r else ""
@@ -1494,37 +1202,7 @@ def report(r: dict, columns: int = 5) -> str:
             lines.append(f"  {name:25s}{form.format(r[key]):>12s}  {more.format(**r, **words)}".rstrip())
     lines += [f"  note: {note}" for note in r.get("notes", [])]
     if "accuracy" in r:
-        names, distance = list(r["accuracy_labels"]), "fd" if "fd" in r else "fid"
-        width = max(9, *map(len, names)) + 2
-        lines += ["", f"{distance.upper():>9s}{'IS':>9s}  Attribute control accuracy"]
-        for i in range(0, len(names), columns):
-            part = names[i : i + columns]
-            lines.append(" " * 20 + "".join(f"{name.replace('_', ' '):<{width}s}" for name in part))
-            for by, side, who in (("", "accuracy", "own"), ("", "on", "own, on"), ("", "off", "own, off"),
-                                  ("judge_", "accuracy", "judge")):  # fmt: skip
-                found = [r.get(f"accuracy_{by}labels", {}).get(name, {}).get(side) for name in part]
-                if None not in found:
-                    first = [
-                        f"{r[key]:.2f}" if key in r and i == 0 and who == "own" else "" for key in (distance, "is")
-                    ]
-                    cells = "".join(f"{f'{value:.2%}':<{width}s}" for value in found)
-                    lines.append(f"{first[0]:>9s}{first[1]:>9s}  {cells}{who}")
-    return "\n".join(lines)
-
-
-def compare(results: Sequence[dict]) -> str:
-    """Several runs as one table, a row each, named by their folders."""
-    names = [Path(r["network"]).absolute().parent.name for r in results]
-    distance = "fd" if any("fd" in r for r in results) else "fid"
-    kernel = "kd" if distance == "fd" else "kid"
-    columns = ((distance, distance.upper(), "{:.2f}"), (kernel, kernel.upper(), "{:.4f}"), ("is", "IS", "{:.3f}"), ("chamfer", "Chamfer", "{:.2f}"),
-               ("accuracy", "accuracy", "{:.2%}"), ("accuracy_judge", "judge", "{:.2%}"), ("diversity", "diversity", "{:.3f}"))  # fmt: skip
-    columns = [c for c in columns if any(c[0] in r for r in results)]
-    width = max(map(len, names))
-    lines = [" " * width + "".join(f"{title:>11s}" for _, title, _ in columns)]
-    for name, r in zip(names, results, strict=True):
-        cells = (form.format(r[key]) if key in r else "-" for key, _, form in columns)
-        lines.append(f"{name:{width}s}" + "".join(f"{cell:>11s}" for cell in cells))
+        lines += ["", *import_runs("--network").control_table(r)]
     return "\n".join(lines)
 
 
@@ -1634,7 +1312,7 @@ def main(network: tuple[str, ...], json_file: str | None, **options) -> None:
                 except OSError as error:
                     raise click.ClickException(f"cannot write {json_file}: {error.strerror}") from None
     if world.rank == 0 and len(results) > 1:
-        click.echo("\n" + compare(results))
+        click.echo("\n" + import_runs("--network").compare(results))
     if dist.is_initialized():
         dist.destroy_process_group()
 

@@ -24,10 +24,11 @@ MAY_IMPORT = {
     "encoder": {"training", "layouts", "dataset"},
     "classifier": {"training", "layouts", "dataset", "encoder", "clusters"},
     "gan": {"ops", "training", "layouts", "dataset", "encoder", "classifier"},
-    "metrics": {"ops", "training", "dataset", "encoder", "classifier", "gan", "control"},
+    "runs": {"training", "dataset", "encoder", "classifier", "gan", "control"},
+    "metrics": {"ops", "runs"},
     "latents": {"training", "critters", "dataset", "control", "gan"},
     "page": {"gan", "latents"},
-    "explore": {"training", "files", "dataset", "encoder", "gan", "metrics", "latents", "page"},
+    "explore": {"training", "files", "dataset", "encoder", "gan", "runs", "metrics", "latents", "page"},
 }
 AT_THE_TOP = {
     "encoder": {"training"},

@@ -10,6 +10,7 @@ import textwrap
 import time
 import warnings
 import zipfile
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
@@ -25,6 +26,7 @@ from PIL import Image
 from torch import nn
 
 import metrics
+import runs
 from bench.metrics import divergence
 
 CPU = torch.device("cpu")
@@ -283,12 +285,12 @@ def test_precision_and_recall():
 def test_spectrum_finds_stripes():
     images = torch.full((3, 8, 8, 3), 100, dtype=torch.uint8)
     images[:, :, ::2] += 20  # dark and light columns
-    spectrum = metrics.Spectrum()
+    spectrum = runs.Spectrum()
     spectrum.add(images[:1])
-    spectrum.join(metrics.Spectrum(0))
+    spectrum.join(runs.Spectrum(0))
     spectrum.add(images[1:])
     assert spectrum.n == 3 and spectrum.nyquist() == pytest.approx(((8 * 8 * 10.0) ** 2, 0))
-    spectrum = metrics.Spectrum()
+    spectrum = runs.Spectrum()
     spectrum.add(images.transpose(1, 2))
     assert spectrum.nyquist() == pytest.approx((0, (8 * 8 * 10.0) ** 2))
 
@@ -417,17 +419,31 @@ def test_alone_in_a_folder_and_any_mix_of_images(space, tmp_path):
     assert "no Chamfer distance: its t-SNE needs at least 64 images a side, there are 16" in notes
     assert "FID" in done.stdout and "resize: torch" in done.stdout
 
+    # What only a run has needs the file beside it.
+    (tmp_path / "gan.pt").touch()
+    folders = ["--images", "mixed", "--reference", "mixed"]
+    for option, arguments in (("--network", []), ("--features gan.pt", folders)):
+        arguments = [*arguments, option.split()[0], "gan.pt"]
+        done = subprocess.run([sys.executable, "metrics.py", *arguments], cwd=tmp_path, env=environment,
+                              capture_output=True, text=True)  # fmt: skip
+        assert done.returncode == 1 and done.stderr == f"Error: {option} needs runs.py beside metrics.py\n", done.stderr
+
 
 def test_chamfer_of_two_sets_of_features():
     """Like sets score as the floor between halves of the reference does, unlike ones more; seeds draw their own."""
     draw = torch.Generator().manual_seed(0)
     reference, same = (torch.randn(n, 8, generator=draw) for n in (80, 40))
-    found = metrics.chamfer_of_folders(reference, same, 40, seed=3, seeds=2)
+
+    def chamfer(reference, images, seeds):
+        clouds = partial(metrics.draw_clouds, reference, images)
+        return metrics.measure_chamfer("chamfer", clouds, seeds, 40, metrics.World(CPU))
+
+    found = chamfer(reference, same, [3, 4])
     assert found["seeds"] == [3, 4] and found["chamfer_n"] == 40 and len(set(found["chamfer_values"])) == 2
     assert found["chamfer"] == pytest.approx(found["chamfer_floor"], rel=0.5)
-    other = metrics.chamfer_of_folders(reference, same + 3, 40, seed=3, seeds=2)
+    other = chamfer(reference, same + 3, [3, 4])
     assert other["chamfer"] > 3 * found["chamfer"] and other["chamfer_floor"] == found["chamfer_floor"]
-    assert "chamfer_floor" not in metrics.chamfer_of_folders(reference[:50], same, 40, seed=3, seeds=1)
+    assert "chamfer_floor" not in chamfer(reference[:50], same, [3])
 
 
 def test_published_chamfer_is_scikit_learns():
@@ -630,7 +646,7 @@ def fake_run(folder: Path, kind: str = "one-hot", wrong: bool = False) -> Path:
     for name, text in FAKES.items():
         text = text.format(kind=kind, wrong=wrong) if name == "gan" else text
         (folder / f"{name}.py").write_text(textwrap.dedent(text))
-    for name in ("metrics.py", "control.py", "training.py"):
+    for name in ("metrics.py", "runs.py", "control.py", "training.py", "encoder.py", "classifier.py"):
         shutil.copy(ROOT / name, folder)
     (folder / "gan.pt").touch()
     return folder / "gan.pt"
@@ -643,14 +659,14 @@ def stand_ins(tmp_path, monkeypatch):
     def make(**options) -> Path:
         path = fake_run(tmp_path, **options)
         monkeypatch.syspath_prepend(str(tmp_path))
-        for name in FAKES:
+        for name in (*FAKES, "runs"):  # runs.py imports them at its top
             monkeypatch.delitem(sys.modules, name, raising=False)
         return path
 
     monkeypatch.setattr(metrics, "published_weights", mock.Mock(side_effect=click.ClickException("no weights")))
     monkeypatch.setitem(metrics.AMOUNTS["cpu"], "judge", 40)
     yield make
-    for name in FAKES:
+    for name in (*FAKES, "runs"):
         sys.modules.pop(name, None)
 
 
@@ -876,7 +892,7 @@ def test_encoder_of_another_size(space):
             assert x.shape[2:] == (8, 8)
             return x.mean((2, 3))
 
-    net = metrics.EncoderFeatures(Mean(), None, "none", 8, torch.device("cpu"))
+    net = runs.EncoderFeatures(Mean(), None, "none", 8, torch.device("cpu"))
     images = torch.randint(0, 256, (5, 16, 16, 3), dtype=torch.uint8)
     torch.testing.assert_close(net.embed(images), net.embed(list(images)))
 
