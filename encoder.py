@@ -588,7 +588,8 @@ def main(**options):
                 training.write_options(outdir / "encoder.json", options)
                 print(
                     f"{'Resuming' if done else 'Training'} {options['method']} {options['backbone']} on {len(ds):,} images "
-                    f"of {ds.size} px, to {total:,} images seen ({total / len(ds):.3g} epochs)"
+                    f"of {ds.size} px, to {total:,} images seen ({total / len(ds):.3g} epochs)",
+                    flush=True,  # ahead of the bar, also where both go to a file
                 )
             with training.Log(outdir, "encoder", total, done, rank=run.rank) as log:
                 extra = train(encoder, ds, run, options, state, total, log, save) if done < total else state["training"]

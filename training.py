@@ -123,7 +123,7 @@ def one_line() -> Iterator[None]:
         text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in error.message)
         error.message = text if len(text) < 2000 else f"{text[:1000]} ... {text[-900:]}"
         if int(os.environ.get("RANK", 0)) > 0:
-            time.sleep(3)  # where the first process says the same, torchrun ends this one meanwhile
+            time.sleep(15)  # where the first process says the same, torchrun ends this one meanwhile
         raise
 
 
