@@ -114,7 +114,7 @@ def embed(encoder: nn.Module, batches: Iterable[torch.Tensor], total: int, run: 
     batches: uint8 [B, S, S, 3] tensors, `total` images in all. Shows progress.
     """
     encoder, parts = encoder.eval(), []
-    with tqdm(total=total, desc="embed", unit="img", dynamic_ncols=True, leave=False, file=training.SCREEN) as bar:
+    with tqdm(total=total, desc="embed", unit="img", dynamic_ncols=True, leave=False) as bar:
         for images in batches:
             with run.autocast():
                 parts.append(encoder(training.to_float(images.to(run.device))).float())

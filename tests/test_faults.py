@@ -256,23 +256,26 @@ def test_logs_that_cannot_be_written_end_no_run(tmp_path, capsys):
     assert said.count("Warning: TensorBoard's log cannot be written") == 1
 
 
-def test_a_terminal_that_cannot_be_written_ends_no_run(tmp_path, monkeypatch):
+@pytest.mark.parametrize("stage", ["encoder", "classifier", "gan"])
+def test_a_terminal_that_cannot_be_written_ends_no_run(class_folder, class_run, tmp_path, stage):
     """Its reader has gone, or it is a file on a full disk."""
-
-    class Gone:
-        def write(self, text):
-            raise OSError(28, "No space left on device")
-
-        flush = isatty = fileno = lambda self: self.write("")
-
-    monkeypatch.setattr(sys, "stderr", Gone())
-    monkeypatch.setattr(training.sys.stderr.__class__, "isatty", lambda self: False)
-    (tmp_path / "stats.jsonl").mkdir()
-    with training.Log(tmp_path, "gan", total=100) as log:
-        log.add(x=torch.tensor(1.0))
-        log.step(50)
-        log.bar.refresh()
-        log.write(50)
+    folder = copy_run(class_run, tmp_path / "run")
+    command = [
+        sys.executable,
+        ROOT / f"{stage}.py",
+        "--data",
+        class_folder,
+        "--outdir",
+        folder,
+        "--smoke",
+        "--no-resume",
+    ]
+    command += ["--device", "cpu", *(["--kimg", "0.016"] if stage == "gan" else [])]
+    (folder / f"{stage}.pt").unlink(missing_ok=True)
+    with open("/dev/full", "w") as full:
+        done = subprocess.run([*map(str, command)], stdout=full, stderr=full, timeout=300)
+    assert done.returncode == 0
+    training.load(folder / f"{stage}.pt", stage, finished=stage != "gan")
 
 
 @pytest.mark.parametrize("left", [b"\xff\xfe\0\n", b"[" * 100_000, b"[1]\n{}\nnull\n"])
