@@ -665,7 +665,9 @@ DTYPES = (
     torch.float64,
 )
 RESUME_REMEDY = "give --no-resume to start over, or another --outdir"
-DATA = dict(data=str, name=str, size=int, fingerprint=str, label_names=list, label_kind=str, splits=dict, preset=str)
+DATA = dict(
+    data=str, name=str, size=int, fingerprint=str, label_names=list, label_kind=str, splits=dict, preset=str
+) | dict(squash=bool, train_on_all=bool)
 
 
 def save(path: Path, state: dict, must: bool = True, keep_previous: bool = True) -> None:
@@ -747,6 +749,10 @@ def load(path: Path | str, stage: str, finished: bool = False, others: bool = Tr
     for name, kind in DATA.items():
         if not isinstance(state["data"].get(name), kind):
             raise click.ClickException(f"{path} is incomplete: its 'data' has no {name!r}, or not a {kind.__name__}")
+    if "attributes" not in state["data"] or not all(isinstance(n, str) for n in state["data"]["label_names"]):
+        raise click.ClickException(
+            f"{path} is incomplete: its 'data' has no 'attributes', or label names that are no text"
+        )
     for name, weights in (("model", state.get("model")), ("ema", state.get("ema"))):
         for key, value in (weights or {}).items():
             if not (isinstance(key, str) and isinstance(value, torch.Tensor) and value.isfinite().all()):

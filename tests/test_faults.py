@@ -365,6 +365,14 @@ BROKEN = {
     "images larger than its weights": lambda s: s["data"].update(size=1024),
     "a size that no computer has": lambda s: s["data"].update(size=10**100),
     "weights with numbers for names": lambda s: s["ema"].update({3: torch.zeros(1)}),
+    "label names that are no text": lambda s: s["data"].update(label_names=[{}, [], None]),
+    "no attributes": lambda s: s["data"].pop("attributes"),
+    "no squash": lambda s: s["data"].pop("squash"),
+    "a classifier of other features": lambda s: s["classifier"].update(
+        config=dict(features=7, labels=3), model=dict(weight=torch.zeros(3, 7), bias=torch.zeros(3))
+    ),
+    "a balance of NaN": lambda s: s["classifier"].update(balance=[math.nan] * 3),
+    "an encoder that divides by zero": lambda s: s["encoder"]["config"].update(std=(0.0,) * 3),
     "another version": lambda s: s.update(version=1),
     "a list": lambda s: s.update(stage=["gan"]),
 }
@@ -388,7 +396,8 @@ def test_incomplete_checkpoints_are_one_line(command, class_folder, gan_run, tmp
     before = (folder / "gan.pt").read_bytes()
     options = ("--data", class_folder, "--outdir", folder, "--smoke", "--kimg", 0.032)
     anew = ("rows of another width", "no classifier", "another network in its place", "more labels than images")
-    if what not in (*anew, "a classifier larger than its weights"):  # which training does not read
+    anew += ("a classifier larger than its weights", "a balance of NaN", "an encoder that divides by zero")
+    if what not in anew:  # which training does not read
         line = last_line(command("gan", *options, code=1))
         assert line.startswith("Error: ") and "gan.pt" in line and len(line) < 500
         assert (folder / "gan.pt").read_bytes() == before
