@@ -158,7 +158,7 @@ def evaluate(logits: torch.Tensor, y: torch.Tensor, names: list[str], one_hot: b
 
     scores = (logits.log_softmax(1) if one_hot else logits).numpy()
     truth = y.numpy().astype(int)
-    guess = np.eye(len(names), dtype=int)[logits.argmax(1)] if one_hot else (logits > 0).int().numpy()
+    guess = np.eye(len(names), dtype=int)[logits.argmax(1).numpy()] if one_hot else (logits > 0).int().numpy()
     labels = {}
     for i, name in enumerate(names):
         rate, right = truth[:, i].mean(), (guess[:, i] == truth[:, i]).mean()

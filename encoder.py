@@ -104,6 +104,8 @@ def build(checkpoint: dict) -> Encoder:
     """The frozen encoder in eval mode, from the content of `encoder.pt`."""
     training.check_fits(lambda: Encoder(**checkpoint["config"]), checkpoint["model"])
     encoder = Encoder(**checkpoint["config"])
+    if not (encoder.mean.isfinite().all() and encoder.std.isfinite().all() and (encoder.std > 0).all()):
+        raise ValueError("its mean and std are no scale of images")
     encoder.load_state_dict(checkpoint["model"])
     return encoder.eval().requires_grad_(False)
 
@@ -115,7 +117,7 @@ def embed(encoder: nn.Module, batches: Iterable[torch.Tensor], total: int, run: 
     batches: uint8 [B, S, S, 3] tensors, `total` images in all. Shows progress.
     """
     encoder, parts = encoder.eval(), []
-    with tqdm(total=total, desc="embed", unit="img", dynamic_ncols=True, leave=False, file=training.SCREEN) as bar:
+    with tqdm(total=total, desc="embed", unit="img", dynamic_ncols=True, leave=False) as bar:
         for images in batches:
             with run.autocast():
                 parts.append(encoder(training.to_float(images.to(run.device))).float())
@@ -592,7 +594,8 @@ def main(**options):
                 training.write_options(outdir / "encoder.json", options)
                 print(
                     f"{'Resuming' if done else 'Training'} {options['method']} {options['backbone']} on {len(ds):,} images "
-                    f"of {ds.size} px, to {total:,} images seen ({total / len(ds):.3g} epochs)"
+                    f"of {ds.size} px, to {total:,} images seen ({total / len(ds):.3g} epochs)",
+                    flush=True,  # ahead of the bar, also where both go to a file
                 )
             with training.Log(outdir, "encoder", total, done, rank=run.rank) as log:
                 extra = train(encoder, ds, run, options, state, total, log, save) if done < total else state["training"]

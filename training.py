@@ -96,7 +96,8 @@ class Stopped(click.ClickException):
         self.exit_code = 128 + signum
 
     def show(self, file=None) -> None:
-        click.echo(self.message, err=True)
+        with contextlib.suppress(OSError):  # the exit code is to come in any case
+            click.echo(self.message, err=True)
 
 
 @contextlib.contextmanager
@@ -123,7 +124,7 @@ def one_line() -> Iterator[None]:
         text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in error.message)
         error.message = text if len(text) < 2000 else f"{text[:1000]} ... {text[-900:]}"
         if int(os.environ.get("RANK", 0)) > 0:
-            time.sleep(3)  # where the first process says the same, torchrun ends this one meanwhile
+            time.sleep(15)  # where the first process says the same, torchrun ends this one meanwhile
         raise
 
 
@@ -146,14 +147,34 @@ class OneLine(click.Command):
             return super().invoke(context)
 
 
+class Screen:
+    """stdout or stderr, for what no run should end for: its reader may have gone, or it may be a file on a full disk."""
+
+    def __init__(self, stream):
+        self.stream = stream
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self.stream, name)
+
+    def write(self, text: str) -> None:
+        with contextlib.suppress(OSError):
+            self.stream.write(text)
+
+    def flush(self) -> None:
+        with contextlib.suppress(OSError):
+            self.stream.flush()
+
+
 def with_options(own: list[Callable]) -> Callable:
     """Decorator: gives a click command the options of its stage, then those that every stage takes."""
 
     def decorate(command: Callable) -> Callable:
         @functools.wraps(command)
         def guarded(**options):
+            out, err = Screen(sys.stdout), Screen(sys.stderr)
             try:
-                command(**options)
+                with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+                    command(**options)
             except KeyboardInterrupt:
                 raise Stopped(signal.SIGINT, "stopped; the same command goes on") from None
             if dist.is_initialized():
@@ -447,7 +468,9 @@ def signals(run: Run) -> Iterator[None]:
         if first and run.rank == 0:
             again = "; again to end at once" if signum == signal.SIGINT else ""
             with contextlib.suppress(RuntimeError):  # Python refuses a line amid another one
-                tqdm.write(f"{signal.Signals(signum).name}: finishing the iteration, then saving{again}", file=SCREEN)
+                tqdm.write(
+                    f"{signal.Signals(signum).name}: finishing the iteration, then saving{again}", file=sys.stderr
+                )
 
     if threading.current_thread() is not threading.main_thread():  # Python handles signals there alone
         yield
@@ -642,7 +665,9 @@ DTYPES = (
     torch.float64,
 )
 RESUME_REMEDY = "give --no-resume to start over, or another --outdir"
-DATA = dict(data=str, name=str, size=int, fingerprint=str, label_names=list, label_kind=str, splits=dict, preset=str)
+DATA = dict(
+    data=str, name=str, size=int, fingerprint=str, label_names=list, label_kind=str, splits=dict, preset=str
+) | dict(squash=bool, train_on_all=bool)
 
 
 def save(path: Path, state: dict, must: bool = True, keep_previous: bool = True) -> None:
@@ -663,7 +688,7 @@ def save(path: Path, state: dict, must: bool = True, keep_previous: bool = True)
         why = getattr(error, "strerror", None) or "is the disk full?"
         if must:
             raise click.ClickException(f"cannot write {path}: {why}") from None
-        tqdm.write(f"Warning: cannot write {path}: {why}; training goes on until the next save", file=SCREEN)
+        tqdm.write(f"Warning: cannot write {path}: {why}; training goes on until the next save", file=sys.stderr)
 
 
 def save_snapshot(path: Path, state: dict, keep: int, every: int) -> None:
@@ -724,6 +749,10 @@ def load(path: Path | str, stage: str, finished: bool = False, others: bool = Tr
     for name, kind in DATA.items():
         if not isinstance(state["data"].get(name), kind):
             raise click.ClickException(f"{path} is incomplete: its 'data' has no {name!r}, or not a {kind.__name__}")
+    if "attributes" not in state["data"] or not all(isinstance(n, str) for n in state["data"]["label_names"]):
+        raise click.ClickException(
+            f"{path} is incomplete: its 'data' has no 'attributes', or label names that are no text"
+        )
     for name, weights in (("model", state.get("model")), ("ema", state.get("ema"))):
         for key, value in (weights or {}).items():
             if not (isinstance(key, str) and isinstance(value, torch.Tensor) and value.isfinite().all()):
@@ -906,24 +935,6 @@ def duration(seconds: float) -> str:
     return f"{seconds:.0f} seconds"
 
 
-class Screen:
-    """stderr, for what no run should end for: its reader may have gone, or it may be a file on a full disk."""
-
-    def __getattr__(self, name: str) -> object:
-        return getattr(sys.stderr, name)
-
-    def write(self, text: str) -> None:
-        with contextlib.suppress(OSError):
-            sys.stderr.write(text)
-
-    def flush(self) -> None:
-        with contextlib.suppress(OSError):
-            sys.stderr.flush()
-
-
-SCREEN = Screen()
-
-
 class Log:
     """Progress bar on stderr, one JSON object a line in `stats.jsonl`, the same numbers in TensorBoard.
 
@@ -949,7 +960,7 @@ class Log:
         self.bar = tqdm(
             total=total,
             initial=done,
-            file=SCREEN,
+            file=sys.stderr,
             desc=stage,
             unit=unit,
             unit_scale=True,
@@ -978,7 +989,7 @@ class Log:
             if what not in self.warned:
                 self.warned.add(what)
                 tqdm.write(
-                    f"Warning: {what} cannot be written ({error.strerror or error}); training goes on", file=SCREEN
+                    f"Warning: {what} cannot be written ({error.strerror or error}); training goes on", file=sys.stderr
                 )
 
     def forget(self, done: int) -> None:
@@ -1011,7 +1022,9 @@ class Log:
             seconds = (time.monotonic() - self.since[0]) / (self.bar.n - self.since[1])  # per image
             line = f"{1 / seconds:,.3g} images/s: about {duration(seconds * (self.bar.total - self.bar.n))} to the end"
             others = [f"{duration(seconds * n)} for {name}" for name, n in self.lengths.items() if n != self.bar.total]
-            tqdm.write(f"{line}{' (from the start: ' * bool(others)}{', '.join(others)}{')' * bool(others)}", SCREEN)
+            tqdm.write(
+                f"{line}{' (from the start: ' * bool(others)}{', '.join(others)}{')' * bool(others)}", sys.stderr
+            )
             self.since = None
 
     def write(self, images: int, **extra: float) -> dict[str, float]:

@@ -115,6 +115,13 @@ def test_scores_agree_with_scikit_learn():
     assert overall["ap"] == pytest.approx(average_precision_score(np.eye(3)[classes], softmax), abs=1e-6)
 
 
+@pytest.mark.parametrize("classes", [1, 2])
+def test_one_image_is_scored(classes):
+    one = torch.eye(classes)[:1]
+    results = classifier.evaluate(one, one, ["a", "b"][:classes], True, torch.zeros(classes))
+    assert results["overall"]["accuracy"] == 1 and results["bits"]["h_y"] == 0
+
+
 # The command.
 
 

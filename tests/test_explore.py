@@ -30,7 +30,9 @@ def lively_decoder(size: int, labels: int) -> gan.Decoder:
 def save_network(path, decoder: gan.Decoder, names: list[str], kind: str, name: str = "rigged"):
     """A gan.pt of this decoder alone, with no encoder, classifier or images."""
     size = decoder.generator.size
-    data = dict(data=f"/nowhere/{name}", name=name, preset="", size=size, squash=False, fingerprint="0")
+    data = dict(
+        data=f"/nowhere/{name}", name=name, preset="", size=size, squash=False, train_on_all=False, fingerprint="0"
+    )
     data |= dict(attributes="class", label_names=names, label_kind=kind, splits={"train": len(names)})
     rows = torch.eye(len(names), dtype=torch.uint8)
     state = dict(

@@ -256,23 +256,26 @@ def test_logs_that_cannot_be_written_end_no_run(tmp_path, capsys):
     assert said.count("Warning: TensorBoard's log cannot be written") == 1
 
 
-def test_a_terminal_that_cannot_be_written_ends_no_run(tmp_path, monkeypatch):
+@pytest.mark.parametrize("stage", ["encoder", "classifier", "gan"])
+def test_a_terminal_that_cannot_be_written_ends_no_run(class_folder, class_run, tmp_path, stage):
     """Its reader has gone, or it is a file on a full disk."""
-
-    class Gone:
-        def write(self, text):
-            raise OSError(28, "No space left on device")
-
-        flush = isatty = fileno = lambda self: self.write("")
-
-    monkeypatch.setattr(sys, "stderr", Gone())
-    monkeypatch.setattr(training.sys.stderr.__class__, "isatty", lambda self: False)
-    (tmp_path / "stats.jsonl").mkdir()
-    with training.Log(tmp_path, "gan", total=100) as log:
-        log.add(x=torch.tensor(1.0))
-        log.step(50)
-        log.bar.refresh()
-        log.write(50)
+    folder = copy_run(class_run, tmp_path / "run")
+    command = [
+        sys.executable,
+        ROOT / f"{stage}.py",
+        "--data",
+        class_folder,
+        "--outdir",
+        folder,
+        "--smoke",
+        "--no-resume",
+    ]
+    command += ["--device", "cpu", *(["--kimg", "0.016"] if stage == "gan" else [])]
+    (folder / f"{stage}.pt").unlink(missing_ok=True)
+    with open("/dev/full", "w") as full:
+        done = subprocess.run([*map(str, command)], stdout=full, stderr=full, timeout=300)
+    assert done.returncode == 0
+    training.load(folder / f"{stage}.pt", stage, finished=stage != "gan")
 
 
 @pytest.mark.parametrize("left", [b"\xff\xfe\0\n", b"[" * 100_000, b"[1]\n{}\nnull\n"])
@@ -362,6 +365,14 @@ BROKEN = {
     "images larger than its weights": lambda s: s["data"].update(size=1024),
     "a size that no computer has": lambda s: s["data"].update(size=10**100),
     "weights with numbers for names": lambda s: s["ema"].update({3: torch.zeros(1)}),
+    "label names that are no text": lambda s: s["data"].update(label_names=[{}, [], None]),
+    "no attributes": lambda s: s["data"].pop("attributes"),
+    "no squash": lambda s: s["data"].pop("squash"),
+    "a classifier of other features": lambda s: s["classifier"].update(
+        config=dict(features=7, labels=3), model=dict(weight=torch.zeros(3, 7), bias=torch.zeros(3))
+    ),
+    "a balance of NaN": lambda s: s["classifier"].update(balance=[math.nan] * 3),
+    "an encoder that divides by zero": lambda s: s["encoder"]["config"].update(std=(0.0,) * 3),
     "another version": lambda s: s.update(version=1),
     "a list": lambda s: s.update(stage=["gan"]),
 }
@@ -385,7 +396,8 @@ def test_incomplete_checkpoints_are_one_line(command, class_folder, gan_run, tmp
     before = (folder / "gan.pt").read_bytes()
     options = ("--data", class_folder, "--outdir", folder, "--smoke", "--kimg", 0.032)
     anew = ("rows of another width", "no classifier", "another network in its place", "more labels than images")
-    if what not in (*anew, "a classifier larger than its weights"):  # which training does not read
+    anew += ("a classifier larger than its weights", "a balance of NaN", "an encoder that divides by zero")
+    if what not in anew:  # which training does not read
         line = last_line(command("gan", *options, code=1))
         assert line.startswith("Error: ") and "gan.pt" in line and len(line) < 500
         assert (folder / "gan.pt").read_bytes() == before
