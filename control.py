@@ -1,8 +1,8 @@
 """What a conditional generator is asked beyond FID: attribute control, diversity within one y, bounds on information.
 
-runs.py calls this for `metrics.py --network`. y and labels are float32 [N, Y], one-hot or multi-hot; kind is 'one-hot'
-or 'multi-label'. `run` is the runs.Run of a trained network: it generates, embeds and classifies. The functions above
-the `measure_*` need networks, images and labels alone.
+trained.py calls this for `metrics.py --network`. y and labels are float32 [N, Y], one-hot or multi-hot; kind is
+'one-hot' or 'multi-label'. `run` is the trained.Run of a trained network: it generates, embeds and classifies. The
+functions above the `measure_*` need networks, images and labels alone.
 """
 
 import contextlib

@@ -36,7 +36,7 @@ from torch import Tensor
 import gan
 import latents
 import metrics
-import runs
+import trained
 import training
 
 PRETRAINED = Path(__file__).parent / "pretrained" / "critters.pt"
@@ -406,7 +406,7 @@ def dimensions_command(network, data, num, steps, json_file, seed, device, out):
     judge that is trained now on the real images and all that is known of them, say which labels move. The page and the
     strips take the names from dimensions.json.
     """
-    file, run = network, runs.Run(str(network), metrics.start(device, 64), data)
+    file, run = network, trained.Run(str(network), metrics.start(device, 64), data)
     readers, quality = latents.readers_of(run, seed, steps)
     y = run.generated(num, seed).y
     found = latents.measure(run.net, y, run.net.latents(range(seed, seed + num)), readers)
@@ -495,7 +495,7 @@ def embedding_command(network, data, seed, device, out):
         panels = label_panels(ds.label_names, ds.label_kind, np.asarray(ds.labels)[index])
         panels += [(name, value[index], names) for name, (value, names) in ds.hidden.items()]
     else:
-        run = runs.Run(str(network), metrics.start(device, 64), data)
+        run = trained.Run(str(network), metrics.start(device, 64), data)
         if run.features is None:
             raise click.ClickException(f"{network} holds no encoder: give the run's gan.pt or encoder.pt")
         n = min(POINTS // 2, len(run.images["val"]))

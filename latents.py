@@ -358,7 +358,7 @@ FACTORS: dict[str, dict[str, Callable[[dict], float]]] = {
 def known_labels(run, split: str) -> tuple[list[str], Tensor]:
     """Everything that is known of the real images of a split: names, and float32 [N, names] in [0, 1].
 
-    run: a runs.Run. That is y, the other classes and attributes of the data, and for critters the factors of the
+    run: a trained.Run. That is y, the other classes and attributes of the data, and for critters the factors of the
     drawing, each by its rank: 0 the least, 1 the most.
     """
     import critters
@@ -377,7 +377,7 @@ def known_labels(run, split: str) -> tuple[list[str], Tensor]:
 def readers_of(run, seed: int, steps: int) -> tuple[dict[str, Reader], dict[str, float]]:
     """Who names a run's dimensions, and how well the judge reads each of its labels (area under the ROC curve).
 
-    run: a runs.Run. The run's own classifier reads y; an independent judge, trained now on the real images, reads
+    run: a trained.Run. The run's own classifier reads y; an independent judge, trained now on the real images, reads
     all that is known of them, as far as it can.
     """
     from sklearn.metrics import roc_auc_score  # slow to import

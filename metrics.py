@@ -15,7 +15,7 @@ torch-fidelity and the original code, `clean` as clean-fid. All images are compa
 
 Everything random comes from the seed and the index of an image alone, so no number depends on the batch size or on the
 number of processes beyond rounding. For two folders this file needs no other, and with `ops/` beside it t-SNE is faster.
-For `--network` it needs runs.py, which says what the two sets of a run are and what else a run is asked, and what that
+For `--network` it needs trained.py, which says what the two sets of a run are and what else a run is asked, and what that
 needs: all of this project.
 """
 
@@ -964,13 +964,13 @@ AMOUNTS = {
 }  # fmt: skip
 
 
-def import_runs(option: str):
-    """runs.py, which an option needs and a copy of this file alone has not got: so it is not imported at the top."""
+def import_trained(option: str):
+    """trained.py, which an option needs and a copy of this file alone has not got: so it is not imported at the top."""
     try:
-        import runs
+        import trained
     except ModuleNotFoundError as error:
         raise click.ClickException(f"{option} needs {error.name}.py beside metrics.py") from None
-    return runs
+    return trained
 
 
 def choose_features(option: str, inception: str | None, how: str, steps: int, run, world: World, seed: int):
@@ -980,7 +980,7 @@ def choose_features(option: str, inception: str | None, how: str, steps: int, ru
     if option in ("encoder", "judge"):
         return run.own_features(option, steps, seed)
     if option not in ("auto", "inception"):
-        return import_runs(f"--features {option}").features_of(option, world.device)
+        return import_trained(f"--features {option}").features_of(option, world.device)
     try:
         if inception is None:
             world.first(lambda: published_weights(WEIGHTS_URL, "--inception"))
@@ -1052,7 +1052,7 @@ def measure_fidelity(options: dict, amounts: dict, need: set, run, world: World,
 
     # One pass over each side.
     keep = bool(need & {"kid", "pr"}) or (run is None and "chamfer" in need)
-    spectra = [import_runs("--metrics spectrum").Spectrum() for _ in range(2)] if "spectrum" in need else []
+    spectra = [import_trained("--metrics spectrum").Spectrum() for _ in range(2)] if "spectrum" in need else []
     look, look_real = [spectrum.watch(features) for spectrum in spectra] or [features, features]
     what = "generated" if run else "images"
     moments, scores, kept = measure(images, look, world, what, "is" in need, keep)
@@ -1116,7 +1116,7 @@ def evaluate(options: dict, world: World) -> dict:
     """Run the command with its options; returns the results, keyed as in the JSON file."""
     began, seed, notes, run = time.time(), options["seed"], [], None
     if options["network"]:
-        run = import_runs("--network").Run(options["network"], world, options["data"])
+        run = import_trained("--network").Run(options["network"], world, options["data"])
         run.protocol = options["protocol"] or run.protocol
     wanted = [m.strip() for m in options["metrics"].split(",")] if options["metrics"] else []
     wanted = [{"fd": "fid", "kd": "kid"}.get(m, m) for m in wanted]
@@ -1202,7 +1202,7 @@ def report(r: dict) -> str:
             lines.append(f"  {name:25s}{form.format(r[key]):>12s}  {more.format(**r, **words)}".rstrip())
     lines += [f"  note: {note}" for note in r.get("notes", [])]
     if "accuracy" in r:
-        lines += ["", *import_runs("--network").control_table(r)]
+        lines += ["", *import_trained("--network").control_table(r)]
     return "\n".join(lines)
 
 
@@ -1312,7 +1312,7 @@ def main(network: tuple[str, ...], json_file: str | None, **options) -> None:
                 except OSError as error:
                     raise click.ClickException(f"cannot write {json_file}: {error.strerror}") from None
     if world.rank == 0 and len(results) > 1:
-        click.echo("\n" + import_runs("--network").compare(results))
+        click.echo("\n" + import_trained("--network").compare(results))
     if dist.is_initialized():
         dist.destroy_process_group()
 

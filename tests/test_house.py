@@ -24,11 +24,11 @@ MAY_IMPORT = {
     "encoder": {"training", "layouts", "dataset"},
     "classifier": {"training", "layouts", "dataset", "encoder", "clusters"},
     "gan": {"ops", "training", "layouts", "dataset", "encoder", "classifier"},
-    "runs": {"training", "dataset", "encoder", "classifier", "gan", "control"},
-    "metrics": {"ops", "runs"},
+    "trained": {"training", "dataset", "encoder", "classifier", "gan", "control"},
+    "metrics": {"ops", "trained"},
     "latents": {"training", "critters", "dataset", "control", "gan"},
     "page": {"gan", "latents"},
-    "explore": {"training", "files", "dataset", "encoder", "gan", "runs", "metrics", "latents", "page"},
+    "explore": {"training", "files", "dataset", "encoder", "gan", "trained", "metrics", "latents", "page"},
 }
 AT_THE_TOP = {
     "encoder": {"training"},

@@ -26,7 +26,7 @@ from PIL import Image
 from torch import nn
 
 import metrics
-import runs
+import trained
 from bench.metrics import divergence
 
 CPU = torch.device("cpu")
@@ -285,12 +285,12 @@ def test_precision_and_recall():
 def test_spectrum_finds_stripes():
     images = torch.full((3, 8, 8, 3), 100, dtype=torch.uint8)
     images[:, :, ::2] += 20  # dark and light columns
-    spectrum = runs.Spectrum()
+    spectrum = trained.Spectrum()
     spectrum.add(images[:1])
-    spectrum.join(runs.Spectrum(0))
+    spectrum.join(trained.Spectrum(0))
     spectrum.add(images[1:])
     assert spectrum.n == 3 and spectrum.nyquist() == pytest.approx(((8 * 8 * 10.0) ** 2, 0))
-    spectrum = runs.Spectrum()
+    spectrum = trained.Spectrum()
     spectrum.add(images.transpose(1, 2))
     assert spectrum.nyquist() == pytest.approx((0, (8 * 8 * 10.0) ** 2))
 
@@ -426,7 +426,9 @@ def test_alone_in_a_folder_and_any_mix_of_images(space, tmp_path):
         arguments = [*arguments, option.split()[0], "gan.pt"]
         done = subprocess.run([sys.executable, "metrics.py", *arguments], cwd=tmp_path, env=environment,
                               capture_output=True, text=True)  # fmt: skip
-        assert done.returncode == 1 and done.stderr == f"Error: {option} needs runs.py beside metrics.py\n", done.stderr
+        assert done.returncode == 1 and done.stderr == f"Error: {option} needs trained.py beside metrics.py\n", (
+            done.stderr
+        )
 
 
 def test_chamfer_of_two_sets_of_features():
@@ -646,7 +648,7 @@ def fake_run(folder: Path, kind: str = "one-hot", wrong: bool = False) -> Path:
     for name, text in FAKES.items():
         text = text.format(kind=kind, wrong=wrong) if name == "gan" else text
         (folder / f"{name}.py").write_text(textwrap.dedent(text))
-    for name in ("metrics.py", "runs.py", "control.py", "training.py", "encoder.py", "classifier.py"):
+    for name in ("metrics.py", "trained.py", "control.py", "training.py", "encoder.py", "classifier.py"):
         shutil.copy(ROOT / name, folder)
     (folder / "gan.pt").touch()
     return folder / "gan.pt"
@@ -659,14 +661,14 @@ def stand_ins(tmp_path, monkeypatch):
     def make(**options) -> Path:
         path = fake_run(tmp_path, **options)
         monkeypatch.syspath_prepend(str(tmp_path))
-        for name in (*FAKES, "runs"):  # runs.py imports them at its top
+        for name in (*FAKES, "trained"):  # trained.py imports them at its top
             monkeypatch.delitem(sys.modules, name, raising=False)
         return path
 
     monkeypatch.setattr(metrics, "published_weights", mock.Mock(side_effect=click.ClickException("no weights")))
     monkeypatch.setitem(metrics.AMOUNTS["cpu"], "judge", 40)
     yield make
-    for name in (*FAKES, "runs"):
+    for name in (*FAKES, "trained"):
         sys.modules.pop(name, None)
 
 
@@ -892,7 +894,7 @@ def test_encoder_of_another_size(space):
             assert x.shape[2:] == (8, 8)
             return x.mean((2, 3))
 
-    net = runs.EncoderFeatures(Mean(), None, "none", 8, torch.device("cpu"))
+    net = trained.EncoderFeatures(Mean(), None, "none", 8, torch.device("cpu"))
     images = torch.randint(0, 256, (5, 16, 16, 3), dtype=torch.uint8)
     torch.testing.assert_close(net.embed(images), net.embed(list(images)))
 

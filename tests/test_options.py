@@ -11,7 +11,7 @@ import dataset
 import encoder
 import explore
 import gan
-import runs
+import trained
 import training
 
 ODD = (
@@ -50,7 +50,7 @@ def test_odd_values(class_folder, folder, tmp_path, monkeypatch, name, option):
         raise Accepted("accepted")
 
     for module, work in (
-        *((encoder, "train"), (classifier, "fit"), (gan.Trainer, "iteration"), (runs.Run, "__init__")),
+        *((encoder, "train"), (classifier, "fit"), (gan.Trainer, "iteration"), (trained.Run, "__init__")),
         (explore.latents, "project"),
     ):
         monkeypatch.setattr(module, work, accept)

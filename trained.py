@@ -1,7 +1,7 @@
 """A trained run: its generator, its encoder and classifier, the images it was trained on, and what is asked of it.
 
-    import metrics, runs
-    run = runs.Run("runs/critters/gan.pt", metrics.start("auto", batch=64))
+    import metrics, trained
+    run = trained.Run("runs/critters/gan.pt", metrics.start("auto", batch=64))
     h = run.embed(run.generated(1000, seed=0))                  # features of generated images, float32 [1000, F]
 
 `metrics.py --network` and explore.py work with this. metrics.py compares two sets of images and works alone; this file
