@@ -41,8 +41,8 @@ LOG_EVERY = 2_000  # images
 
 # Settings by data, '' for any. None: by size, see `set_by_size`.
 PRESETS = {
-    "":              dict(width=None, batch=None, lr=None, lr_decay=0.5, beta1=0.0, kimg=None, snap=None, projection=True, r1=None,
-                          augment="color,translation,cutout", reg_clip=True, penalty="r1r2", draw_y="data",
+    "":              dict(width=None, batch=None, lr=None, lr_decay=0.5, beta1=None, kimg=None, snap=None, projection=True, r1=None,
+                          augment="color,translation,cutout", reg_clip=True, penalty=None, draw_y="data",
                           reg_over="sum", start="he"),
     "critters":      dict(augment="none"),
     "fashion-mnist": dict(augment="none"),
@@ -472,8 +472,6 @@ class Trainer:
         if options["start"] == "he":
             he_init(decoder)
             decoder.generator.last.weight.data.mul_(0.5)  # keeps the first images out of tanh's saturation
-            # eps fainter than the first subspace: else that layer's z has nothing to say and dies. 0.3: found by trying.
-            decoder.generator.first.weight.data.mul_(0.3)
         projected = width * options["projection"]
         D = build_discriminator(
             options["disc"], options["size"], options["disc_layers"], classes, options["width"], projected
@@ -481,10 +479,12 @@ class Trainer:
         if options["start"] == "he":
             he_init(D)
         self.decoder, self.D = (n.to(run.device, memory_format=torch.channels_last) for n in (decoder, D))
-        if width and options["start"] == "he" and not self.D.batch_statistics:
-            # From the start, eps follows y about as much as the 512 numbers of the noise; the 3 was found by trying. Not
-            # against patches: their batch norm hides colours, which the regularisation would then drive into saturation.
-            self.decoder.mapper.weight.data[:, :width].mul_((NOISE / 3) ** 0.5)
+        if options["start"] == "he" and not self.D.batch_statistics:
+            # Not against patches: their batch norm hides colours, which the regularisation would drive into saturation.
+            if width:  # from the start, eps follows y about as much as the 512 numbers of the noise; 3: found by trying
+                self.decoder.mapper.weight.data[:, :width].mul_((NOISE / 3) ** 0.5)
+            # eps fainter than the first subspace: else that layer's z has nothing to say and dies. 0.3: found by trying.
+            self.decoder.generator.first.weight.data.mul_(0.3)
         self.ema = copy.deepcopy(self.decoder).requires_grad_(False).eval()
         adam = dict(lr=options["lr"], betas=(options["beta1"], BETA2), fused=True)
         self.step_g = training.Stepper(run, torch.optim.Adam(self.decoder.parameters(), **adam))
@@ -857,14 +857,14 @@ OPTIONS = [
     click.option("--reg-over",      type=click.Choice(["sum", "mean"]), help="Add up an image's attributes in the regularisation, or average them.  [default: sum; --protocol paper: mean]"),
     click.option("--reg-clip/--no-reg-clip", default=None, help="Limit a regularisation's gradient to N times the adversarial one's norm.  [default: by data]"),
     click.option("--orth",          type=click.Choice(["penalty", "exact", "none"]), default="penalty", help="How the bases U are kept orthonormal."),
-    click.option("--r1",            metavar="W", type=click.FloatRange(0, 1e6), help="Weight of the gradient penalty; 0: none.  [default: 0.5 at 32 px, in proportion to the pixels; 10 with --penalty r1]"),
-    click.option("--penalty",       type=click.Choice(["r1", "r1r2"]), help="Of D's gradient: r1: at real images, every 16th iteration, in an update of its own; r1r2: at real and generated images, in every step of D.  [default: r1r2; --protocol paper: r1]"),
+    click.option("--r1",            metavar="W", type=click.FloatRange(0, 1e6), help="Weight of the gradient penalty; 0: none.  [default: 0.5 at 32 px, in proportion to the pixels; with --penalty r1 10, for patches less by size]"),
+    click.option("--penalty",       type=click.Choice(["r1", "r1r2"]), help="Of D's gradient: r1: at real images, every 16th iteration, in an update of its own; r1r2: at real and generated images, in every step of D.  [default: r1r2; --disc patch, --protocol paper: r1]"),
     click.option("--augment",       metavar="LIST|none", help="Of the discriminator's inputs: color,translation,cutout or some of them.  [default: by data]"),
     click.option("--draw-y",        type=click.Choice(["data", "uniform"]), help="Labels of generated images: as they occur in the data, or classes alike and fair coins.  [default: data; --protocol paper: uniform]"),
     click.option("--start",         type=click.Choice(["he", "torch"]), help="First weights: at He et al.'s scale, with smooth upsampling, or PyTorch's.  [default: he; --protocol paper: torch]"),
     click.option("--unconditional", is_flag=True, help="Vanilla EigenGAN: no labels, no regularisation; needs no earlier stage."),
     click.option("--lr",            metavar="RATE", type=click.FloatRange(0, 1e6, min_open=True), help="Learning rate of both Adams.  [default: 5e-4 up to 64 px, then 1e-4]"),
-    click.option("--beta1",         metavar="B", type=click.FloatRange(0, 1, max_open=True), help="Momentum of both Adams.  [default: 0; --protocol paper: 0.5]"),
+    click.option("--beta1",         metavar="B", type=click.FloatRange(0, 1, max_open=True), help="Momentum of both Adams.  [default: 0; --disc patch, --protocol paper: 0.5]"),
     click.option("--lr-decay",      metavar="PART", type=click.FloatRange(0, 1), help="Over this last part of the run, the learning rate falls to 0.  [default: 0.5; --protocol paper: 0]"),
     click.option("--kimg",          metavar="KIMG", type=click.FloatRange(0, 1e6, min_open=True), help="Length in thousands of real images.  [default: by size, 60 up to 64 px]"),
     click.option("--keep",          metavar="N", type=click.IntRange(1, 10**6), default=5, help="Snapshots to keep, the last ones, beside every tenth."),
@@ -888,13 +888,15 @@ def set_by_size(options: dict) -> None:
         options["projection"] = False
     if patch and options["disc_layers"] is None:
         options["disc_layers"] = patch_layers(size)
-    if options["r1"] is None:
-        # Found by trying at 32 px; gradients are sums over pixels, so larger images take more.
-        options["r1"] = 0.5 * (size / 32) ** 2 if options["penalty"] == "r1r2" else 10.0
+    # Found by trying: with the global discriminator, both penalties and no momentum keep classes from collapsing; with
+    # patches and their batch norm the pictures get worse. Gradients are sums over pixels, so larger images take more.
+    options["penalty"] = options["penalty"] or ("r1" if patch else "r1r2")
+    r1 = 0.5 * (size / 32) ** 2 if options["penalty"] == "r1r2" else 10 * (size / 256) ** 2 if patch else 10.0
     # Small images take a higher rate, smaller batches and wider maps, found by trying at 32 px; above, the published ones.
     batch, lr = (16, 5e-4) if size <= 64 else (32, 1e-4)
     kimg = options["kimg"] or default_kimg(size)
-    by_size = dict(width=32 if size <= 32 else 16, batch=batch, lr=lr, kimg=kimg, snap=kimg / 6)
+    width, beta1 = 32 if size <= 32 else 16, 0.5 if patch else 0.0
+    by_size = dict(width=width, batch=batch, lr=lr, beta1=beta1, r1=r1, kimg=kimg, snap=kimg / 6)
     options |= {name: value for name, value in by_size.items() if options[name] is None}
 
 

@@ -552,7 +552,9 @@ def test_options_of_the_command_reach_the_run(command, class_folder, class_run, 
             shutil.rmtree(outdir)
     assert len(seen) == len(variants)
     assert [o["projection"] for o in used[:2]] == [True, False] and not used[2]["projection"]  # unconditional
-    assert used[0]["r1"] == 0.5 * (used[0]["size"] / 32) ** 2 and used[-1]["r1"] == 10  # --penalty r1
+    found = [[o[name] for name in ("penalty", "beta1", "r1")] for o in (used[0], used[1], used[-1])]
+    size = used[0]["size"]
+    assert found == [["r1r2", 0, 0.5 * (size / 32) ** 2], ["r1", 0.5, 10 * (size / 256) ** 2], ["r1", 0, 10]]
     outdir = copy_run(class_run, tmp_path / "snap")
     few = ("--kimg", 0.024, "--snap", 0.008, "--workers", 0)
     command("gan", "--data", class_folder, "--outdir", outdir, "--smoke", *few)
