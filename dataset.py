@@ -96,7 +96,7 @@ def usual_size(root: Path | None, keys: list) -> int:
 
 
 def most_by_default(device: torch.device) -> int:
-    """The largest size that is taken where none is asked for: on a CPU, what it trains on in half an hour."""
+    """The largest size that is taken where none is asked for: more would take a CPU many hours."""
     return 64 if device.type == "cpu" else 256
 
 
@@ -232,7 +232,7 @@ def prepare(
     if skipped and max_pixels > MAX_PIXELS and not skip_broken:
         fail(f"{pack} was packed without {skipped} unreadable images: delete it to pack it with --max-pixels")
     if not size and seen["size"] > most:
-        say(f"Images at {most} px, which CPUs train on in half an hour; --size {seen['size']} takes them larger")
+        say(f"Images at {most} px, since CPUs take many hours for more; --size {seen['size']} takes them larger")
     for note in seen["notes"]:
         say(f"Note on {data}: {note}")
     return pack
