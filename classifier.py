@@ -46,9 +46,7 @@ class Classifier(nn.Linear):
 
 def build(checkpoint: dict) -> Classifier:
     """The frozen classifier in eval mode, from the content of `classifier.pt`."""
-    training.check_fits(lambda: Classifier(**checkpoint["config"]), checkpoint["model"])
-    classifier = Classifier(**checkpoint["config"])
-    classifier.load_state_dict(checkpoint["model"])
+    classifier = training.rebuild(lambda: Classifier(**checkpoint["config"]), checkpoint["model"])
     return classifier.eval().requires_grad_(False)
 
 

@@ -601,8 +601,9 @@ def open_dataset(
     """Open one split of a source, packing the source first if that has not been done for its present content.
 
     data: preset or path. size: a power of two, by default the preset's, or what the images allow, up to `most`.
-    split: 'train' and 'val' always exist. attributes: 'class', names joined by commas, celeba5, celeba10, celeba15; by default the
-    classes, or else all attributes (preset celeba: celeba5). skip_broken: leave out images that cannot be read.
+    split: 'train' and 'val' always exist. attributes: 'class', names joined by commas, celeba5, celeba10, celeba15; by
+    default the classes, or else all attributes (preset celeba: celeba5). skip_broken: leave out images that cannot be
+    read.
     preset: whose usual size and attributes to take; by default that of the data (layouts.preset_of), 'none' for none.
     squash: resize to the square without cropping and antialiasing. train_on_all: 'train' holds the images of all
     splits; the others stay as they are. max_pixels: refuse larger images. strict: refuse tables with lines for images

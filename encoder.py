@@ -102,11 +102,9 @@ class Encoder(nn.Module):
 
 def build(checkpoint: dict) -> Encoder:
     """The frozen encoder in eval mode, from the content of `encoder.pt`."""
-    training.check_fits(lambda: Encoder(**checkpoint["config"]), checkpoint["model"])
-    encoder = Encoder(**checkpoint["config"])
+    encoder = training.rebuild(lambda: Encoder(**checkpoint["config"]), checkpoint["model"])
     if not (encoder.mean.isfinite().all() and encoder.std.isfinite().all() and (encoder.std > 0).all()):
         raise ValueError("its mean and std are no scale of images")
-    encoder.load_state_dict(checkpoint["model"])
     return encoder.eval().requires_grad_(False)
 
 

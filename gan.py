@@ -714,9 +714,7 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> Network:
         names = data["label_names"] if labels else []
         options = state["options"]
         shape = data["size"], len(names), options["orth"] == "exact", options["width"]
-        training.check_fits(lambda: Decoder(*shape), state["ema"])
-        decoder = Decoder(*shape)
-        decoder.load_state_dict(state["ema"])
+        decoder = training.rebuild(lambda: Decoder(*shape), state["ema"])
         decoder.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
         encoder = frozen_encoder(stage1.build(state["encoder"]), data["size"], device) if state.get("encoder") else None
         classifier = stage2.build(state["classifier"]).to(device) if state.get("classifier") else None

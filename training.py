@@ -665,9 +665,10 @@ DTYPES = (
     torch.float64,
 )
 RESUME_REMEDY = "give --no-resume to start over, or another --outdir"
-DATA = dict(
-    data=str, name=str, size=int, fingerprint=str, label_names=list, label_kind=str, splits=dict, preset=str
-) | dict(squash=bool, train_on_all=bool)
+DATA = {
+    **dict(data=str, name=str, preset=str, fingerprint=str, size=int, splits=dict, label_names=list, label_kind=str),
+    **dict(squash=bool, train_on_all=bool),
+}
 
 
 def save(path: Path, state: dict, must: bool = True, keep_previous: bool = True) -> None:
@@ -781,14 +782,21 @@ def in_memory(value: object, room: list[int]) -> object:
     return value.clone()
 
 
-def check_fits(build: Callable[[], torch.nn.Module], weights: dict[str, torch.Tensor]) -> None:
-    """Raise ValueError unless the network has tensors of the shapes of `weights`: only then it is built in memory."""
+def rebuild(build: Callable[[], torch.nn.Module], weights: dict[str, torch.Tensor]) -> torch.nn.Module:
+    """The network that `build` makes, with the weights of a checkpoint.
+
+    Raises ValueError unless it has tensors of just their shapes. Only then it is built in memory: a few bytes in a file
+    can ask for a network of any size.
+    """
     with torch.device("meta"):
         shapes = {name: tuple(value.shape) for name, value in build().state_dict().items()}
     theirs = {name: tuple(value.shape) for name, value in weights.items()}
     for name in shapes | theirs:
         if theirs.get(name) != shapes.get(name):
             raise ValueError(f"{name} is {theirs.get(name, 'missing')} there, {shapes.get(name, 'missing')} here")
+    network = build()
+    network.load_state_dict(weights)
+    return network
 
 
 def instead(path: Path, stage: str) -> str:

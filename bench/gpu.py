@@ -324,7 +324,7 @@ def r1_error(run: training.Run, quick: bool) -> Iterator[dict]:
 
     def gradient(D: nn.Module, x: Tensor) -> Tensor:
         weights = [p for n, p in D.named_parameters() if n in names]
-        x = x.requires_grad_()
+        x = x.detach().requires_grad_()
         with no_weight_gradients():
             score = D(x)
         found = torch.autograd.grad(gan.gradient_penalty(score, x), weights)
