@@ -1,6 +1,6 @@
 # make demo   train all three stages on the built-in data, measure, draw
 # make test   run the tests          make lint    check style
-# make ablations  after the demo: train each variant of stage 3 on its encoder and classifier, one table of all
+# make ablations  after the demo: variants of stage 3 on its encoder and classifier, three seeds each, as a table
 # make page   the page in the browser: of the demo, or of NETWORK=FILE
 # make pretrained  train the network of pretrained/ again: four times as long as the demo; goes on where it stopped
 # make bench  time ops, training step, metrics and data loading against the usual ways
@@ -45,14 +45,8 @@ endif
 page: .venv/done
 	$(BIN)/python explore.py serve --network $(NETWORK)
 
-VARIANTS := --seed=0 --penalty=r1 --beta1=0.5 --width=16 --lr-decay=0 --no-projection --per-class --orth=exact --orth=none --reg-mode=joint --unconditional
-
 ablations: .venv/done
-	for option in $(VARIANTS); do \
-		mkdir -p runs/ablations/$${option#--} && cp $(RUN)/encoder.pt $(RUN)/classifier.pt runs/ablations/$${option#--} && \
-		$(GAN) --outdir runs/ablations/$${option#--} $$option || exit 1; \
-	done
-	$(BIN)/python metrics.py $(VARIANTS:--%=--network runs/ablations/%/gan.pt)
+	$(BIN)/python -m experiments.ablations
 
 test: .venv/done
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist loadfile

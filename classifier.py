@@ -103,8 +103,12 @@ def fit(
     optimizer = torch.optim.Adam(layer.parameters(), options["lr"], weight_decay=options["weight_decay"], fused=True)
     best, least, done = layer.state_dict(), torch.tensor(math.inf, device=h.device), state.get("epochs", 0)
     if state:
-        layer.load_state_dict(state["layer"]), optimizer.load_state_dict(state["optimizer"])
-        best, least = {k: v.to(h.device) for k, v in state["best"].items()}, state["least"].to(h.device)
+        with training.reading("classifier.pt, or classifier.previous.pt,"):
+            layer.load_state_dict(state["best"])  # checks it
+            best = {k: v.to(h.device) for k, v in state["best"].items()}
+            least = state["least"].to(h.device).view(1 if one_hot else y.shape[1])
+            layer.load_state_dict(state["layer"])
+            training.load_adam(optimizer, state["optimizer"], parameters=2)
     best = {k: v.clone() for k, v in best.items()}
 
     def folded() -> Classifier:
@@ -318,7 +322,6 @@ def main(**options):
     with training.lock(outdir, "classifier"):
         with (
             training.signals(run),
-            training.reading(path),
             training.Log(outdir, "classifier", epochs * len(ds), done * len(ds)) as log,
         ):
             classifier = fit(h["train"], labels["train"], one_hot, options, epochs, log=log, **go_on)

@@ -725,7 +725,11 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> Network:
             raise ValueError("its classifier's balance is not one number for each label")
         if labels and labels["counts"].sum() != data["splits"]["train"]:
             raise ValueError("its labels are not those of its images")
-        rows = labels["rows"].byte().float().repeat_interleave(labels["counts"], dim=0) if labels else None
+        if labels and not (
+            labels["rows"].dtype == torch.uint8 and labels["rows"].max() <= 1 and labels["counts"].min() > 0
+        ):
+            raise ValueError("its labels are not 0 and 1")
+        rows = labels["rows"].float().repeat_interleave(labels["counts"], dim=0) if labels else None
         if labels and not rows.shape[1] == len(names) == (classifier.out_features if classifier else len(names)):
             raise ValueError(f"{len(names)} label names, but labels of {rows.shape[1]}")
         with torch.inference_mode():

@@ -421,7 +421,14 @@ def found_names(network: gan.Network, file: str | Path) -> list[dict]:
         found = [dict(layer=d["layer"], dim=d["dim"], name=str(d["name"])[:40], change=float(d["change"]))
                  for d in content["dimensions"]]  # fmt: skip
         return [d for d in found if (d["layer"], d["dim"]) in known]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):  # not there, or not written by this program
+    except (
+        OSError,
+        ArithmeticError,
+        ValueError,
+        KeyError,
+        TypeError,
+        RecursionError,
+    ):  # not there, or not written by this program
         return []
 
 

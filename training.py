@@ -366,13 +366,25 @@ class Stepper:
         return {"optimizer": state, "scaler": self.scaler.state_dict(), "parameters": len(state["state"])}
 
     def load_state_dict(self, state: dict) -> None:
-        if len(state["optimizer"]["state"]) != state["parameters"]:  # the optimiser would start those anew, silently
-            raise ValueError(
-                f"the optimiser's state is of {len(state['optimizer']['state'])} parameters, not {state['parameters']}"
-            )
-        self.optimizer.load_state_dict(state["optimizer"])
+        load_adam(self.optimizer, state["optimizer"], state["parameters"])
         if state["scaler"] and self.scaler.is_enabled():  # a resumed run may change its precision
             self.scaler.load_state_dict(state["scaler"])
+
+
+def load_adam(optimizer: torch.optim.Optimizer, state: dict, parameters: int) -> None:
+    """Give Adam the moments of its `state_dict()`, which are of so many parameters; its settings stay its own.
+
+    Raises ValueError where moments are missing (Adam would start those anew, silently) or are none of its parameters.
+    """
+    if len(state["state"]) != parameters:
+        raise ValueError(f"the optimiser's state is of {len(state['state'])} parameters, not {parameters}")
+    optimizer.load_state_dict({"state": state["state"], "param_groups": optimizer.state_dict()["param_groups"]})
+    for p, moments in optimizer.state.items():
+        mean, square, step = (moments[name] for name in ("exp_avg", "exp_avg_sq", "step"))
+        if not (mean.shape == square.shape == p.shape and step.shape == () and step >= 0):
+            raise ValueError("the optimiser's state is not of these parameters")
+        if not (mean.isfinite().all() and (square >= 0).all() and square.isfinite().all()):
+            raise ValueError("the optimiser's state has values that are no finite numbers")
 
 
 def check_finite(steppers: Iterable[Stepper], images: int, options: dict) -> None:
@@ -664,6 +676,8 @@ DTYPES = (
     torch.float32,
     torch.float64,
 )
+SIZES = tuple(2**i for i in range(4, 11))  # of images, in pixels
+PLAIN = 2**24  # bytes of a checkpoint beside its tensors: names and settings take a thousandth of that
 RESUME_REMEDY = "give --no-resume to start over, or another --outdir"
 DATA = {
     **dict(data=str, name=str, preset=str, fingerprint=str, size=int, splits=dict, label_names=list, label_kind=str),
@@ -716,7 +730,7 @@ def load(path: Path | str, stage: str, finished: bool = False, others: bool = Tr
     finished: refuse the encoder or classifier of a run that was stopped before its end. others: name the whole
     checkpoint that there is in place of a damaged one. Raises click.ClickException if
     the file is missing, damaged (the checksums of its parts are compared), not a checkpoint, of another stage or format,
-    incomplete, or has weights that are not finite.
+    incomplete, has entries that no run writes, or weights that are not finite.
     """
     path = Path(path)
     if not path.is_file():
@@ -725,6 +739,8 @@ def load(path: Path | str, stage: str, finished: bool = False, others: bool = Tr
         with zipfile.ZipFile(path) as parts:  # what torch.save writes; torch.load does not compare its checksums
             if any(part.compress_type for part in parts.infolist()):
                 raise ValueError("torch.save compresses nothing, so this may unpack to any size")
+            if sum(part.file_size for part in parts.infolist() if part.filename.endswith("data.pkl")) > PLAIN:
+                raise ValueError("more plain values than any run has")
             damaged = parts.testzip()
         # By way of a map of the file: a plain load reads beyond parts that are shorter than their tensors.
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
@@ -744,16 +760,8 @@ def load(path: Path | str, stage: str, finished: bool = False, others: bool = Tr
         raise click.ClickException(f"{path} was written by {state['stage']}.py, but one of {stage}.py is needed here")
     if state.get("version") != VERSION:
         raise click.ClickException(f"{path} has format {state.get('version')}, this code reads format {VERSION}")
-    for name, kind in ENTRIES[stage].items():
-        if not isinstance(state.get(name), kind):
-            raise click.ClickException(f"{path} is incomplete: it has no {name!r}, or not a {kind.__name__}")
-    for name, kind in DATA.items():
-        if not isinstance(state["data"].get(name), kind):
-            raise click.ClickException(f"{path} is incomplete: its 'data' has no {name!r}, or not a {kind.__name__}")
-    if "attributes" not in state["data"] or not all(isinstance(n, str) for n in state["data"]["label_names"]):
-        raise click.ClickException(
-            f"{path} is incomplete: its 'data' has no 'attributes', or label names that are no text"
-        )
+    if wrong := implausible(state, stage):
+        raise click.ClickException(f"{path} is incomplete, or no run wrote it: {wrong}")
     for name, weights in (("model", state.get("model")), ("ema", state.get("ema"))):
         for key, value in (weights or {}).items():
             if not (isinstance(key, str) and isinstance(value, torch.Tensor) and value.isfinite().all()):
@@ -763,11 +771,33 @@ def load(path: Path | str, stage: str, finished: bool = False, others: bool = Tr
     return state
 
 
+def implausible(state: dict, stage: str) -> str:
+    """What in a checkpoint of the stage is missing or as no run writes it; '' if nothing is."""
+    for entries, kinds, where in ((state, ENTRIES[stage], "it"), (state.get("data"), DATA, "its 'data'")):
+        for name, kind in kinds.items():
+            if not isinstance(entries.get(name), kind):
+                return f"{where} has no {name!r}, or not a {kind.__name__}"
+    data, names = state["data"], state["data"]["label_names"]
+    if data["size"] not in SIZES:
+        return f"no images have {data['size']!r:.20} px"
+    if not all(isinstance(name, str) and name.isprintable() for name in names) or len(set(names)) < len(names):
+        return "its 'data' has label names that are no text, or the same twice"
+    if data["label_kind"] not in ("one-hot", "multi-label", "none") or "attributes" not in data:
+        return f"its 'data' has no 'attributes', or labels of the kind {data['label_kind']!r:.20}"
+    if not 0 <= state.get("images_seen", 0) < 10**15:
+        return "its 'images_seen' is no number of images"
+    return ""
+
+
 def in_memory(value: object, room: list[int]) -> object:
     """A copy of what torch.load has mapped, in memory of its own: the file may change.
 
-    Raises ValueError for tensors that take more than `room` bytes together, or that no network of ours has.
+    Raises ValueError for tensors that take more than `room` bytes together, or that no network of ours has, and for
+    lists within lists that a few bytes make endless.
     """
+    room[0] -= 1
+    if room[0] < 0:
+        raise ValueError("it has more values than bytes")
     if isinstance(value, dict):
         return {key: in_memory(v, room) for key, v in value.items()}
     if isinstance(value, (list, tuple)):

@@ -85,7 +85,6 @@ def empty_signs(x: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
 # The choice of an implementation.
 
 
-@torch.compiler.assume_constant_result  # torch.compile cannot trace the build, and the answer never changes
 def choose(impl: str, device: str) -> str:
     """The implementation to run on a device type: 'auto' becomes 'triton' on CUDA, 'cpp' elsewhere, 'ref' if it must.
 
@@ -104,6 +103,11 @@ def choose(impl: str, device: str) -> str:
         raise RuntimeError(f"impl='{impl}' cannot run on {device} tensors: {reason}")
     _warn_once(f"fused ops fall back to the PyTorch reference on {device}: {reason}")
     return "ref"
+
+
+# What torch.compiler.assume_constant_result does, less its import of the compiler, which takes a second: torch.compile
+# cannot trace the build, and the answer never changes.
+choose._dynamo_marked_constant = True
 
 
 @functools.cache

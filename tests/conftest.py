@@ -5,8 +5,14 @@ import tempfile
 
 os.environ["INFOSCC_CACHE"] = tempfile.mkdtemp(prefix="infoscc-test-")  # before anything packs
 
+import multiprocessing
+import resource
+import runpy
 import shutil
+import socket
+import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import click
@@ -23,6 +29,12 @@ import training
 
 # "--": or torchrun takes an option like --num for an abbreviation of its own.
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--"]
+# Processes that begin with the large packages imported, which takes longer than most tests. They are forked from one
+# that has done nothing else, so they are as good as new.
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(
+    ["torch", "torch._dynamo", "torchvision", "torch.utils.tensorboard", "sklearn.linear_model", "matplotlib.figure"]
+)
 OTHER_PRECISION = "fp32" if training.cpu_has_amx() else "bf16"  # than --precision auto takes on this CPU
 
 
@@ -89,6 +101,49 @@ def command():
         return result
 
     return run
+
+
+def _run_script(script: str, arguments: list, cwd: str, environment: dict, out: str, err: str, most: int | None):
+    os.chdir(cwd)
+    os.environ |= environment
+    if most is not None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))
+    for number, file in ((1, out), (2, err)):
+        os.dup2(os.open(file, os.O_WRONLY), number)
+    sys.stdout, sys.stderr = (open(number, "w", 1, closefd=False) for number in (1, 2))  # noqa: SIM115
+    sys.argv = [script, *arguments]
+    sys.path.insert(0, str(Path(script).parent))
+    runpy.run_path(script, run_name="__main__")
+
+
+def run_script(
+    script: Path, *arguments, processes: int = 1, cwd: Path = ROOT, most: int | None = None
+) -> subprocess.CompletedProcess:
+    """Run a script in one process, or in several as torchrun does. most: bytes that it may write to one file."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        several = {"WORLD_SIZE": processes, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free.getsockname()[1]}
+    pipes = [os.pipe() for _ in range(2)]
+    streams = [f"/proc/{os.getpid()}/fd/{write}" for _, write in pipes]
+    running = []
+    for rank in range(processes):
+        variables = {"OMP_NUM_THREADS": 1} | ({"RANK": rank, "LOCAL_RANK": rank} | several if processes > 1 else {})
+        variables = {name: str(value) for name, value in variables.items()}
+        given = (str(script), [str(a) for a in arguments], str(cwd), variables, *streams, most)
+        running.append(FORKS.Process(target=_run_script, args=given))
+        running[-1].start()
+    with ThreadPoolExecutor() as readers:
+        texts = [readers.submit(Path(f"/proc/self/fd/{read}").read_text) for read, _ in pipes]
+        for process in running:
+            process.join(300)
+            process.kill()
+        for _, write in pipes:  # those were the last writers: the readers end
+            os.close(write)
+        texts = [text.result() for text in texts]
+        for read, _ in pipes:
+            os.close(read)
+    codes = [process.exitcode for process in running]
+    return subprocess.CompletedProcess(arguments, next((c for c in codes if c != 0), 0), *texts)
 
 
 def copy_run(source: Path, target: Path) -> Path:

@@ -2,14 +2,13 @@
 
 import json
 import math
-import subprocess
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
-from conftest import ROOT, TORCHRUN, copy_run
+from conftest import ROOT, copy_run, run_script
 from PIL import Image
 
 import encoder
@@ -104,8 +103,7 @@ dist.destroy_process_group()
 
 def test_two_processes_compute_the_loss_of_the_joint_batch(tmp_path):
     (tmp_path / "work.py").write_text(GATHER)
-    command = [*TORCHRUN, "work.py", str(ROOT)]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=400)
+    done = run_script(tmp_path / "work.py", ROOT, processes=2)
     assert done.returncode == 0, done.stderr[-2000:]
     assert all(done.stdout.count(f"equal {name}") == 2 for name in ("simclr", "barlow", "byol"))
 
@@ -132,9 +130,8 @@ encoder.main()
 
 def test_two_processes_train_one_network(class_folder, tmp_path):
     (tmp_path / "work.py").write_text(SAME)
-    options = ["--data", str(class_folder), "--method", "byol", "--smoke", "--device", "cpu", "--outdir", str(tmp_path)]
-    command = [*TORCHRUN, "work.py", str(ROOT), *options]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=400)
+    options = ("--data", class_folder, "--method", "byol", "--smoke", "--device", "cpu", "--outdir", tmp_path)
+    done = run_script(tmp_path / "work.py", ROOT, *options, processes=2)
     assert done.returncode == 0, done.stderr[-2000:]
     assert "same True" in done.stdout and "same False" not in done.stdout
     assert done.stdout.count("Wrote") == 1

@@ -3,7 +3,6 @@
 import json
 import math
 import os
-import resource
 import shutil
 import signal
 import subprocess
@@ -13,7 +12,7 @@ from pathlib import Path
 import click
 import pytest
 import torch
-from conftest import ROOT, TORCHRUN, copy_run
+from conftest import ROOT, TORCHRUN, copy_run, run_script
 
 import classifier
 import encoder
@@ -218,9 +217,7 @@ def test_a_full_disk_ends_in_one_line_and_loses_nothing(class_folder, class_run,
     """No file may grow beyond a limit: as on a full disk, writing fails wherever it happens."""
     folder = copy_run(class_run, tmp_path / "run")
     before = {p.name: p.read_bytes() for p in folder.glob("*.pt")}
-    command = [
-        sys.executable,
-        ROOT / "gan.py",
+    options = (
         "--data",
         class_folder,
         "--outdir",
@@ -229,13 +226,11 @@ def test_a_full_disk_ends_in_one_line_and_loses_nothing(class_folder, class_run,
         "--device",
         "cpu",
         "--kimg",
-        "0.032",
-    ]
-
-    def limit():
-        resource.setrlimit(resource.RLIMIT_FSIZE, (kilobytes * 1024, kilobytes * 1024))
-
-    done = subprocess.run([*map(str, command), "--snap", "0.016"], capture_output=True, text=True, preexec_fn=limit)
+        0.032,
+        "--snap",
+        0.016,
+    )
+    done = run_script(ROOT / "gan.py", *options, most=1024 * kilobytes)
     lines = done.stderr.replace("\r", "\n").strip().splitlines()
     assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
     assert lines[-1].startswith("Error: ") and ("cannot write" in lines[-1] or "gan.json" in lines[-1])
@@ -260,18 +255,9 @@ def test_logs_that_cannot_be_written_end_no_run(tmp_path, capsys):
 def test_a_terminal_that_cannot_be_written_ends_no_run(class_folder, class_run, tmp_path, stage):
     """Its reader has gone, or it is a file on a full disk."""
     folder = copy_run(class_run, tmp_path / "run")
-    command = [
-        sys.executable,
-        ROOT / f"{stage}.py",
-        "--data",
-        class_folder,
-        "--outdir",
-        folder,
-        "--smoke",
-        "--no-resume",
-    ]
-    command += ["--device", "cpu", *(["--kimg", "0.016"] if stage == "gan" else [])]
+    options = ["--data", class_folder, "--outdir", folder, "--smoke", "--no-resume", "--device", "cpu"]
     (folder / f"{stage}.pt").unlink(missing_ok=True)
+    command = [sys.executable, ROOT / f"{stage}.py", *options, *(["--kimg", 0.016] if stage == "gan" else [])]
     with open("/dev/full", "w") as full:
         done = subprocess.run([*map(str, command)], stdout=full, stderr=full, timeout=300)
     assert done.returncode == 0
@@ -340,10 +326,16 @@ def test_damaged_checkpoints_are_found_and_the_one_before_is_taken(command, clas
     assert "--no-resume" in last_line(command("encoder", *options, code=1))
 
 
+def first_moments(state: dict) -> dict:
+    return state["trainer"]["step_d"]["optimizer"]["state"][0]
+
+
 BROKEN = {
     "no trainer": lambda s: s.pop("trainer"),
     "no Adam": lambda s: s["trainer"].pop("step_g"),
     "half an Adam": lambda s: s["trainer"]["step_g"]["optimizer"]["state"].popitem(),
+    "an Adam of other shapes": lambda s: first_moments(s).update(exp_avg=torch.zeros(3)),
+    "an Adam of NaN": lambda s: first_moments(s)["exp_avg_sq"].fill_(math.nan),
     "other D": lambda s: s["trainer"]["D"].popitem(),
     "no iteration": lambda s: s.pop("iteration"),
     "images of another type": lambda s: s.update(images_seen="many"),
@@ -373,6 +365,12 @@ BROKEN = {
     ),
     "a balance of NaN": lambda s: s["classifier"].update(balance=[math.nan] * 3),
     "an encoder that divides by zero": lambda s: s["encoder"]["config"].update(std=(0.0,) * 3),
+    "an encoder of pixels beyond white": lambda s: s["encoder"]["config"].update(mean=(1e30,) * 3),
+    "labels of NaN": lambda s: s["labels"].update(rows=torch.full((3, 3), math.nan)),
+    "one name twice": lambda s: s["data"].update(label_names=["a", "a", "b"]),
+    "a name that clears the screen": lambda s: s["data"].update(label_names=["a", "b", "\x1b[2J"]),
+    "labels of another kind": lambda s: s["data"].update(label_kind="two-hot"),
+    "images beyond counting": lambda s: s.update(images_seen=10**400),
     "another version": lambda s: s.update(version=1),
     "a list": lambda s: s.update(stage=["gan"]),
 }
@@ -397,11 +395,13 @@ def test_incomplete_checkpoints_are_one_line(command, class_folder, gan_run, tmp
     options = ("--data", class_folder, "--outdir", folder, "--smoke", "--kimg", 0.032)
     anew = ("rows of another width", "no classifier", "another network in its place", "more labels than images")
     anew += ("a classifier larger than its weights", "a balance of NaN", "an encoder that divides by zero")
+    anew += ("an encoder of pixels beyond white", "labels of NaN")
     if what not in anew:  # which training does not read
         line = last_line(command("gan", *options, code=1))
         assert line.startswith("Error: ") and "gan.pt" in line and len(line) < 500
         assert (folder / "gan.pt").read_bytes() == before
-    training_only = ("no trainer", "no Adam", "half an Adam", "other D", "no iteration")
+    training_only = ("no trainer", "no Adam", "half an Adam", "an Adam of other shapes", "an Adam of NaN")
+    training_only += ("other D", "no iteration")
     result = command("explore", "sample", "--network", folder / "gan.pt", code=0 if what in training_only else 1)
     assert what in training_only or "gan.pt" in last_line(result)
 
@@ -484,24 +484,20 @@ SEPARATE = """
 import os, sys
 sys.path.insert(0, sys.argv.pop(1))
 import gan
-sys.argv += ["--outdir", sys.argv.pop(1) + os.environ["RANK"]]
-gan.main()
+own, shared, *options = sys.argv[1:]
+for outdir, kimg in ((own + os.environ["RANK"], "0.016"), (own + os.environ["RANK"], "0.032"), (shared, "0.032")):
+    gan.main(["--outdir", outdir, "--kimg", kimg, *options], standalone_mode=False)
 """
 
 
 def test_only_the_first_process_needs_the_folder(class_folder, class_run, tmp_path):
     """Two processes with folders of their own, as on machines that share none: resumed, they train one network."""
     (tmp_path / "work.py").write_text(SEPARATE)
-    copy_run(class_run, tmp_path / "run0")
-    command = [*TORCHRUN, str(tmp_path / "work.py"), str(ROOT), str(tmp_path / "run"), "--data", str(class_folder)]
-    command += ["--smoke", "--device", "cpu", "--kimg"]
-    for kimg in ("0.016", "0.032"):
-        done = subprocess.run([*command, kimg], capture_output=True, text=True, timeout=300)
-        assert done.returncode == 0, done.stderr[-2000:]
-    shared = copy_run(class_run, tmp_path / "shared")
-    whole = [*TORCHRUN, str(ROOT / "gan.py"), "--outdir", str(shared), *command[-6:], "0.032"]
-    subprocess.run(whole, check=True, capture_output=True, timeout=300)
-    assert weights(tmp_path / "run0", "gan") == weights(shared, "gan")
+    first, shared = (copy_run(class_run, tmp_path / name) for name in ("run0", "shared"))
+    options = ("--data", class_folder, "--smoke", "--device", "cpu")
+    done = run_script(tmp_path / "work.py", ROOT, tmp_path / "run", shared, *options, processes=2)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert weights(first, "gan") == weights(shared, "gan")
     assert not (tmp_path / "run1").exists()
 
 

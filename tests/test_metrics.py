@@ -21,7 +21,7 @@ import pytest
 import torch
 import torchvision
 from click.testing import CliRunner
-from conftest import ROOT, TORCHRUN
+from conftest import ROOT, run_script
 from PIL import Image
 from torch import nn
 
@@ -809,12 +809,9 @@ def test_batch_and_processes_change_nothing(stand_ins):
     )
     one, other = score_run(path, *options), score_run(path, *options, "--batch", 7)
     out = path.with_name("two.json")
-    arguments = ["--network", str(path), "--json", str(out), "--points", "64", "--seeds", "1", *map(str, options)]
-    launch = [*TORCHRUN, "metrics.py"]
-    arguments += ["--device", "cpu"]
+    arguments = ("--network", path, "--json", out, "--points", 64, "--seeds", 1, *options, "--device", "cpu")
     shutil.copytree(ROOT / "ops", path.parent / "ops")  # both sides take the same pass of t-SNE
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run([*launch, *arguments], cwd=path.parent, env=environment, capture_output=True, text=True)
+    done = run_script(path.parent / "metrics.py", *arguments, processes=2, cwd=path.parent)
     assert done.returncode == 0, done.stderr
     two = json.loads(out.read_text())
     assert two["processes"] == 2
@@ -841,7 +838,7 @@ def test_batch_and_processes_change_nothing(stand_ins):
 def test_folders_in_more_processes_than_blocks(space, tmp_path):
     arguments = ["--images", str(space.a), "--reference", str(space.b), "--metrics", "fid", "--device", "cpu"]
     arguments += ["--num", "5", "--inception", str(space.weights), "--json", str(tmp_path / "two.json")]
-    done = subprocess.run([*TORCHRUN, str(ROOT / "metrics.py"), *arguments], capture_output=True, text=True)
+    done = run_script(ROOT / "metrics.py", *arguments, processes=2)
     assert done.returncode == 0, done.stderr
     one = command(*arguments[:-1], tmp_path / "one.json")
     assert one.exit_code == 0, one.output

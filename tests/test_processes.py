@@ -1,12 +1,8 @@
 """Several processes compute what one computes on the whole batch: gradients, to the rounding of float64."""
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
-from conftest import ROOT, TORCHRUN
+from conftest import ROOT, run_script
 
 # Run plainly and under torchrun: does every update on its part of the same batch, and saves the gradients of rank 0.
 GRADIENTS = """
@@ -71,10 +67,8 @@ def gradients(tmp_path_factory) -> tuple[dict, dict]:
     """Gradients and buffers of every case, by one process and by two."""
     folder = tmp_path_factory.mktemp("gradients")
     (folder / "work.py").write_text(GRADIENTS)
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    for name, launch in (("one", [sys.executable]), ("two", TORCHRUN)):
-        command = [*launch, "work.py", str(ROOT), name, *CASES]
-        done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=400)
+    for name, processes in (("one", 1), ("two", 2)):
+        done = run_script(folder / "work.py", ROOT, folder / name, *CASES, processes=processes)
         assert done.returncode == 0, done.stderr[-3000:]
     return tuple(torch.load(folder / name, weights_only=True) for name in ("one", "two"))
 

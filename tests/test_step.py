@@ -5,10 +5,10 @@ import importlib
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
+from conftest import ROOT, run_script
 
 import encoder
 import gan
@@ -16,7 +16,6 @@ import training
 from bench.baseline import PlainDecoder, both_losses, build, plain_discriminator, take_discriminator
 from bench.gpu import BUDGET, judge, line, make_trainer, verdict
 
-ROOT = Path(__file__).resolve().parent.parent
 conv2d = importlib.import_module("ops.conv2d")  # ops.conv2d is the function
 
 
@@ -92,8 +91,7 @@ def counted(request):
     """What each update launches in bf16 at 256 px, by discriminator."""
     if not hasattr(torch.utils.backend_registration, "_setup_privateuseone_for_python_backend"):
         pytest.skip(f"torch {torch.__version__} lets no other device stand in for a GPU")
-    command = [sys.executable, "tests/fake_device.py", request.param, "bfloat16"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=900)
+    done = run_script(ROOT / "tests" / "fake_device.py", request.param, "bfloat16")
     assert done.returncode == 0, done.stderr[-2000:]
     return request.param, json.loads(done.stdout)
 

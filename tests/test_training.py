@@ -85,7 +85,17 @@ def zipped_anew(path: Path, change: Callable[[str, bytes], bytes], method: int =
             parts.writestr(name, content)
 
 
+def doubled(times: int) -> list:
+    """A list of 2^times numbers, which takes `times` lists: each holds the one before twice."""
+    x = [0]
+    for _ in range(times):
+        x = [x, x]
+    return x
+
+
 CLAIMS = {
+    "lists within lists": lambda: doubled(100),
+    "names without end": lambda: [f"name {i}" for i in range(2 * 10**6)],
     "a tensor of a few bytes": lambda: torch.zeros(1).expand(10**12),
     "many of one": lambda: list(torch.zeros(10**4).expand(100, -1)),
     "no plain tensor": lambda: torch.zeros(9).to_sparse(),
