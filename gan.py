@@ -12,11 +12,13 @@ Symbols as in the paper: y attributes, eps = r(y, noise) the code given to the g
 vector per generator layer, phi = U (L * z_i) + mu the subspace of layer i, x images in [-1, 1].
 """
 
+import contextlib
 import copy
 import itertools
 import json
 import math
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,6 +29,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
+from tqdm import tqdm
 
 import training
 from ops import bias_lrelu, conv2d, conv_transpose2d, freeze, no_weight_gradients, subspace_lrelu
@@ -350,33 +353,35 @@ def augment(x: Tensor, policy: str, p: float = 0.6) -> Tensor:
     x [B, 3, H, W] in [-1, 1] (colours may leave it) -> same shape, contiguous or channels_last.
     policy: comma list of color, translation, cutout, or 'none'.
     Each of the five is applied to the whole batch or not, with probability p; its strength is drawn for each image.
+    On a GPU all five run, with no effect where the coin says so: the host need not know, and a CUDA graph can do it.
     """
     names = [] if policy == "none" else policy.split(",")
     B, _, H, W = x.shape
-    coins = (torch.rand(5) < p).tolist()  # on the CPU: no synchronisation
+    coins = torch.rand(5, device=x.device) < p
     u = torch.rand(7, B, 1, 1, 1, device=x.device, dtype=x.dtype)
+    runs = coins.tolist() if x.device.type == "cpu" else [True] * 5
     if "color" in names:
-        if coins[0]:
-            x = x + (u[0] - 0.5)
-        if coins[1]:
+        if runs[0]:
+            x = x + torch.where(coins[0], u[0] - 0.5, 0.0)
+        if runs[1]:
             grey = x.mean(dim=1, keepdim=True)
-            x = (x - grey) * (2 * u[1]) + grey
-        if coins[2]:
+            x = (x - grey) * torch.where(coins[1], 2 * u[1], 1.0) + grey
+        if runs[2]:
             mean = x.mean(dim=(1, 2, 3), keepdim=True)
-            x = (x - mean) * (u[2] + 0.5) + mean
+            x = (x - mean) * torch.where(coins[2], u[2] + 0.5, 1.0) + mean
     rows = torch.arange(H, device=x.device)
     columns = torch.arange(W, device=x.device)
-    if "translation" in names and coins[3]:
+    if "translation" in names and runs[3]:
         # A shift is a product with a 0/1 matrix: exact, batched, and its gradient needs no scatter.
-        down, right = (((2 * (s // 8) + 1) * u).floor() - s // 8 for s, u in ((H, u[3]), (W, u[4])))
+        down, right = (coins[3] * (((2 * (s // 8) + 1) * u).floor() - s // 8) for s, u in ((H, u[3]), (W, u[4])))
         shift_rows = (rows - down == rows[:, None]).to(x.dtype).transpose(2, 3)
         shift_columns = (columns - right == columns[:, None]).to(x.dtype)
         x = shift_rows @ x @ shift_columns
-    if "cutout" in names and coins[4]:
+    if "cutout" in names and runs[4]:
         top = ((H + 1 - H // 2 % 2) * u[5]).floor() - H // 4
         left = ((W + 1 - W // 2 % 2) * u[6]).floor() - W // 4
         inside = ((rows >= top) & (rows < top + H // 2)).transpose(2, 3) & (columns >= left) & (columns < left + W // 2)
-        x = x * ~inside
+        x = x * ~(inside & coins[4])
     return x
 
 
@@ -446,6 +451,63 @@ def scores_real_fake(D: nn.Module, real: Tensor, fake: Tensor, y_real: Tensor, y
     return D(torch.cat((real, fake)), y).chunk(2)
 
 
+@contextlib.contextmanager
+def frozen(network: nn.Module) -> Iterator[None]:
+    """Within it, no gradients are computed for a network's weights."""
+    network.requires_grad_(False)
+    try:
+        yield
+    finally:
+        network.requires_grad_(True)
+
+
+class Graphs:
+    """Calls updates; once each has run twice, as a CUDA graph: its hundreds of launches become one.
+
+    Else a GPU waits for the host most of the time at 32 to 64 px. What an update reads must be tensors that stay where
+    they are: its inputs are copied to such, weights, Adam's state and rate are such. Random numbers go on as without.
+    """
+
+    EAGER = 2  # calls before: cuDNN chooses algorithms, Triton compiles, Adam makes its state
+
+    def __init__(self, how: str, possible: bool):
+        """how: 'auto' takes graphs where they are possible and the capture succeeds, 'on' insists, 'off' does not."""
+        self.how, self.on = how, how != "off" and possible
+        self.calls, self.captured, self.pool = {}, {}, None
+        if how == "on" and not possible:
+            raise click.UsageError("--graph on needs one process on a GPU, not in fp16, and no --per-class")
+
+    def __call__(self, update: Callable[..., dict[str, Tensor]], *inputs: Tensor | None, **flags) -> dict[str, Tensor]:
+        """The result of update(*inputs, **flags), whose values are tensors on the device."""
+        key = update.__name__, *flags.items(), *(x is None for x in inputs)
+        self.calls[key] = self.calls.get(key, 0) + 1
+        if self.on and self.calls[key] > self.EAGER and key not in self.captured:
+            self.capture(key, update, inputs, flags)
+        if not self.on or key not in self.captured:
+            return update(*inputs, **flags)
+        graph, static, stats = self.captured[key]
+        for own, x in zip(static, inputs, strict=True):
+            if own is not None:
+                own.copy_(x)
+        graph.replay()
+        return {name: value.detach().clone() for name, value in stats.items()}  # the next graph may write over them
+
+    def capture(self, key: tuple, update: Callable, inputs: Sequence[Tensor | None], flags: dict) -> None:
+        """Record an update without running it."""
+        static, graph = [None if x is None else x.clone() for x in inputs], torch.cuda.CUDAGraph()
+        self.pool = self.pool or torch.cuda.graph_pool_handle()  # one for all: nothing in it outlives a replay
+        try:
+            with torch.cuda.graph(graph, pool=self.pool):
+                stats = update(*static, **flags)
+            self.captured[key] = graph, static, stats
+        except RuntimeError as error:
+            if self.how == "on":
+                raise
+            self.on = False
+            why = (str(error).splitlines() or [""])[0]
+            tqdm.write(f"Warning: no CUDA graphs, which cannot take {update.__name__}: {why}", file=sys.stderr)
+
+
 class Trainer:
     """Networks, optimisers and labels of one run, and its four updates.
 
@@ -486,7 +548,11 @@ class Trainer:
             # eps fainter than the first subspace: else that layer's z has nothing to say and dies. 0.3: found by trying.
             self.decoder.generator.first.weight.data.mul_(0.3)
         self.ema = copy.deepcopy(self.decoder).requires_grad_(False).eval()
+        one_gpu = run.device.type == "cuda" and run.world == 1
+        self.graphs = Graphs(options["graph"], one_gpu and run.dtype is not torch.float16 and not options["per_class"])
         adam = dict(lr=options["lr"], betas=(options["beta1"], BETA2), fused=True)
+        if self.graphs.on:
+            adam |= dict(lr=torch.tensor(adam["lr"], device=run.device), capturable=True)
         self.step_g = training.Stepper(run, torch.optim.Adam(self.decoder.parameters(), **adam))
         self.step_d = training.Stepper(run, torch.optim.Adam(self.D.parameters(), **adam))
         self.adversarial_norm = None  # of the decoder's last adversarial gradient
@@ -548,20 +614,19 @@ class Trainer:
     def generate(self, joint: bool = False) -> dict[str, Tensor]:
         """One adversarial step of the decoder, eqs. 6-7, with the orthogonality penalty; joint: with eqs. 4-5 too."""
         self.drop_gradients()
-        self.D.requires_grad_(False)
         x, y = self.fake()
         augmented = augment(x, self.options["augment"])
-        with self.run.autocast():
-            score = self.D(augmented, y)
-        adversarial = loss_g(self.options["loss"], score)
-        orthogonality = self.decoder.orthogonality()
-        loss = adversarial + (ORTH * orthogonality if self.options["orth"] == "penalty" else 0)
-        stats = {"loss_g": adversarial, "orthogonality": orthogonality}
-        if joint:
-            classification = self.classification(x, y)
-            loss, stats = loss + self.weighed(classification), stats | self.information(classification)
-        self.adversarial_norm = self.step_g.step(loss)
-        self.D.requires_grad_(True)
+        with frozen(self.D):
+            with self.run.autocast():
+                score = self.D(augmented, y)
+            adversarial = loss_g(self.options["loss"], score)
+            orthogonality = self.decoder.orthogonality()
+            loss = adversarial + (ORTH * orthogonality if self.options["orth"] == "penalty" else 0)
+            stats = {"loss_g": adversarial, "orthogonality": orthogonality}
+            if joint:
+                classification = self.classification(x, y)
+                loss, stats = loss + self.weighed(classification), stats | self.information(classification)
+            self.adversarial_norm = self.step_g.step(loss)
         return stats
 
     def regularise(self, limit: Tensor | None = None) -> dict[str, Tensor]:
@@ -610,26 +675,25 @@ class Trainer:
     def iteration(self, i: int, real: Tensor, y_real: Tensor | None) -> dict[str, Tensor]:
         """Iteration i on a batch of real images in [-1, 1] and their labels; returns scalars for the log."""
         o = self.options
-        rate = o["lr"] * self.decay(i)
         for step in (self.step_g, self.step_d):
-            for group in step.optimizer.param_groups:
-                group["lr"] = rate
+            step.set_rate(o["lr"] * self.decay(i))
         regularised = self.labels is not None and o["reg_every"] > 0 and i % o["reg_every"] == 0
         joint = regularised and o["reg_mode"] == "joint"
 
         # Train D to tell real from generated images.
-        stats = self.discriminate(real, y_real)
+        stats = self.graphs(self.discriminate, real, y_real)
 
         # Penalise its gradient at real images every 16th iteration, if the step above has not.
         if o["penalty"] == "r1" and o["r1"] > 0 and i % R1_EVERY == 0:
-            stats |= self.penalise(real, y_real)
+            stats |= self.graphs(self.penalise, real, y_real)
 
         # Train the decoder to pass for real.
-        stats |= self.generate(joint)
+        stats |= self.graphs(self.generate, joint=joint)
 
         # Every n-th iteration, train it to show what the labels say.
         if regularised and not joint:
-            stats |= self.regularise(self.adversarial_norm * o["reg_every"] if o["reg_clip"] else None)
+            limit = self.adversarial_norm * o["reg_every"] if o["reg_clip"] else None
+            stats |= self.graphs(self.regularise, limit)
 
         # Average its weights.
         self.average((i + 1) * o["batch"])
@@ -869,13 +933,27 @@ OPTIONS = [
     click.option("--beta1",         metavar="B", type=click.FloatRange(0, 1, max_open=True), help="Momentum of both Adams.  [default: 0; --disc patch, --protocol paper: 0.5]"),
     click.option("--lr-decay",      metavar="PART", type=click.FloatRange(0, 1), help="Over this last part of the run, the learning rate falls to 0.  [default: 0.5; --protocol paper: 0]"),
     click.option("--kimg",          metavar="KIMG", type=click.FloatRange(0, 1e6, min_open=True), help="Length in thousands of real images.  [default: by size, 60 up to 64 px]"),
+    click.option("--graph",         type=click.Choice(["auto", "on", "off"]), default="auto", help="Launch each update as one CUDA graph: auto: on one GPU, but for fp16 and --per-class, where the capture succeeds."),
     click.option("--keep",          metavar="N", type=click.IntRange(1, 10**6), default=5, help="Snapshots to keep, the last ones, beside every tenth."),
     click.option("--snap",          metavar="KIMG", type=click.FloatRange(0, 1e6, min_open=True), help="Thousands of images between snapshots.  [default: a sixth of --kimg]"),
 ]
 # fmt: on
 
 # Options that a resumed run may change.
-FREE = {"data", "kimg", "snap", "keep", "outdir", "precision", "device", "workers", "resume", "init", "dry_run"}
+FREE = {
+    "data",
+    "kimg",
+    "snap",
+    "keep",
+    "graph",
+    "outdir",
+    "precision",
+    "device",
+    "workers",
+    "resume",
+    "init",
+    "dry_run",
+}
 
 
 def default_kimg(size: int) -> float:

@@ -329,17 +329,25 @@ def gradient_norm(parameters: Iterable[torch.nn.Parameter]) -> torch.Tensor:
 class Stepper:
     """An optimiser with its loss scaler. A gradient that is not finite is not taken: the update is skipped and counted.
 
-    Nothing here waits for the device; `skipped` [] and `steps` are counted for `check_finite`.
+    Nothing here waits for the device; `skipped` [] and `steps` [] are counted there, for `check_finite`.
     """
 
     def __init__(self, run: Run, optimizer: torch.optim.Optimizer):
         self.run, self.optimizer = run, optimizer
         self.scaler = torch.amp.GradScaler(run.device.type, enabled=run.dtype is torch.float16)
-        self.skipped, self.steps = torch.zeros((), device=run.device), 0
+        self.skipped, self.steps = torch.zeros(2, device=run.device).unbind()
 
     @property
     def parameters(self) -> list[torch.nn.Parameter]:
         return [p for group in self.optimizer.param_groups for p in group["params"]]
+
+    def set_rate(self, rate: float) -> None:
+        """The learning rate of the next steps. CUDA graphs read it from a tensor."""
+        for group in self.optimizer.param_groups:
+            if isinstance(group["lr"], torch.Tensor):
+                group["lr"].fill_(rate)
+            else:
+                group["lr"] = rate
 
     def step(self, loss: torch.Tensor, limit: torch.Tensor | None = None) -> torch.Tensor:
         """Backward and one step; returns the gradient's norm. A gradient of a norm above `limit` is scaled down to it."""
@@ -351,7 +359,8 @@ class Stepper:
             limit = limit.nan_to_num(0.0, 0.0).clamp(min=1e-12)  # fp16: an update that overflowed gives no measure
             torch.nn.utils.clip_grads_with_norm_(self.parameters, 1.0, norm / limit)
         skip = (~norm.isfinite()).float()
-        self.skipped, self.steps = self.skipped + skip, self.steps + 1
+        self.skipped += skip
+        self.steps += 1
         if self.scaler.is_enabled():
             self.scaler.step(self.optimizer)
             self.scaler.update()
@@ -393,9 +402,9 @@ def check_finite(steppers: Iterable[Stepper], images: int, options: dict) -> Non
     Too many are 20 and a fifth of all, counted over a hundred steps and more. In fp16, 16 bring the loss scale to 1.
     """
     for stepper in steppers:
-        skipped, steps = int(stepper.skipped), stepper.steps
+        skipped, steps = int(stepper.skipped), int(stepper.steps)
         if steps >= 100:
-            stepper.skipped, stepper.steps = torch.zeros_like(stepper.skipped), 0
+            stepper.skipped.zero_(), stepper.steps.zero_()
         if skipped >= max(20, steps / 5):
             raise click.ClickException(
                 f"training has diverged: {skipped} of the last {steps} gradients, before {images:,} images, were not finite. "

@@ -40,7 +40,7 @@ LEAST = {"forward": 0.8, "backward": 0.7}  # of the rate of a copy of as many by
 # Most launches of an update at 256 px with ResNet-50 and all of the augmentation, a twentieth above what was counted:
 # at small sizes their number decides how long an update takes.
 BUDGET = {
-    "global": dict(discriminate_r1r2=570, discriminate=420, penalise=280, generate=625, regularise=650),
+    "global": dict(discriminate_r1r2=570, discriminate=455, penalise=280, generate=625, regularise=650),
     "patch": dict(discriminate_r1r2=1615, discriminate=460, penalise=775, generate=590, regularise=650),
 }
 
@@ -182,7 +182,7 @@ def make_trainer(
     network = stage1.Encoder(backbone, "imagenet").eval()
     frozen = gan.frozen_encoder(network, size, run.device, run.dtype)
     classifier = nn.Linear(network.features, 3).to(run.device).requires_grad_(False)
-    options = gan.default_options(size, batch=batch, disc=disc, **{"penalty": "r1"} | options)
+    options = gan.default_options(size, batch=batch, disc=disc, **{"penalty": "r1", "graph": "off"} | options)
     trainer = gan.Trainer(options, run, torch.eye(3), "one-hot", frozen, classifier)
     real = torch.rand(batch, 3, size, size, device=run.device) * 2 - 1
     y = torch.eye(3, device=run.device).repeat(batch // 3 + 1, 1)[:batch]
@@ -316,6 +316,30 @@ def busy(run: training.Run, quick: bool) -> Iterator[dict]:
         yield verdict(f"busy share at {size} px, batch 32", share, note=f"{len(kernels) / 16:.0f} kernels an iteration")
 
 
+def graphs(run: training.Run, quick: bool) -> Iterator[dict]:
+    """Updates as CUDA graphs: the same losses as eager ones from the same weights, and how much sooner."""
+    if run.device.type != "cuda":
+        yield verdict(
+            "graphs equal eager updates", note="skipped: only a GPU has CUDA graphs; `make test` repeats records"
+        )
+        return
+    for penalty in ("r1r2", "r1"):
+        losses, times = {}, {}
+        for how in ("off", "on"):
+            trainer, real, y = make_trainer(run, 64, 16, "global", "resnet18", penalty=penalty, graph=how)
+            trainer.options["lr"] = 1e-6  # rounding would grow from step to step
+
+            def iterate(i: int, trainer=trainer, real=real, y=y) -> dict[str, Tensor]:
+                run.reseed(16 * i)
+                return trainer.iteration(i, real, y)
+
+            losses[how] = [{k: v.item() for k, v in iterate(i).items()} for i in range(50)]
+            times[how] = seconds(lambda: [iterate(i) for i in range(16)], run.device)
+        apart = max(abs(a[k] - b[k]) / (abs(a[k]) + 1e-3) for a, b in zip(*losses.values(), strict=True) for k in a)
+        note = f"{times['off'] / times['on']:.2f} times as fast"
+        yield verdict(f"graphs against eager updates, {penalty}, relative", apart, ok=apart < 0.02, note=note)
+
+
 def r1_error(run: training.Run, quick: bool) -> Iterator[dict]:
     """Error of R1's weight gradient in fp32, and with TF32, relative to float64."""
     size = 32 if quick else 64
@@ -431,7 +455,7 @@ def stage2_sides(run: training.Run, size: int, batch: int) -> dict[str, Callable
 
 def stage3_sides(run: training.Run, size: int, batch: int) -> dict[str, Callable[[], object]]:
     """16 iterations of stage 3, global with ResNet-18, in the run's precision: ours, plain, and plain compiled."""
-    trainer, real, y = make_trainer(run, size, batch, "global", "resnet18", **PLAIN)
+    trainer, real, y = make_trainer(run, size, batch, "global", "resnet18", **PLAIN, graph="auto")
 
     def cycle(side: gan.Trainer | PlainTrainer, autocast) -> None:
         with autocast(), torch.device(run.device):  # the plain side makes its indices wherever the default is
@@ -478,7 +502,7 @@ def rates(run: training.Run, quick: bool) -> Iterator[dict]:
             yield verdict(f"{stage} at {size} px, batch {batch}, images/s", found["ours"], note=note)
 
 
-PARTS = (op_tests, bandwidth, waits, launches, busy, r1_error, short_runs, processes, rates)
+PARTS = (op_tests, bandwidth, waits, launches, busy, graphs, r1_error, short_runs, processes, rates)
 
 
 def judge(run: training.Run, quick: bool) -> Iterator[dict]:

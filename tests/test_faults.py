@@ -169,7 +169,7 @@ def test_gradients_that_are_not_finite_are_skipped_and_counted(dtype):
     w.grad = None
     stepper.step((w * 2).sum())
     assert stepper.skipped == 20 and not torch.equal(w, before[0])
-    stepper.steps = 101  # a fifth of them
+    stepper.steps.fill_(101)  # a fifth of them
     training.check_finite([stepper], 1000, {"lr": 1.0, "precision": "auto"})
     assert stepper.skipped == stepper.steps == 0
 

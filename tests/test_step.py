@@ -1,5 +1,6 @@
 """The training step against the plain baseline: with the same numbers, the same losses and updates."""
 
+import contextlib
 import copy
 import importlib
 import json
@@ -9,6 +10,8 @@ import sys
 import pytest
 import torch
 from conftest import ROOT, run_script
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import encoder
 import gan
@@ -149,6 +152,131 @@ def test_the_frozen_encoder_in_16_bits_is_the_same_under_autocast():
         assert torch.equal(whole(x), half(x)) and not torch.equal(half(x), half(-x))
 
 
+# CUDA graphs, as far as they can be tested without a GPU: what a graph would repeat is recorded and repeated.
+
+
+class Recording(TorchDispatchMode):
+    """In the place of torch.cuda.CUDAGraph: holds the operations that ran within it and the tensors that they took."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        self.calls.append((function, args, kwargs or {}, out))
+        return out
+
+    @torch.no_grad()
+    def replay(self):
+        for function, args, kwargs, out in self.calls:
+            taken = {t.untyped_storage().data_ptr() for t in tree_leaves((args, kwargs)) if torch.is_tensor(t)}
+            for old, new in zip(tree_leaves(out), tree_leaves(function(*args, **kwargs)), strict=True):
+                if (
+                    torch.is_tensor(old) and old.untyped_storage().data_ptr() not in taken
+                ):  # neither a view nor in place
+                    old.copy_(new)
+
+
+@pytest.fixture
+def graphs_on_the_cpu(monkeypatch):
+    """Makes --graph on work without a GPU; capturing changes nothing, as there. Gives the list of trainers to keep."""
+    trainers = []
+
+    class OnCPU(gan.Graphs):
+        def __init__(self, how, possible):
+            super().__init__(how, how != "off")
+
+    @contextlib.contextmanager
+    def graph(recording, pool):
+        states = [(t.state(), [(s.skipped, s.steps) for s in (t.step_g, t.step_d)]) for t in trainers]
+        before, generator = [t.clone() for t in tensors(states)], torch.get_rng_state()
+        with recording:
+            yield
+        for now, then in zip(tensors(states), before, strict=True):
+            now.copy_(then)
+        torch.set_rng_state(generator)
+
+    def tensors(states):
+        return [t for t in tree_leaves(states) if torch.is_tensor(t)]
+
+    monkeypatch.setattr(gan, "Graphs", OnCPU)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Recording)
+    monkeypatch.setattr(torch.cuda, "graph", graph)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: "pool")
+    monkeypatch.setattr(torch.Tensor, "tolist", lambda coins: [True] * len(coins))  # the augmentation's way on GPUs
+    monkeypatch.setattr(conv2d, "_FAST", ())  # our C++ is not dispatched by torch, so it is not recorded
+    for name in ("bias_lrelu", "subspace_lrelu"):
+        monkeypatch.setattr(sys.modules[f"ops.{name}"], "choose", lambda impl, device: "ref")
+    return trainers
+
+
+@pytest.mark.parametrize("penalty", ["r1r2", "r1"])
+def test_updates_as_graphs_are_the_same_updates(graphs_on_the_cpu, monkeypatch, penalty):
+    """Other images, rates and random numbers reach the repeated operations: losses and weights are the same bits."""
+    monkeypatch.setattr(gan, "R1_EVERY", 1)
+    run = training.Run(torch.device("cpu"), None, 0)
+    options = dict(batch=4, kimg=0.024, lr_decay=1.0, penalty=penalty, augment="color,translation,cutout", width=4)
+    found = {}
+    for eager in (99, 2):
+        monkeypatch.setattr(gan.Graphs, "EAGER", eager)
+        torch.manual_seed(1)
+        classifier = torch.nn.Linear(512, 3).requires_grad_(False)
+        network = gan.frozen_encoder(encoder.Encoder("resnet18", "imagenet").eval(), 32, run.device)
+        given = gan.default_options(32, **options, graph="on")
+        trainer = gan.Trainer(given, run, torch.eye(3), "one-hot", network.requires_grad_(False), classifier)
+        graphs_on_the_cpu[:] = [trainer]
+        losses = []
+        for i in range(6):
+            real = torch.rand(4, 3, 32, 32, generator=torch.Generator().manual_seed(i)) * 2 - 1
+            run.reseed(4 * i)
+            stats = trainer.iteration(
+                i, real.contiguous(memory_format=torch.channels_last), torch.eye(3)[[0, 1, 2, i % 3]]
+            )
+            losses.append({name: value.item() for name, value in stats.items()})
+        found[eager] = (
+            losses,
+            training.fingerprint(trainer.decoder.state_dict()),
+            training.fingerprint(trainer.D.state_dict()),
+        )
+        names = {"discriminate", "generate", "regularise"} | ({"penalise"} if penalty == "r1" else set())
+        assert {key[0] for key in trainer.graphs.captured} == (names if eager == 2 else set())
+        assert int(trainer.step_g.steps) == 9 and int(trainer.step_g.skipped) == 0
+    assert found[2] == found[99]
+
+
+def test_where_a_graph_cannot_be_captured_updates_run_as_before(graphs_on_the_cpu, monkeypatch, capsys):
+    @contextlib.contextmanager
+    def refuse(*arguments, **options):
+        yield
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    monkeypatch.setattr(torch.cuda, "graph", refuse)
+    for how in ("auto", "on"):
+        graphs = gan.Graphs(how, True)
+        calls = [graphs(lambda x: {"twice": 2 * x}, torch.tensor(i)) for i in range(2)]
+        if how == "on":
+            with pytest.raises(RuntimeError, match="not permitted"):
+                graphs(lambda x: {"twice": 2 * x}, torch.tensor(2))
+            continue
+        calls += [graphs(lambda x: {"twice": 2 * x}, torch.tensor(i)) for i in range(2, 5)]
+        assert [c["twice"].item() for c in calls] == [0, 2, 4, 6, 8]
+        assert capsys.readouterr().err.count("Warning: no CUDA graphs") == 1
+
+
+def test_augmentation_is_the_same_on_both_ways(monkeypatch):
+    """On CPUs what a coin leaves out does not run; on GPUs it runs without effect."""
+    x = torch.rand(4, 3, 32, 32) * 2 - 1
+    for seed in range(12):
+        torch.manual_seed(seed)
+        skipping = gan.augment(x, "color,translation,cutout")
+        with monkeypatch.context() as patch:
+            patch.setattr(torch.Tensor, "tolist", lambda coins: [True] * len(coins))
+            torch.manual_seed(seed)
+            masked = gan.augment(x, "color,translation,cutout")
+        torch.testing.assert_close(masked, skipping, rtol=0, atol=1e-6)
+
+
 def test_the_gpu_check_runs_and_says_what_it_skipped(tmp_path):
     """On the CPU, quickly; what only a GPU can tell is named as skipped."""
     command = [sys.executable, "-m", "bench.gpu", "--device", "cpu", "--quick", "--out", str(tmp_path / "gpu.json")]
@@ -158,7 +286,7 @@ def test_the_gpu_check_runs_and_says_what_it_skipped(tmp_path):
     lines = done.stdout.splitlines()
     assert lines[:-1] == [line(row) for row in rows]
     skipped = {row["part"] for row in rows if row["note"].startswith("skipped")}
-    assert skipped == {"waits", "busy", "r1_error", "processes"}
+    assert skipped == {"waits", "busy", "graphs", "r1_error", "processes"}
     told = {row["part"] for row in rows if row["ok"] or row["value"] is not None}
     assert told == {"op_tests", "bandwidth", "launches", "r1_error", "short_runs", "rates"}
 
