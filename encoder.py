@@ -356,7 +356,7 @@ def report(results: dict, label_kind: str) -> None:
 def rate(schedule: str, images: int, total: int, epoch: int, half_cosine: int) -> float:
     """Learning rate after `images` images of `total`, as a part of the full one. epoch: images in one.
 
-    cosine: linear warm-up over the first twentieth, then half a cosine to 0. published: ten epochs at the full rate, then
+    cosine: half a cosine to 0 over the whole run, times a linear warm-up over its first twentieth. published: ten epochs at the full rate, then
     one step per epoch along a cosine that would reach 0 after `half_cosine` steps: it ends high, after 200 epochs at
     0.55 (AFHQ) and 0.94 (CelebA) of the full rate.
     """
@@ -376,7 +376,7 @@ def train(
     """
     # Build what training needs beside the encoder, and take its state from the checkpoint.
     method, batch = options["method"], options["batch"]
-    seen, half = state.get("images_seen", 0), batch // run.world
+    seen, own = state.get("images_seen", 0), batch // run.world
     modules = {"encoder": encoder}
     if method == "byol":
         modules["predictor"] = nn.Sequential(
@@ -401,7 +401,7 @@ def train(
 
     every = batch * max(1, max(total // 50, 2 * batch if options["smoke"] else 5_000) // batch)
     tick = max(1, total // batch // 200)
-    for images, _ in ds.batches(half, run.device, run.seed, seen, run.rank, run.world, options["workers"]):
+    for images, _ in ds.batches(own, run.device, run.seed, seen, run.rank, run.world, options["workers"]):
         # Set the learning rate, draw two views of each image, and project them.
         run.reseed(seen)
         for group in optimizer.param_groups:
@@ -420,7 +420,7 @@ def train(
 
         # Compute the loss of the whole batch, over all processes, in fp32.
         outputs = torch.cat((z, t, p)) if method == "byol" else z
-        z1, z2, *rest = gather(outputs.float().view(-1, half, z.shape[1]))
+        z1, z2, *rest = gather(outputs.float().view(-1, own, z.shape[1]))
         with torch.set_grad_enabled(method == "simclr"):
             contrast = nt_xent(z1, z2, options["temperature"])
         if method == "simclr":
@@ -561,7 +561,7 @@ def main(**options):
             raise click.UsageError(
                 f"--stem imagenet on {ds.size} px needs --precision fp32 on a CPU, or take --stem small"
             )
-    keys = ("size", "smoke", "method", "backbone", "stem", "schedule", "batch", "seed")
+    keys = ("size", "smoke", "method", "backbone", "stem", "schedule", "batch", "seed", "preset", "protocol")
     state = run.first(lambda: training.resume(path, "encoder", options, ds, keys))
     run.agree({"images": ds.fingerprint, "options": {name: options[name] for name in keys}})
     if state:

@@ -6,7 +6,7 @@ the frozen encoder and classifier of stages 1 and 2.
 
 From top to bottom: decoder, discriminators, augmentation, losses, the four updates and the iteration that calls them,
 `load` for a trained run, the command. With `ops/` and `training.py` beside it, this file builds, trains and runs the
-networks in any project.
+networks in any project; `load` also needs encoder.py and classifier.py, the command dataset.py and layouts.py too.
 
 Symbols as in the paper: y attributes, eps = r(y, noise) the code given to the generator, z = (z_1..z_k) one small
 vector per generator layer, phi = U (L * z_i) + mu the subspace of layer i, x images in [-1, 1].
@@ -17,7 +17,6 @@ import copy
 import itertools
 import json
 import math
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,7 +28,6 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
-from tqdm import tqdm
 
 import training
 from ops import bias_lrelu, conv2d, conv_transpose2d, freeze, no_weight_gradients, subspace_lrelu
@@ -42,11 +40,11 @@ R1_EVERY = 16  # iterations
 EMA_HALF_LIFE = 10_000  # images
 LOG_EVERY = 2_000  # images
 
-# Settings by data, '' for any. None: by size, see `set_by_size`.
+# Settings by data, '' for any. None: by size, see `set_by_size`. squash, train_on_all: where no encoder.pt says so.
 PRESETS = {
     "":              dict(width=None, batch=None, lr=None, lr_decay=0.5, beta1=None, kimg=None, snap=None, projection=True, r1=None,
                           augment="color,translation,cutout", reg_clip=True, penalty=None, draw_y="data",
-                          reg_over="sum", start="he"),
+                          reg_over="sum", reg_augment="translation", start="he", squash=False, train_on_all=False),
     "critters":      dict(augment="none"),
     "fashion-mnist": dict(augment="none"),
 }  # fmt: skip
@@ -55,8 +53,8 @@ PRESETS = {
 PAPER = {
     "":       dict(width=16, batch=32, lr=1e-4, lr_decay=0.0, beta1=0.5, kimg=6400.0, snap=200.0, projection=False, r1=10.0,
                    augment="color,translation,cutout", reg_clip=False, penalty="r1", draw_y="uniform",
-                   reg_over="mean", start="torch"),
-    "celeba": dict(batch=64, kimg=12800.0),
+                   reg_over="mean", reg_augment="none", start="torch"),
+    "celeba": dict(batch=64, kimg=12800.0, squash=True, train_on_all=True),
 }  # fmt: skip
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -66,11 +64,6 @@ PAPER = {
 def channels_at(size: int, resolution: int, width: int = 16) -> int:
     """Channels of a map: `width` at full size, doubling toward 4x4, at most 512. 16 is the published width."""
     return min(width * size // resolution, 512)
-
-
-def full(x: Tensor) -> Tensor:
-    """x in at least single precision. Scores and images leave the autocast networks through this."""
-    return x if x.dtype == torch.float64 else x.float()
 
 
 def he_init(network: nn.Module) -> None:
@@ -193,7 +186,7 @@ class Generator(nn.Module):
         for i, block in enumerate(self.blocks):
             h = block(h, z[:, i], convolved[i] if convolved else None)
         h = bias_lrelu(h, self.blocks[-1].feature_conv2.bias, inplace=True)
-        return torch.tanh(full(conv2d(h, self.last.weight, self.last.bias, padding=3)))
+        return torch.tanh(training.full(conv2d(h, self.last.weight, self.last.bias, padding=3)))
 
 
 class Decoder(nn.Module):
@@ -273,10 +266,10 @@ class GlobalDiscriminator(nn.Module):
     def forward(self, x: Tensor, y: Tensor | None = None) -> Tensor:
         h = self.hidden(self.features(x).flatten(1))
         h = bias_lrelu(h, self.hidden_bias, inplace=True)
-        score = full(self.score(h))
+        score = training.full(self.score(h))
         if self.projection is None:
             return score
-        by_label = full(F.linear(h, self.projection)) / h.shape[1] ** 0.5  # [B, labels]
+        by_label = training.full(F.linear(h, self.projection)) / h.shape[1] ** 0.5  # [B, labels]
         return score + (by_label * y).sum(1, keepdim=True)
 
 
@@ -299,7 +292,7 @@ class PatchDiscriminator(nn.Module):
         self.score = nn.Conv2d(widths[-1], 1, 4, 1, 1)
 
     def forward(self, x: Tensor, y: Tensor | None = None) -> Tensor:
-        return full(conv2d(self.layers(x), self.score.weight, self.score.bias, padding=1))
+        return training.full(conv2d(self.layers(x), self.score.weight, self.score.bias, padding=1))
 
 
 class PerClass(nn.Module):
@@ -422,8 +415,8 @@ def loss_g(kind: str, fake: Tensor) -> Tensor:
 def loss_y(kind: str, logits: Tensor, y: Tensor) -> Tensor:
     """H(Y | E) of eq. 5 in nats, mean over images: cross-entropy, or the sum of an image's binary cross-entropies."""
     if kind == "one-hot":
-        return F.cross_entropy(full(logits), y)
-    return F.binary_cross_entropy_with_logits(full(logits), y, reduction="sum") / len(y)
+        return F.cross_entropy(training.full(logits), y)
+    return F.binary_cross_entropy_with_logits(training.full(logits), y, reduction="sum") / len(y)
 
 
 def gradient_penalty(scores: Tensor, *images: Tensor) -> list[Tensor]:
@@ -462,50 +455,53 @@ def frozen(network: nn.Module) -> Iterator[None]:
 
 
 class Graphs:
-    """Calls updates; once each has run twice, as a CUDA graph: its hundreds of launches become one.
+    """Calls updates; from its third call on, an update is replayed as one CUDA graph: one launch in place of hundreds.
 
-    Else a GPU waits for the host most of the time at 32 to 64 px. What an update reads must be tensors that stay where
-    they are: its inputs are copied to such, weights, Adam's state and rate are such. Random numbers go on as without.
+    A graph repeats the same kernels on the same memory. Inputs are copied to fixed tensors; weights, Adam's state and
+    its rate are such; options and all else of Python are frozen at the capture. Random numbers go on as without.
     """
 
     EAGER = 2  # calls before: cuDNN chooses algorithms, Triton compiles, Adam makes its state
 
-    def __init__(self, how: str, possible: bool):
-        """how: 'auto' takes graphs where they are possible and the capture succeeds, 'on' insists, 'off' does not."""
-        self.how, self.on = how, how != "off" and possible
-        self.calls, self.captured, self.pool = {}, {}, None
-        if how == "on" and not possible:
-            raise click.UsageError("--graph on needs one process on a GPU, not in fp16, and no --per-class")
+    def __init__(self, on: bool):
+        self.on, self.calls, self.captured, self.pool = on, {}, {}, None
 
     def __call__(self, update: Callable[..., dict[str, Tensor]], *inputs: Tensor | None, **flags) -> dict[str, Tensor]:
-        """The result of update(*inputs, **flags), whose values are tensors on the device."""
+        """update(*inputs, **flags), a dict of tensors, detached.
+
+        Raises click.ClickException if the update cannot be captured: torch's state is unusable then.
+        """
+        if not self.on:
+            return {name: value.detach() for name, value in update(*inputs, **flags).items()}
         key = update.__name__, *flags.items(), *(x is None for x in inputs)
         self.calls[key] = self.calls.get(key, 0) + 1
-        if self.on and self.calls[key] > self.EAGER and key not in self.captured:
-            self.capture(key, update, inputs, flags)
-        if not self.on or key not in self.captured:
-            return update(*inputs, **flags)
+        if self.calls[key] <= self.EAGER:
+            return {name: value.detach() for name, value in update(*inputs, **flags).items()}
+        if key not in self.captured:
+            self.captured[key] = self.capture(update, inputs, flags)
         graph, static, stats = self.captured[key]
         for own, x in zip(static, inputs, strict=True):
             if own is not None:
                 own.copy_(x)
         graph.replay()
-        return {name: value.detach().clone() for name, value in stats.items()}  # the next graph may write over them
+        return {name: value.clone() for name, value in stats.items()}  # the next graph may write over them
 
-    def capture(self, key: tuple, update: Callable, inputs: Sequence[Tensor | None], flags: dict) -> None:
-        """Record an update without running it."""
+    def capture(self, update: Callable, inputs: Sequence[Tensor | None], flags: dict) -> tuple:
+        """Record an update without running it: the graph, its input tensors and its results."""
         static, graph = [None if x is None else x.clone() for x in inputs], torch.cuda.CUDAGraph()
-        self.pool = self.pool or torch.cuda.graph_pool_handle()  # one for all: nothing in it outlives a replay
+        self.pool = self.pool or torch.cuda.graph_pool_handle()  # one for all: results are read before the next replay
         try:
-            with torch.cuda.graph(graph, pool=self.pool):
-                stats = update(*static, **flags)
-            self.captured[key] = graph, static, stats
+            # thread_local: the threads that prepare batches ask the device for pinned memory meanwhile.
+            with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
+                stats = {name: value.detach() for name, value in update(*static, **flags).items()}
         except RuntimeError as error:
-            if self.how == "on":
-                raise
-            self.on = False
-            why = (str(error).splitlines() or [""])[0]
-            tqdm.write(f"Warning: no CUDA graphs, which cannot take {update.__name__}: {why}", file=sys.stderr)
+            why = str(error.__context__ or error).splitlines()[0]
+            raise click.ClickException(f"{update.__name__} cannot be a CUDA graph ({why}): give --graph off") from error
+        return graph, static, stats
+
+    def forget(self) -> None:
+        """Capture anew: the tensors that graphs use have been replaced."""
+        self.calls, self.captured = {}, {}
 
 
 class Trainer:
@@ -549,7 +545,8 @@ class Trainer:
             self.decoder.generator.first.weight.data.mul_(0.3)
         self.ema = copy.deepcopy(self.decoder).requires_grad_(False).eval()
         one_gpu = run.device.type == "cuda" and run.world == 1
-        self.graphs = Graphs(options["graph"], one_gpu and run.dtype is not torch.float16 and not options["per_class"])
+        possible = one_gpu and run.dtype is not torch.float16 and not options["per_class"]
+        self.graphs = Graphs(possible and options["graph"] == "auto")
         adam = dict(lr=options["lr"], betas=(options["beta1"], BETA2), fused=True)
         if self.graphs.on:
             adam |= dict(lr=torch.tensor(adam["lr"], device=run.device), capturable=True)
@@ -642,7 +639,11 @@ class Trainer:
         return self.information(loss)
 
     def classification(self, x: Tensor, y: Tensor) -> Tensor:
-        """H(Y | E) of generated images under the frozen encoder and classifier, eq. 5, in nats."""
+        """H(Y | E) of generated images under the frozen encoder and classifier, eq. 5, in nats.
+
+        --reg-augment: of random views of them, which patterns that please only the encoder do not survive.
+        """
+        x = augment(x, self.options["reg_augment"])
         with self.run.autocast():
             logits = self.classifier(self.encoder(x))
         return loss_y(self.kind, logits, y)
@@ -708,6 +709,9 @@ class Trainer:
         self.ema.load_state_dict(ema)
         for name in self.STATEFUL:
             getattr(self, name).load_state_dict(state[name])
+        if not all(value.isfinite().all() for name in ("decoder", "D") for value in state[name].values()):
+            raise ValueError("its weights are no finite numbers")
+        self.graphs.forget()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -769,7 +773,7 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> Network:
     import classifier as stage2
     import encoder as stage1
 
-    device, path = training.choose_device(device), Path(path)
+    device, path = training.choose_device(device), Path(path).absolute()
     state = training.load(path, "gan")
     if path.parent.name == "snapshots" and (path.parent.parent / "gan.pt").exists():  # snapshots are the decoder alone
         state = training.load(path.parent.parent / "gan.pt", "gan") | state
@@ -921,19 +925,20 @@ OPTIONS = [
     click.option("--reg-every",     metavar="N", type=click.IntRange(0, 10**6), default=2, help="Iterations between classification regularisations; 0: never."),
     click.option("--reg-mode",      type=click.Choice(["separate", "joint"]), default="separate", help="Regularise by an update of its own, or in the adversarial one."),
     click.option("--reg-over",      type=click.Choice(["sum", "mean"]), help="Add up an image's attributes in the regularisation, or average them.  [default: sum; --protocol paper: mean]"),
-    click.option("--reg-clip/--no-reg-clip", default=None, help="Limit a regularisation's gradient to N times the adversarial one's norm.  [default: by data]"),
+    click.option("--reg-augment",   metavar="LIST|none", help="Of the regularisation's images: color,translation,cutout or some of them.  [default: translation; --protocol paper: none]"),
+    click.option("--reg-clip/--no-reg-clip", default=None, help="Limit a regularisation's gradient to N times the adversarial one's norm.  [default: on; --protocol paper: off]"),
     click.option("--orth",          type=click.Choice(["penalty", "exact", "none"]), default="penalty", help="How the bases U are kept orthonormal."),
-    click.option("--r1",            metavar="W", type=click.FloatRange(0, 1e6), help="Weight of the gradient penalty; 0: none.  [default: 0.5 at 32 px, in proportion to the pixels; with --penalty r1 10, for patches less by size]"),
+    click.option("--r1",            metavar="W", type=click.FloatRange(0, 1e6), help="Weight of the gradient penalty; 0: none.  [default: by --penalty; r1r2: 0.5 up to 32 px, then 0.25; r1: 10, for patches 10 (size/256)^2]"),
     click.option("--penalty",       type=click.Choice(["r1", "r1r2"]), help="Of D's gradient: r1: at real images, every 16th iteration, in an update of its own; r1r2: at real and generated images, in every step of D.  [default: r1r2; --disc patch, --protocol paper: r1]"),
-    click.option("--augment",       metavar="LIST|none", help="Of the discriminator's inputs: color,translation,cutout or some of them.  [default: by data]"),
+    click.option("--augment",       metavar="LIST|none", help="Of the discriminator's inputs: color,translation,cutout or some of them.  [default: all; none for critters and fashion-mnist]"),
     click.option("--draw-y",        type=click.Choice(["data", "uniform"]), help="Labels of generated images: as they occur in the data, or classes alike and fair coins.  [default: data; --protocol paper: uniform]"),
     click.option("--start",         type=click.Choice(["he", "torch"]), help="First weights: at He et al.'s scale, with smooth upsampling, or PyTorch's.  [default: he; --protocol paper: torch]"),
     click.option("--unconditional", is_flag=True, help="Vanilla EigenGAN: no labels, no regularisation; needs no earlier stage."),
     click.option("--lr",            metavar="RATE", type=click.FloatRange(0, 1e6, min_open=True), help="Learning rate of both Adams.  [default: 5e-4 up to 64 px, then 1e-4]"),
     click.option("--beta1",         metavar="B", type=click.FloatRange(0, 1, max_open=True), help="Momentum of both Adams.  [default: 0; --disc patch, --protocol paper: 0.5]"),
     click.option("--lr-decay",      metavar="PART", type=click.FloatRange(0, 1), help="Over this last part of the run, the learning rate falls to 0.  [default: 0.5; --protocol paper: 0]"),
-    click.option("--kimg",          metavar="KIMG", type=click.FloatRange(0, 1e6, min_open=True), help="Length in thousands of real images.  [default: by size, 60 up to 64 px]"),
-    click.option("--graph",         type=click.Choice(["auto", "on", "off"]), default="auto", help="Launch each update as one CUDA graph: auto: on one GPU, but for fp16 and --per-class, where the capture succeeds."),
+    click.option("--kimg",          metavar="KIMG", type=click.FloatRange(0, 1e6, min_open=True), help="Length in thousands of real images.  [default: 60 up to 64 px, then in proportion to the pixels; --protocol paper: 6400, celeba 12800]"),
+    click.option("--graph",         type=click.Choice(["auto", "off"]), default="auto", help="Launch each update as one CUDA graph; auto: on one GPU, but not in fp16 or with --per-class."),
     click.option("--keep",          metavar="N", type=click.IntRange(1, 10**6), default=5, help="Snapshots to keep, the last ones, beside every tenth."),
     click.option("--snap",          metavar="KIMG", type=click.FloatRange(0, 1e6, min_open=True), help="Thousands of images between snapshots.  [default: a sixth of --kimg]"),
 ]
@@ -969,9 +974,9 @@ def set_by_size(options: dict) -> None:
     if patch and options["disc_layers"] is None:
         options["disc_layers"] = patch_layers(size)
     # Found by trying: with the global discriminator, both penalties and no momentum keep classes from collapsing; with
-    # patches and their batch norm the pictures get worse. Gradients are sums over pixels, so larger images take more.
+    # patches and their batch norm the pictures get worse. At 64 px, 2 made D blind, and 0.02 the pictures worse than 0.2.
     options["penalty"] = options["penalty"] or ("r1" if patch else "r1r2")
-    r1 = 0.5 * (size / 32) ** 2 if options["penalty"] == "r1r2" else 10 * (size / 256) ** 2 if patch else 10.0
+    r1 = (0.5 if size <= 32 else 0.25) if options["penalty"] == "r1r2" else 10 * (size / 256) ** 2 if patch else 10.0
     # Small images take a higher rate, smaller batches and wider maps, found by trying at 32 px; above, the published ones.
     batch, lr = (16, 5e-4) if size <= 64 else (32, 1e-4)
     kimg = options["kimg"] or default_kimg(size)
@@ -982,7 +987,7 @@ def set_by_size(options: dict) -> None:
 
 def default_options(size: int, **given) -> dict:
     """What `Trainer` takes, for images of `size`: the defaults of the command for any data, and the options given."""
-    options = main.make_context("gan.py", []).params | {"size": size} | given
+    options = click.Command.make_context(main, "gan.py", []).params | {"size": size} | given
     options = training.resolve(PRESETS, PAPER, "", options)
     set_by_size(options)
     return options
@@ -1001,8 +1006,9 @@ def check_options(options: dict, given: dict) -> None:
         (options["per_class"] and options["unconditional"], "--per-class needs labels, --unconditional has none"),
         (options["unconditional"] and options["reg_mode"] == "joint", "--reg-mode joint needs labels"),
         (given["reg_clip"] and options["reg_mode"] == "joint", "--reg-clip limits a regularisation of its own, not a joint one"),
-        (set(options["augment"].split(",")) - {"color", "translation", "cutout", "none"},
-         f"--augment {options['augment']}: choose from color, translation, cutout, separated by commas, or none"),
+        *((set(options[name].split(",")) - {"color", "translation", "cutout", "none"},
+           f"--{name.replace('_', '-')} {options[name]}: choose from color, translation, cutout, separated by commas, or none")
+          for name in ("augment", "reg_augment")),
     ):  # fmt: skip
         if bad:
             raise click.UsageError(why)
@@ -1022,7 +1028,7 @@ def main(**options):
     import layouts
 
     # Resolve the options.
-    smoke = {"batch": 8, "kimg": 0.256, "snap": 0.128} if options["smoke"] else {}
+    smoke = {"batch": 8, "width": 16, "kimg": 0.256, "snap": 0.128} if options["smoke"] else {}
     options |= {name: value for name, value in smoke.items() if options[name] is None}
     given = dict(options)
     preset = layouts.preset_of(options["data"], options["preset"])
@@ -1047,8 +1053,8 @@ def main(**options):
     if encoder_pt and options["size"]:  # before images of another size are packed
         training.check_same(encoder_pt["data"], options, ("size",), outdir / "encoder.pt", remedy)
     run.first(lambda: training.check_size(outdir / "gan.pt", "gan", options))
-    how = {"preset": options["preset"]}
-    if encoder_pt:
+    how = {"preset": options["preset"], "squash": options.pop("squash"), "train_on_all": options.pop("train_on_all")}
+    if encoder_pt:  # all stages see the same images
         how |= {name: encoder_pt["data"][name] for name in ("squash", "train_on_all")}
     size = options["size"] or (encoder_pt["data"]["size"] if encoder_pt else None)
     attributes = classifier_pt["data"]["attributes"] if classifier_pt else None
@@ -1087,7 +1093,9 @@ def main(**options):
     if start:
         training.init_weights(trainer.decoder, start["ema"], options["init"])
         trainer.ema.load_state_dict(trainer.decoder.state_dict())
-        same = all(start["options"].get(key) == options[key] for key in ("disc", "disc_layers", "per_class"))
+        same = all(
+            start["options"].get(key) == options[key] for key in ("disc", "disc_layers", "per_class", "projection")
+        )
         if same and "trainer" in start:  # numbered snapshots leave the discriminator out
             training.init_weights(trainer.D, start["trainer"]["D"], options["init"])
     keys = sorted(options.keys() - FREE)
@@ -1104,16 +1112,19 @@ def main(**options):
                 raise click.ClickException(f"{checkpoint} was trained with another {name}.pt: {remedy}")
         with training.reading(checkpoint):
             trainer.load_state(state["trainer"], state["ema"])
-            images, iteration = state["images_seen"], state["iteration"]
+            images, iteration = state["images_seen"], int(state["iteration"])
     total = max(1, round(1000 * options["kimg"]))
     if images >= total:
         if run.rank == 0:
-            click.echo(f"{checkpoint} has seen {images} images already: more with --kimg, over again with --no-resume")
+            click.echo(
+                f"{checkpoint} has seen {images} images already: --no-resume starts over; --kimg goes on, at a learning rate that "
+                "--lr-decay makes begin higher again"
+            )
         return
 
     # Train.
     rows, counts = torch.unique(labels, dim=0, return_counts=True) if conditional else (None, None)
-    frozen = {
+    facts = {
         "stage": "gan", "data": data.info(), "options": options, "entropy_bits": trainer.entropy,
         "labels": {"rows": rows.byte(), "counts": counts} if conditional else None,
     }  # fmt: skip
@@ -1148,7 +1159,7 @@ def main(**options):
             # Save now and then a snapshot and a picture, then the networks: a run that is killed amid it does it again.
             if due or stopping:
                 if run.rank == 0:
-                    state = frozen | {"images_seen": images, "iteration": iteration, "ema": trainer.ema.state_dict()}
+                    state = facts | {"images_seen": images, "iteration": iteration, "ema": trainer.ema.state_dict()}
                     if due:
                         training.save_snapshot(
                             outdir / "snapshots" / f"gan-{images:08d}.pt", state, options["keep"], 10 * snap

@@ -68,7 +68,7 @@ OPTIONS = [
     click.option("--preset",    metavar="NAME|none", help="Settings of critters, afhq, celeba or fashion-mnist.  [default: those of the data, where it is recognised]"),
     click.option("--protocol",  type=click.Choice(["paper", "ours"]), help="paper: every setting as published; each can still be overridden by its own option.  [default: paper for afhq and celeba]"),
     click.option("--size",      metavar="PIXELS", type=click.IntRange(16, 1024), help="Image size, a power of two.  [default: by data, on CPUs at most 64]"),
-    click.option("--batch",     metavar="N", type=click.IntRange(2, 2**16), help="Images per step, over all processes.  [default: by data]"),
+    click.option("--batch",     metavar="N", type=click.IntRange(2, 2**16), help="Images per step, over all processes.  [default: by data; gan.py: 16 up to 64 px, then 32; --protocol paper: 32, celeba: encoder.py 128, gan.py 64]"),
     click.option("--init",      metavar="FILE", type=FilePath(), help="Checkpoint to take the network's first weights from."),
     click.option("--seed",      metavar="N", type=click.IntRange(0, 2**32 - 1), default=0, help="Seed of everything random."),
     click.option("--precision", type=click.Choice(["auto", "fp32", "bf16", "fp16"]), default="auto", help="auto: bf16 where a GPU has it or a CPU multiplies matrices in it (AMX); else fp16 on GPUs, fp32 on CPUs (the encoder's below 64 px always)."),
@@ -381,9 +381,10 @@ class Stepper:
 
 
 def load_adam(optimizer: torch.optim.Optimizer, state: dict, parameters: int) -> None:
-    """Give Adam the moments of its `state_dict()`, which are of so many parameters; its settings stay its own.
+    """Give Adam the moments of its `state_dict()`; its settings stay its own.
 
-    Raises ValueError where moments are missing (Adam would start those anew, silently) or are none of its parameters.
+    parameters: how many had moments when it was saved (a class that was never drawn has none). Raises ValueError where
+    some are missing, which Adam would start anew, silently, or are not of its parameters.
     """
     if len(state["state"]) != parameters:
         raise ValueError(f"the optimiser's state is of {len(state['state'])} parameters, not {parameters}")
@@ -585,7 +586,7 @@ class _BatchNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, bias, eps):
-        mean, var, n = _moments(_full(x))
+        mean, var, n = _moments(full(x))
         ctx.save_for_backward(x, weight, mean, var, n)
         ctx.mark_non_differentiable(mean, var, n)
         ctx.eps = eps
@@ -596,7 +597,7 @@ class _BatchNorm(torch.autograd.Function):
         """Equations of Ioffe & Szegedy, section 3, in operations that autograd can differentiate again."""
         x, weight, mean, var, n = ctx.saved_tensors
         dtype, dims, shape = x.dtype, [d for d in range(x.ndim) if d != 1], (-1,) + (1,) * (x.ndim - 2)
-        x, g = _full(x), _full(g)
+        x, g = full(x), full(g)
         if torch.is_grad_enabled():  # create_graph=True: the moments depend on x
             mean, var, n = _moments(x)
         scale = (var + ctx.eps).rsqrt()
@@ -607,8 +608,8 @@ class _BatchNorm(torch.autograd.Function):
         return dx.to(dtype), dweight, dbias if ctx.needs_input_grad[2] else None, None
 
 
-def _full(x: torch.Tensor) -> torch.Tensor:
-    """x in at least single precision."""
+def full(x: torch.Tensor) -> torch.Tensor:
+    """x in at least single precision: scores and images leave autocast networks through this."""
     return x if x.dtype == torch.float64 else x.float()
 
 
@@ -718,10 +719,14 @@ def save(path: Path, state: dict, must: bool = True, keep_previous: bool = True)
 def save_snapshot(path: Path, state: dict, keep: int, every: int) -> None:
     """Write a numbered checkpoint, <name>-<images>.pt, and drop all but the last `keep` and those at round numbers.
 
-    Round are the first ones after a multiple of `every` images. A full disk is reported and ends nothing.
+    Round are the first ones after a multiple of `every` images. Those of more images are of a run that was started over:
+    they go too. A full disk is reported and ends nothing.
     """
     save(path, state, must=False, keep_previous=False)
     found = sorted(path.parent.glob(f"{path.stem.rpartition('-')[0]}-*.pt"))
+    for p in found[found.index(path) + 1 :] if path in found else ():
+        p.unlink(missing_ok=True)
+        found.remove(p)
     images = [int(p.stem.rpartition("-")[2]) for p in found]
     for p, n, before in zip(found[:-keep], images, [0, *images], strict=False):
         if n // every == before // every:
@@ -793,7 +798,8 @@ def implausible(state: dict, stage: str) -> str:
         return "its 'data' has label names that are no text, or the same twice"
     if data["label_kind"] not in ("one-hot", "multi-label", "none") or "attributes" not in data:
         return f"its 'data' has no 'attributes', or labels of the kind {data['label_kind']!r:.20}"
-    if not 0 <= state.get("images_seen", 0) < 10**15:
+    seen = state.get("images_seen", 0)
+    if not isinstance(seen, int) or not 0 <= seen < 10**15:
         return "its 'images_seen' is no number of images"
     return ""
 

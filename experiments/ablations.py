@@ -1,13 +1,15 @@
 """What each part of the recipe of stage 3 is worth: variants of it on one encoder and classifier, several seeds each.
 
-    python -m experiments.ablations                                      # the rows of the README, seeds 0 to 2
+    python -m experiments.ablations                                      # ROWS, seeds 0 to 2, after `make demo`
     python -m experiments.ablations --run runs/icons "" --reg-every=4    # on other data, chosen rows
 
-Trains and measures what is missing in RUN/ablations, then prints the table: mean +- sd over the seeds. All rows see the
-same number of images. The judge of FD, KD, recall and control has never seen a generated image.
+Trains and measures what is missing in RUN/ablations, then prints the table: mean +- sd over the seeds, and what the last
+option of a row adds to FD, mean +- standard error of the differences with the same seed. All rows see the same number of
+images. The judge of FD, KD, recall and control has never seen a generated image.
 """
 
 import json
+import shlex
 import shutil
 import subprocess
 import sys
@@ -22,16 +24,10 @@ import latents
 import training
 
 ROOT = Path(__file__).resolve().parent.parent
-ROWS = (
-    "",
-    "--penalty=r1",
-    "--beta1=0.5",
-    "--width=16",
-    "--lr-decay=0",
-    "--no-projection",
-    "--no-reg-clip",
-    "--reg-every=4",
-)
+NO_VIEWS = "--reg-augment=none"
+ROWS = ("", NO_VIEWS, "--no-projection", "--lr-decay=0")
+ROWS += tuple(f"{NO_VIEWS} {option}" for option in ("--penalty=r1", "--beta1=0.5", "--width=16"))
+METRICS = "fid,kid,pr,accuracy"
 COLUMNS = {
     "FD": (lambda m: m["fd"], "{:.0f}"),
     "KD": (lambda m: m["kd"], "{:.3f}"),
@@ -44,11 +40,8 @@ COLUMNS = {
 def alive(network: gan.Network, images: int = 64, least: float = 0.02) -> int:
     """Dimensions of z that change the picture by more than `least` of the full range on average, from -3 to 3."""
     found = 0
-    y = (
-        None
-        if network.real_labels is None
-        else network.real_labels[torch.arange(images) * 7919 % len(network.real_labels)]
-    )
+    labels = network.real_labels
+    y = None if labels is None else labels[torch.arange(images) * 7919 % len(labels)]  # of all over the training images
     codes = network.latents(range(images))
     for layer, dim in latents.all_dimensions(network):
         low, high = (training.to_uint8(network.decode(y, latents.move(codes, layer, dim, z))).float() for z in (-3, 3))
@@ -57,34 +50,37 @@ def alive(network: gan.Network, images: int = 64, least: float = 0.02) -> int:
 
 
 def measured(run: Path, row: str, seed: int, kimg: float) -> dict:
-    """The metrics of a variant, trained and measured now unless its folder has them."""
-    folder = run / "ablations" / f"{row.strip('-') or 'recipe'}-{kimg:g}-{seed}"
-    if not (folder / "metrics.json").exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        for name in ("encoder.pt", "classifier.pt"):
-            shutil.copy(run / name, folder)
-        data = training.load(run / "encoder.pt", "encoder")["data"]["data"]
-        command = [
-            "gan.py",
-            "--data",
-            data,
-            "--outdir",
-            folder,
-            "--kimg",
-            kimg,
-            "--seed",
-            seed,
-            *([row] if row else []),
-        ]
+    """The metrics of a variant, trained and measured now unless its folder has them, of the same encoder."""
+    encoder = training.load(run / "encoder.pt", "encoder")
+    folder, of = (
+        run / "ablations" / f"{row.strip('-') or 'recipe'}-{kimg:g}-{seed}",
+        training.fingerprint(encoder["model"]),
+    )
+    done = folder / "metrics.json"
+    if done.exists():
+        found = json.loads(done.read_text())
+        if found["encoder"] == of:
+            return found
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in ("encoder.pt", "classifier.pt"):
+        shutil.copy(run / name, folder)
+    how = ["--data", encoder["data"]["data"], "--outdir", folder, "--kimg", kimg, "--seed", seed, "--protocol", "ours"]
+    asked = ["--network", folder, "--features", "judge", "--metrics", METRICS, "--json", folder / "m.json"]
+    for command in (["gan.py", *how, *shlex.split(row)], ["metrics.py", *asked]):
         subprocess.run([sys.executable, *map(str, command)], cwd=ROOT, check=True)
-        command = ["metrics.py", "--network", folder, "--metrics", "fid,kid,pr,accuracy", "--json", folder / "m.json"]
-        subprocess.run([sys.executable, *map(str, command)], cwd=ROOT, check=True)
-        found = json.loads((folder / "m.json").read_text()) | {"alive": alive(gan.load(folder / "gan.pt"))}
-        (folder / "m.json").unlink()
-        (folder / "metrics.json").write_text(json.dumps(found, indent=1) + "\n")
-        for name in ("encoder.pt", "classifier.pt", "gan.previous.pt"):  # 45 MB and more, which gan.pt has too
-            (folder / name).unlink(missing_ok=True)
-    return json.loads((folder / "metrics.json").read_text())
+    found = json.loads((folder / "m.json").read_text()) | {"alive": alive(gan.load(folder / "gan.pt")), "encoder": of}
+    for left in (*folder.glob("*.pt"), *folder.glob("snapshots/*.pt"), folder / "m.json"):
+        if left.name != "gan.pt":  # which has all
+            left.unlink()
+    done.write_text(json.dumps(found, indent=1) + "\n")
+    return found
+
+
+def cell(values: list[float], form: str, by: float = 1.0) -> str:
+    """Mean +- sd; by: what to divide the sd by."""
+    sd = np.std(values, ddof=1) / by if len(values) > 1 else np.nan
+    return f"{form.format(np.mean(values))} +- {form.format(sd)}"
 
 
 @click.command(help=__doc__, context_settings=dict(ignore_unknown_options=True, show_default=True))
@@ -95,16 +91,16 @@ def measured(run: Path, row: str, seed: int, kimg: float) -> dict:
     help="Folder of an encoder.pt and classifier.pt.",
 )
 @click.option("--kimg", type=float, default=15.0, help="Thousands of images for each row and seed.")
-@click.option("--seeds", type=int, default=3, help="From 0 on.")
+@click.option("--seeds", type=click.IntRange(1), default=3, help="How many: 0 to N - 1.")
 @click.argument("rows", metavar="[ROW]...", nargs=-1, type=click.UNPROCESSED)
 def main(run: Path, kimg: float, seeds: int, rows: tuple[str, ...]) -> None:
     table = {row: [measured(run.resolve(), row, seed, kimg) for seed in range(seeds)] for row in rows or ROWS}
-    print("| option | " + " | ".join(COLUMNS) + " |\n" + "|---" * (len(COLUMNS) + 1) + "|")
+    print("| option | " + " | ".join(COLUMNS) + " | the last option adds to FD |\n" + "|---" * (len(COLUMNS) + 2) + "|")
     for row, found in table.items():
-        cells = []
-        for value, form in COLUMNS.values():
-            values = [value(m) for m in found]
-            cells.append(f"{form.format(np.mean(values))} +- {form.format(np.std(values, ddof=min(1, seeds - 1)))}")
+        cells = [cell([value(m) for m in found], form) for value, form in COLUMNS.values()]
+        before = table.get(row.rpartition(" ")[0], []) if row else []
+        added = [ours["fd"] - theirs["fd"] for ours, theirs in zip(found, before, strict=False)]
+        cells.append(cell(added, "{:+.0f}", by=seeds**0.5).replace("+- +", "+- ") if added else "")
         print(f"| {f'`{row}`' if row else 'the recipe'} | " + " | ".join(cells) + " |")
 
 

@@ -103,7 +103,7 @@ def test_dimensions_of_a_rigged_generator(command, attribute_folder, attribute_r
     folder = copy_run(attribute_run, tmp_path / "run")
     data = ("--data", attribute_folder, "--outdir", folder)
     command("classifier", *data, "--no-resume", "--epochs", 300)
-    command("gan", *data, "--smoke", "--kimg", 0.008, "--width", 16)
+    command("gan", *data, "--smoke", "--kimg", 0.008)
     state = training.load(folder / "gan.pt", "gan")
     decoder = gan.Decoder(32, 3)
     rig(decoder)

@@ -379,7 +379,7 @@ BROKEN = {
 @pytest.fixture(scope="module")
 def gan_run(command, class_folder, class_run, tmp_path_factory):
     folder = copy_run(class_run, tmp_path_factory.mktemp("faults") / "run")
-    command("gan", "--data", class_folder, "--outdir", folder, "--smoke", "--kimg", 0.016)
+    command("gan", "--data", class_folder, "--outdir", folder, "--smoke", "--width", 4, "--kimg", 0.016)  # small files
     return folder
 
 
@@ -392,7 +392,7 @@ def test_incomplete_checkpoints_are_one_line(command, class_folder, gan_run, tmp
         path.unlink()
     torch.save(state, folder / "gan.pt")
     before = (folder / "gan.pt").read_bytes()
-    options = ("--data", class_folder, "--outdir", folder, "--smoke", "--kimg", 0.032)
+    options = ("--data", class_folder, "--outdir", folder, "--smoke", "--width", 4, "--kimg", 0.032)
     anew = ("rows of another width", "no classifier", "another network in its place", "more labels than images")
     anew += ("a classifier larger than its weights", "a balance of NaN", "an encoder that divides by zero")
     anew += ("an encoder of pixels beyond white", "labels of NaN")
@@ -413,7 +413,7 @@ def test_a_snapshot_is_the_decoder_alone_and_works_in_its_place(command, gan_run
     network = gan.load(snapshot)
     assert network.encoder is not None and network.classifier is not None
     shutil.copy(snapshot, folder / "gan.pt")
-    options = ("--data", class_folder, "--outdir", folder, "--smoke", "--kimg", 0.032)
+    options = ("--data", class_folder, "--outdir", folder, "--smoke", "--width", 4, "--kimg", 0.032)
     assert "is a snapshot" in last_line(command("gan", *options, code=1))
     assert gan.load(folder / "gan.pt").encoder is None
 

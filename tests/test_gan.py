@@ -431,7 +431,7 @@ OTHERS = [
     dict(disc="patch"), dict(per_class=True), dict(loss="hinge"), dict(loss="lsgan"), dict(reg_every=0),
     dict(reg_mode="joint"), dict(orth="exact"), dict(orth="none"), dict(r1=0.0), dict(r1=1.0), dict(augment="none"),
     dict(augment="cutout"), dict(reg_clip=True), dict(lr=0.01), dict(beta1=0.5), dict(batch=6), dict(penalty="r1r2"),
-    dict(start="torch"), dict(loss="lsgan-published"), dict(loss="hinge-v1"),
+    dict(start="torch"), dict(reg_augment="none"), dict(loss="lsgan-published"), dict(loss="hinge-v1"),
 ]  # fmt: skip
 
 
@@ -489,7 +489,7 @@ def digest(path):
 
 
 def test_command_writes_what_it_says(command, class_folder, run_folder):
-    command("gan", "--data", class_folder, "--outdir", run_folder, "--smoke", "--width", 16)
+    command("gan", "--data", class_folder, "--outdir", run_folder, "--smoke")
     for name in ("gan.pt", "gan.json", "stats.jsonl", "samples/00000256.png"):
         assert (run_folder / name).exists(), name
     assert list((run_folder / "tensorboard" / "gan").iterdir()) and list((run_folder / "snapshots").iterdir())
@@ -553,7 +553,7 @@ def test_options_of_the_command_reach_the_run(command, class_folder, class_run, 
         used.append(json.loads(command("gan", "--data", class_folder, "--size", size, *variant, "--dry-run").output))
     assert [o["projection"] for o in used] == [True, False, False, False, True]
     found = [[o[name] for name in ("penalty", "beta1", "r1")] for o in (used[0], used[1], used[-1])]
-    assert found == [["r1r2", 0, 0.5 * (size / 32) ** 2], ["r1", 0.5, 10 * (size / 256) ** 2], ["r1", 0, 10]]
+    assert found == [["r1r2", 0, 0.5], ["r1", 0.5, 10 * (size / 256) ** 2], ["r1", 0, 10]]
     outdir = copy_run(class_run, tmp_path / "snap")
     few = ("--kimg", 0.024, "--snap", 0.008, "--workers", 0)
     command("gan", "--data", class_folder, "--outdir", outdir, "--smoke", *few)
@@ -621,7 +621,7 @@ def test_dry_run_touches_nothing(command, tmp_path, monkeypatch):
     published |= dict(
         ema_half_life=10_000, augment="color,translation,cutout", reg_clip=False, draw_y="uniform", start="torch"
     )
-    published |= dict(width=16, lr_decay=0, projection=False)
+    published |= dict(width=16, lr_decay=0, projection=False, reg_augment="none")
     assert options["protocol"] == "paper" and {key: options[key] for key in published} == published
     celeba = json.loads(command("gan", "--data", "celeba", "--dry-run").output)
     published |= dict(size=128, batch=64, kimg=12_800, disc_layers=None, reg_over="mean")
