@@ -9,7 +9,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 RUN := runs/critters
-GAN := $(BIN)/python gan.py
+
 
 .venv/done: requirements.txt requirements-test.txt
 	$(PYTHON) -m venv .venv
@@ -19,7 +19,7 @@ GAN := $(BIN)/python gan.py
 demo: .venv/done
 	$(BIN)/python encoder.py --epochs 4
 	$(BIN)/python classifier.py
-	$(GAN)
+	$(BIN)/python gan.py --kimg 50
 	$(BIN)/python explore.py embedding --network $(RUN)/encoder.pt
 	$(BIN)/python explore.py sample --network $(RUN)/gan.pt
 	$(BIN)/python explore.py traverse --network $(RUN)/gan.pt

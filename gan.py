@@ -45,8 +45,8 @@ PRESETS = {
     "":              dict(width=None, batch=None, lr=None, lr_decay=0.5, beta1=None, kimg=None, snap=None, projection=True, r1=None,
                           augment="color,translation,cutout", reg_clip=True, penalty=None, draw_y="data",
                           reg_over="sum", reg_augment="translation", start="he", squash=False, train_on_all=False),
-    "critters":      dict(augment="none"),
-    "fashion-mnist": dict(augment="none"),
+    "critters":      dict(augment="none", reg_augment="none"),
+    "fashion-mnist": dict(augment="none", reg_augment="none"),
 }  # fmt: skip
 
 # --protocol paper: the published settings, for AFHQ at 256 px and CelebA at 128 px; 200,000 iterations each.
@@ -925,7 +925,7 @@ OPTIONS = [
     click.option("--reg-every",     metavar="N", type=click.IntRange(0, 10**6), default=2, help="Iterations between classification regularisations; 0: never."),
     click.option("--reg-mode",      type=click.Choice(["separate", "joint"]), default="separate", help="Regularise by an update of its own, or in the adversarial one."),
     click.option("--reg-over",      type=click.Choice(["sum", "mean"]), help="Add up an image's attributes in the regularisation, or average them.  [default: sum; --protocol paper: mean]"),
-    click.option("--reg-augment",   metavar="LIST|none", help="Of the regularisation's images: color,translation,cutout or some of them.  [default: translation; --protocol paper: none]"),
+    click.option("--reg-augment",   metavar="LIST|none", help="Of the regularisation's images: color,translation,cutout or some of them.  [default: translation; none for critters, fashion-mnist and --protocol paper]"),
     click.option("--reg-clip/--no-reg-clip", default=None, help="Limit a regularisation's gradient to N times the adversarial one's norm.  [default: on; --protocol paper: off]"),
     click.option("--orth",          type=click.Choice(["penalty", "exact", "none"]), default="penalty", help="How the bases U are kept orthonormal."),
     click.option("--r1",            metavar="W", type=click.FloatRange(0, 1e6), help="Weight of the gradient penalty; 0: none.  [default: by --penalty; r1r2: 0.5 up to 32 px, then 0.25; r1: 10, for patches 10 (size/256)^2]"),

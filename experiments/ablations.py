@@ -24,9 +24,7 @@ import latents
 import training
 
 ROOT = Path(__file__).resolve().parent.parent
-NO_VIEWS = "--reg-augment=none"
-ROWS = ("", NO_VIEWS, "--no-projection", "--lr-decay=0")
-ROWS += tuple(f"{NO_VIEWS} {option}" for option in ("--penalty=r1", "--beta1=0.5", "--width=16"))
+ROWS = ("", "--penalty=r1", "--beta1=0.5", "--width=16", "--no-projection", "--lr-decay=0", "--reg-augment=translation")
 METRICS = "fid,kid,pr,accuracy"
 COLUMNS = {
     "FD": (lambda m: m["fd"], "{:.0f}"),
