@@ -48,8 +48,10 @@ page: .venv/done
 ablations: .venv/done
 	$(BIN)/python -m experiments.ablations
 
+WORKERS := $(shell n=$$(nproc); echo $$((n < 4 ? n + 1 : 4)))
+
 test: .venv/done
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal
 
 lint: .venv/done
 	$(BIN)/ruff format --check .
