@@ -10,7 +10,6 @@ PYTHON ?= python3
 BIN := .venv/bin
 RUN := runs/critters
 
-
 .venv/done: requirements.txt requirements-test.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.txt -r requirements-test.txt

@@ -471,11 +471,9 @@ class Graphs:
 
         Raises click.ClickException if the update cannot be captured: torch's state is unusable then.
         """
-        if not self.on:
-            return {name: value.detach() for name, value in update(*inputs, **flags).items()}
         key = update.__name__, *flags.items(), *(x is None for x in inputs)
         self.calls[key] = self.calls.get(key, 0) + 1
-        if self.calls[key] <= self.EAGER:
+        if not self.on or self.calls[key] <= self.EAGER:
             return {name: value.detach() for name, value in update(*inputs, **flags).items()}
         if key not in self.captured:
             self.captured[key] = self.capture(update, inputs, flags)
