@@ -151,11 +151,11 @@ def prepare(
 
     The arguments, and what it raises, are those of open_dataset.
     """
-    # Resolve the arguments. The sizes are powers of two, since the networks halve and double.
+    # Resolve the arguments.
     name, root = layouts.locate(data)
-    largest = 1024 if root else 512  # critters are drawn no larger
-    if size is not None and not (16 <= size <= largest and size & (size - 1) == 0):
-        fail(f"--size {size} is not a power of two between 16 and {largest}")
+    largest = training.SIZES[-1] if root else 512  # critters are drawn no larger
+    if size is not None and not (size in training.SIZES and size <= largest):
+        fail(f"--size {size} is not a power of two between {training.SIZES[0]} and {largest}")
     size = size or PRESETS.get(layouts.preset_of(data, preset))
     squash = squash and root is not None  # critters are drawn square
 

@@ -707,7 +707,7 @@ class Trainer:
         self.ema.load_state_dict(ema)
         for name in self.STATEFUL:
             getattr(self, name).load_state_dict(state[name])
-        if not all(value.isfinite().all() for name in ("decoder", "D") for value in state[name].values()):
+        if not all(training.all_finite(value) for name in ("decoder", "D") for value in state[name].values()):
             raise ValueError("its weights are no finite numbers")
         self.graphs.forget()
 
@@ -1046,7 +1046,7 @@ def main(**options):
     run = training.start(options["device"], options["precision"], options["seed"], options["tf32"])
     conditional = not options["unconditional"]
     encoder_pt, classifier_pt = run.first(lambda: earlier_stages(outdir, conditional))
-    start = run.first(lambda: training.load(options["init"], "gan")) if options["init"] else None
+    start = run.first(lambda: training.load(options["init"], "gan", go_on=True)) if options["init"] else None
     remedy = "give the same --data and --size to all stages, or run the earlier stages again"
     if encoder_pt and options["size"]:  # before images of another size are packed
         training.check_same(encoder_pt["data"], options, ("size",), outdir / "encoder.pt", remedy)

@@ -41,6 +41,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 VERSION = 2  # of the checkpoint format
+SIZES = tuple(2**i for i in range(4, 11))  # of images, in pixels: the networks halve and double
 PATH_MAX = 4096  # characters of a path, as Linux has it
 
 
@@ -67,7 +68,7 @@ OPTIONS = [
     click.option("--outdir",    metavar="DIR", type=FilePath(), help="Where results go.  [default: runs/<data name>]"),
     click.option("--preset",    metavar="NAME|none", help="Settings of critters, afhq, celeba or fashion-mnist.  [default: those of the data, where it is recognised]"),
     click.option("--protocol",  type=click.Choice(["paper", "ours"]), help="paper: every setting as published; each can still be overridden by its own option.  [default: paper for afhq and celeba]"),
-    click.option("--size",      metavar="PIXELS", type=click.IntRange(16, 1024), help="Image size, a power of two.  [default: by data, on CPUs at most 64]"),
+    click.option("--size",      metavar="PIXELS", type=click.IntRange(SIZES[0], SIZES[-1]), help="Image size, a power of two.  [default: by data, on CPUs at most 64]"),
     click.option("--batch",     metavar="N", type=click.IntRange(2, 2**16), help="Images per step, over all processes.  [default: by data; gan.py: 16 up to 64 px, then 32; --protocol paper: 32, celeba: encoder.py 128, gan.py 64]"),
     click.option("--init",      metavar="FILE", type=FilePath(), help="Checkpoint to take the network's first weights from."),
     click.option("--seed",      metavar="N", type=click.IntRange(0, 2**32 - 1), default=0, help="Seed of everything random."),
@@ -676,6 +677,7 @@ ENTRIES = {
     "classifier": dict(config=dict, model=dict, data=dict, options=dict, encoder_hash=str, balance=list),
     "gan": dict(ema=dict, data=dict, options=dict, images_seen=int),
 }
+FURTHER = ("training", "trainer")  # entries of optimisers, discriminator and the like
 DTYPES = (
     torch.bool,
     torch.uint8,
@@ -686,7 +688,6 @@ DTYPES = (
     torch.float32,
     torch.float64,
 )
-SIZES = tuple(2**i for i in range(4, 11))  # of images, in pixels
 PLAIN = 2**24  # bytes of a checkpoint beside its tensors: names and settings take a thousandth of that
 RESUME_REMEDY = "give --no-resume to start over, or another --outdir"
 DATA = {
@@ -738,13 +739,13 @@ def previous(path: Path) -> Path:
     return path.with_suffix(".previous.pt")
 
 
-def load(path: Path | str, stage: str, finished: bool = False, others: bool = True) -> dict:
+def load(path: Path | str, stage: str, finished: bool = False, go_on: bool = False, others: bool = True) -> dict:
     """Read a checkpoint of the named stage ('encoder', 'classifier' or 'gan') to the CPU.
 
-    finished: refuse the encoder or classifier of a run that was stopped before its end. others: name the whole
-    checkpoint that there is in place of a damaged one. Raises click.ClickException if
-    the file is missing, damaged (the checksums of its parts are compared), not a checkpoint, of another stage or format,
-    incomplete, has entries that no run writes, or weights that are not finite.
+    finished: refuse the encoder or classifier of a run that was stopped before its end. go_on: with what only further
+    training needs, which is most of the file. others: name the whole checkpoint that there is in place of a damaged one.
+    Raises click.ClickException if the file is missing, damaged (the checksums of its parts are compared), not a
+    checkpoint, of another stage or format, incomplete, has entries that no run writes, or weights that are not finite.
     """
     path = Path(path)
     if not path.is_file():
@@ -758,6 +759,8 @@ def load(path: Path | str, stage: str, finished: bool = False, others: bool = Tr
             damaged = parts.testzip()
         # By way of a map of the file: a plain load reads beyond parts that are shorter than their tensors.
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        if not go_on and isinstance(state, dict):
+            state = {name: value for name, value in state.items() if name not in FURTHER}
         state = in_memory(state, [4 * path.stat().st_size])
     except Exception as error:  # damaged files raise nearly anything
         raise click.ClickException(
@@ -778,7 +781,7 @@ def load(path: Path | str, stage: str, finished: bool = False, others: bool = Tr
         raise click.ClickException(f"{path} is incomplete, or no run wrote it: {wrong}")
     for name, weights in (("model", state.get("model")), ("ema", state.get("ema"))):
         for key, value in (weights or {}).items():
-            if not (isinstance(key, str) and isinstance(value, torch.Tensor) and value.isfinite().all()):
+            if not (isinstance(key, str) and isinstance(value, torch.Tensor) and all_finite(value)):
                 raise click.ClickException(f"{path} has values in {name}.{key} that are no finite numbers: not usable")
     if finished and "results" not in state:
         raise click.ClickException(f"{path} is of an unfinished run: run {stage}.py again, to its end")
@@ -825,6 +828,11 @@ def in_memory(value: object, room: list[int]) -> object:
     if room[0] < 0:
         raise ValueError("its tensors are larger than the file")
     return value.clone()
+
+
+def all_finite(x: torch.Tensor) -> bool:
+    """Whether every element is a finite number, in one pass and without a mask in memory: extremes keep NaN."""
+    return not x.numel() or all(math.isfinite(extreme) for extreme in x.aminmax())
 
 
 def rebuild(build: Callable[[], torch.nn.Module], weights: dict[str, torch.Tensor]) -> torch.nn.Module:
@@ -875,10 +883,10 @@ def resume(path: Path, stage: str, options: dict, data, keys: Iterable[str]) -> 
     if not options["resume"] or not path.exists():
         return {}
     try:
-        state = load(path, stage, others=False)
+        state = load(path, stage, go_on=True, others=False)
     except click.ClickException as error:
         try:
-            state = load(previous(path), stage, others=False)
+            state = load(previous(path), stage, go_on=True, others=False)
         except click.ClickException:
             message = f"{error.message}{instead(path, stage)}; {RESUME_REMEDY}"
             raise click.ClickException(message) from None

@@ -5,6 +5,7 @@ import tempfile
 
 os.environ["INFOSCC_CACHE"] = tempfile.mkdtemp(prefix="infoscc-test-")  # before anything packs
 
+import fcntl
 import multiprocessing
 import resource
 import runpy
@@ -50,9 +51,29 @@ def fresh():
 
 
 @pytest.fixture(scope="session")
-def class_folder(tmp_path_factory) -> Path:
+def shared(tmp_path_factory):
+    """shared(name, make): a folder that `make(folder)` fills, once for all processes of pytest. Never write in it."""
+    root = tmp_path_factory.getbasetemp()
+    root = root.parent if "PYTEST_XDIST_WORKER" in os.environ else root
+
+    def folder(name: str, make) -> Path:
+        with open(root / f"{name}.made", "a+") as made:
+            fcntl.flock(made, fcntl.LOCK_EX)
+            if not made.seek(0, os.SEEK_END):
+                make(root / name)
+                made.write("yes")
+        return root / name
+
+    return folder
+
+
+@pytest.fixture(scope="session")
+def class_folder(shared) -> Path:
     """Class folders of 32 px PNGs: 3 classes of 24 images, told apart by a bright bar; noise elsewhere."""
-    folder = tmp_path_factory.mktemp("data") / "bars"
+    return shared("bars", _draw_bars)
+
+
+def _draw_bars(folder: Path) -> None:
     draw = np.random.default_rng(0)
     for c, name in enumerate(("high", "low", "middle")):
         (folder / name).mkdir(parents=True)
@@ -60,13 +81,15 @@ def class_folder(tmp_path_factory) -> Path:
             image = draw.integers(0, 90, (32, 32, 3), dtype=np.uint8)
             image[(4, 24, 14)[c] :][:5] += 150
             Image.fromarray(image).save(folder / name / f"{i}.png")
-    return folder
 
 
 @pytest.fixture(scope="session")
-def attribute_folder(tmp_path_factory) -> Path:
+def attribute_folder(shared) -> Path:
     """A flat folder with labels.csv: 60 images of 32 px with three independent binary attributes."""
-    folder = tmp_path_factory.mktemp("data") / "marks"
+    return shared("marks", _draw_marks)
+
+
+def _draw_marks(folder: Path) -> None:
     folder.mkdir()
     draw = np.random.default_rng(0)
     lines = ["file,Left,Right,Top"]
@@ -78,7 +101,6 @@ def attribute_folder(tmp_path_factory) -> Path:
         Image.fromarray(image).save(folder / f"{i:03}.png")
         lines.append(f"{i:03}.png," + ",".join(map(str, marks)))
     (folder / "labels.csv").write_text("\n".join(lines) + "\n")
-    return folder
 
 
 @pytest.fixture(scope="session")
@@ -155,19 +177,18 @@ def copy_run(source: Path, target: Path) -> Path:
     return shutil.copytree(source, target, copy_function=copy)
 
 
-def _two_stages(command, data: Path, outdir: Path) -> Path:
+def _two_stages(command, data: Path, outdir: Path) -> None:
     command("encoder", "--data", data, "--outdir", outdir, "--smoke")
     command("classifier", "--data", data, "--outdir", outdir, "--smoke")
-    return outdir
 
 
 @pytest.fixture(scope="session")
-def class_run(command, class_folder, tmp_path_factory) -> Path:
+def class_run(command, class_folder, shared) -> Path:
     """A run folder with encoder.pt and classifier.pt for `class_folder`: `copy_run` it before writing into it."""
-    return _two_stages(command, class_folder, tmp_path_factory.mktemp("run") / "bars")
+    return shared("class-run", lambda folder: _two_stages(command, class_folder, folder))
 
 
 @pytest.fixture(scope="session")
-def attribute_run(command, attribute_folder, tmp_path_factory) -> Path:
+def attribute_run(command, attribute_folder, shared) -> Path:
     """The same for `attribute_folder`."""
-    return _two_stages(command, attribute_folder, tmp_path_factory.mktemp("run") / "marks")
+    return shared("attribute-run", lambda folder: _two_stages(command, attribute_folder, folder))

@@ -276,7 +276,7 @@ def test_effective_rank_of_known_spectra():
 
 
 def state_of(folder):
-    return training.load(folder / "encoder.pt", "encoder")
+    return training.load(folder / "encoder.pt", "encoder", go_on=True)
 
 
 def same(a, b):

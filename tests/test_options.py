@@ -1,5 +1,7 @@
 """Every option of every command, given odd values: one line, no traceback, nothing written but where it should be."""
 
+import functools
+
 import click
 import pytest
 from click.testing import CliRunner
@@ -37,11 +39,13 @@ class Accepted(click.ClickException):
 
 
 @pytest.fixture(scope="module")
-def folder(command, class_folder, class_run, tmp_path_factory):
-    folder = copy_run(class_run, tmp_path_factory.mktemp("options") / "run")
-    command("gan", "--data", class_folder, "--outdir", folder, "--smoke", "--kimg", 0.016)
-    command("explore", "export", "--network", folder)  # small, so that each command below loads it in no time
-    return folder
+def folder(command, class_folder, class_run, shared):
+    def train(folder) -> None:
+        copy_run(class_run, folder)
+        command("gan", "--data", class_folder, "--outdir", folder, "--smoke", "--kimg", 0.016)
+        command("explore", "export", "--network", folder)  # small, so that each command below loads it in no time
+
+    return shared("options", train)
 
 
 @pytest.mark.parametrize(("name", "option"), CASES, ids=lambda case: case if isinstance(case, str) else " ".join(case))
@@ -57,6 +61,8 @@ def test_odd_values(class_folder, folder, tmp_path, monkeypatch, name, option):
     import page
 
     monkeypatch.setattr(page, "serve", accept)
+    for module in (training, gan):  # every value would read the same files again
+        monkeypatch.setattr(module, "load", functools.cache(module.load))
     monkeypatch.chdir(tmp_path)
     run = copy_run(folder, tmp_path / "run")
     common = {

@@ -63,13 +63,17 @@ CASES = ["encoder-simclr", "encoder-byol", "gan-global", "gan-patch", "gan-globa
 
 
 @pytest.fixture(scope="module")
-def gradients(tmp_path_factory) -> tuple[dict, dict]:
+def gradients(shared) -> tuple[dict, dict]:
     """Gradients and buffers of every case, by one process and by two."""
-    folder = tmp_path_factory.mktemp("gradients")
-    (folder / "work.py").write_text(GRADIENTS)
-    for name, processes in (("one", 1), ("two", 2)):
-        done = run_script(folder / "work.py", ROOT, folder / name, *CASES, processes=processes)
-        assert done.returncode == 0, done.stderr[-3000:]
+
+    def compute(folder) -> None:
+        folder.mkdir()
+        (folder / "work.py").write_text(GRADIENTS)
+        for name, processes in (("one", 1), ("two", 2)):
+            done = run_script(folder / "work.py", ROOT, folder / name, *CASES, processes=processes)
+            assert done.returncode == 0, done.stderr[-3000:]
+
+    folder = shared("gradients", compute)
     return tuple(torch.load(folder / name, weights_only=True) for name in ("one", "two"))
 
 

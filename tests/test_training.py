@@ -118,6 +118,23 @@ def test_checkpoints_that_claim_more_than_they_hold(tmp_path, what):
         training.load(path, "gan")
 
 
+def test_what_only_further_training_needs_is_read_for_that_alone(class_run):
+    path = class_run / "encoder.pt"
+    to_use, to_go_on = (training.load(path, "encoder", go_on=go_on) for go_on in (False, True))
+    assert to_go_on.keys() - to_use.keys() == {"training"}
+    for name, value in to_go_on["model"].items():
+        assert torch.equal(value, to_use["model"][name])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.int64, torch.bool])
+def test_finite_means_every_element(dtype):
+    x = torch.ones(3, 5, dtype=dtype)
+    assert training.all_finite(x) and training.all_finite(x[:0])
+    for value in (math.nan, math.inf, -math.inf) if dtype.is_floating_point else ():
+        x[1, 2] = value
+        assert not training.all_finite(x)
+
+
 def test_uint8_and_float_undo_each_other():
     levels = torch.arange(256, dtype=torch.uint8).view(1, 16, 16, 1).expand(1, 16, 16, 3)
     x = training.to_float(levels)
