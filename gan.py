@@ -43,16 +43,16 @@ LOG_EVERY = 2_000  # images
 # Settings by data, '' for any. None: by size, see `set_by_size`. squash, train_on_all: where no encoder.pt says so.
 PRESETS = {
     "":              dict(width=None, batch=None, lr=None, lr_decay=0.5, beta1=None, kimg=None, snap=None, projection=True, r1=None,
-                          augment="color,translation,cutout", reg_clip=True, penalty=None, draw_y="data",
+                          augment="color,translation,cutout", reg_clip=True, reg_stretch=3.0, penalty=None, draw_y="data",
                           reg_over="sum", reg_augment="translation", start="he", squash=False, train_on_all=False),
-    "critters":      dict(augment="none", reg_augment="none"),
-    "fashion-mnist": dict(augment="none", reg_augment="none"),
+    "critters":      dict(augment="none", reg_augment="none", reg_stretch=1.0),
+    "fashion-mnist": dict(augment="none", reg_augment="none", reg_stretch=1.0),
 }  # fmt: skip
 
 # --protocol paper: the published settings, for AFHQ at 256 px and CelebA at 128 px; 200,000 iterations each.
 PAPER = {
     "":       dict(width=16, batch=32, lr=1e-4, lr_decay=0.0, beta1=0.5, kimg=6400.0, snap=200.0, projection=False, r1=10.0,
-                   augment="color,translation,cutout", reg_clip=False, penalty="r1", draw_y="uniform",
+                   augment="color,translation,cutout", reg_clip=False, reg_stretch=1.0, penalty="r1", draw_y="uniform",
                    reg_over="mean", reg_augment="none", start="torch"),
     "celeba": dict(batch=64, kimg=12800.0, squash=True, train_on_all=True),
 }  # fmt: skip
@@ -624,16 +624,17 @@ class Trainer:
             self.adversarial_norm = self.step_g.step(loss)
         return stats
 
-    def regularise(self, limit: Tensor | None = None) -> dict[str, Tensor]:
+    def regularise(self, norm: Tensor | None = None) -> dict[str, Tensor]:
         """Classification regularisation, eqs. 4-5, as an update of the decoder of its own.
 
-        limit: of the gradient's norm; with --reg-clip n times the adversarial gradient's, so that over n iterations the
-        two weigh the same. The encoder's gradient can be a hundred times the discriminator's, and in the second moments
-        of their common Adam it would all but stop the adversarial game.
+        norm: what its gradient is scaled to, by --reg-stretch times at most; with --reg-clip n times the adversarial
+        gradient's, so that over n iterations the two weigh the same. The encoder's gradient can be a hundred times the
+        discriminator's, and in the second moments of their common Adam it would all but stop the adversarial game; or
+        smaller than that, and images cease to follow y as training goes on.
         """
         self.drop_gradients()
         loss = self.classification(*self.fake("data"))  # whatever --draw-y says: eq. 4 has the real distribution of y
-        self.step_g.step(self.weighed(loss), limit)
+        self.step_g.step(self.weighed(loss), norm, self.options["reg_stretch"])
         return self.information(loss)
 
     def classification(self, x: Tensor, y: Tensor) -> Tensor:
@@ -691,8 +692,8 @@ class Trainer:
 
         # Every n-th iteration, train it to show what the labels say.
         if regularised and not joint:
-            limit = self.adversarial_norm * o["reg_every"] if o["reg_clip"] else None
-            stats |= self.graphs(self.regularise, limit)
+            norm = self.adversarial_norm * o["reg_every"] if o["reg_clip"] else None
+            stats |= self.graphs(self.regularise, norm)
 
         # Average its weights.
         self.average((i + 1) * o["batch"])
@@ -925,6 +926,7 @@ OPTIONS = [
     click.option("--reg-over",      type=click.Choice(["sum", "mean"]), help="Add up an image's attributes in the regularisation, or average them.  [default: sum; --protocol paper: mean]"),
     click.option("--reg-augment",   metavar="LIST|none", help="Of the regularisation's images: color,translation,cutout or some of them.  [default: translation; none for critters, fashion-mnist and --protocol paper]"),
     click.option("--reg-clip/--no-reg-clip", default=None, help="Limit a regularisation's gradient to N times the adversarial one's norm.  [default: on; --protocol paper: off]"),
+    click.option("--reg-stretch",   metavar="X", type=click.FloatRange(1, 1e6), help="Scale a smaller gradient up to --reg-clip's limit, X times at most.  [default: 3; 1 for critters, fashion-mnist and --protocol paper]"),
     click.option("--orth",          type=click.Choice(["penalty", "exact", "none"]), default="penalty", help="How the bases U are kept orthonormal."),
     click.option("--r1",            metavar="W", type=click.FloatRange(0, 1e6), help="Weight of the gradient penalty; 0: none.  [default: by --penalty; r1r2: 0.5 up to 32 px, then 0.25; r1: 10, for patches 10 (size/256)^2]"),
     click.option("--penalty",       type=click.Choice(["r1", "r1r2"]), help="Of D's gradient: r1: at real images, every 16th iteration, in an update of its own; r1r2: at real and generated images, in every step of D.  [default: r1r2; --disc patch, --protocol paper: r1]"),
@@ -1004,6 +1006,8 @@ def check_options(options: dict, given: dict) -> None:
         (options["per_class"] and options["unconditional"], "--per-class needs labels, --unconditional has none"),
         (options["unconditional"] and options["reg_mode"] == "joint", "--reg-mode joint needs labels"),
         (given["reg_clip"] and options["reg_mode"] == "joint", "--reg-clip limits a regularisation of its own, not a joint one"),
+        (given["reg_stretch"] and (options["reg_mode"] == "joint" or not options["reg_clip"]),
+         "--reg-stretch goes with --reg-clip and --reg-mode separate"),
         *((set(options[name].split(",")) - {"color", "translation", "cutout", "none"},
            f"--{name.replace('_', '-')} {options[name]}: choose from color, translation, cutout, separated by commas, or none")
           for name in ("augment", "reg_augment")),

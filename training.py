@@ -350,16 +350,20 @@ class Stepper:
             else:
                 group["lr"] = rate
 
-    def step(self, loss: torch.Tensor, limit: torch.Tensor | None = None) -> torch.Tensor:
-        """Backward and one step; returns the gradient's norm. A gradient of a norm above `limit` is scaled down to it."""
+    def step(self, loss: torch.Tensor, norm: torch.Tensor | None = None, stretch: float = 1.0) -> torch.Tensor:
+        """Backward and one step; returns the gradient's norm.
+
+        norm: what to scale the gradient to before the step: down from any norm, up by at most `stretch` times.
+        """
         self.scaler.scale(loss).backward()
         self.run.average_gradients(self.parameters)
         self.scaler.unscale_(self.optimizer)
-        norm = gradient_norm(self.parameters)
-        if limit is not None:
-            limit = limit.nan_to_num(0.0, 0.0).clamp(min=1e-12)  # fp16: an update that overflowed gives no measure
-            torch.nn.utils.clip_grads_with_norm_(self.parameters, 1.0, norm / limit)
-        skip = (~norm.isfinite()).float()
+        own = gradient_norm(self.parameters)
+        if norm is not None:
+            norm = norm.nan_to_num(0.0, 0.0)  # fp16: an update that overflowed gives no measure
+            gradients = [p.grad for p in self.parameters if p.grad is not None]
+            torch._foreach_mul_(gradients, (norm / own.clamp(min=1e-12)).clamp(max=stretch))
+        skip = (~own.isfinite()).float()
         self.skipped += skip
         self.steps += 1
         if self.scaler.is_enabled():
@@ -369,7 +373,7 @@ class Stepper:
             # Fused optimisers leave everything as it is where this is not 0: GradScaler tells them the same way.
             self.optimizer.grad_scale, self.optimizer.found_inf = None, skip
             self.optimizer.step()
-        return norm
+        return own
 
     def state_dict(self) -> dict:
         state = self.optimizer.state_dict()

@@ -45,7 +45,8 @@ def bias_lrelu(
     if impl == "ref":
         v = as_dtype(x, acc) + (bias if x.ndim == 2 else bias.view(-1, 1, 1))
         return F.leaky_relu(v, slope).to(x.dtype)
-    inplace = inplace and not torch.compiler.is_compiling()
+    inplace = inplace and not torch.compiler.is_compiling()  # its operators may not write over what they are given
+    # Where no gradient will be asked for, C++ need not write the signs.
     keep = torch.is_grad_enabled() and (x.requires_grad or bias.requires_grad)
     return _BiasLrelu.apply(dense(x), bias.contiguous(), float(slope), impl, inplace, keep)
 
@@ -76,7 +77,8 @@ class _BiasLrelu(torch.autograd.Function):
     @staticmethod
     def backward(ctx, g):
         positive, bias = ctx.saved_tensors
-        g = g.contiguous(memory_format=ctx.format)
+        g = g.contiguous(memory_format=ctx.format)  # it may come expanded from a sum, or in another order
+        # A raw kernel has no derivative of its own: R1 would silently lose what passes through this op.
         if torch.is_grad_enabled():  # create_graph=True
             dx, db = _Backward.apply(g, positive.detach(), bias, ctx.slope, ctx.impl)
         else:
@@ -96,7 +98,7 @@ class _Backward(torch.autograd.Function):
         ctx.save_for_backward(positive, bias)
         ctx.slope, ctx.impl, ctx.format = slope, impl, format_of(g)
         ctx.shape, ctx.dtype = g.shape, g.dtype
-        ctx.set_materialize_grads(False)
+        ctx.set_materialize_grads(False)  # R1 sends a gradient to dx alone: no zeros for db
         return _masked(g, positive, None, True, slope, impl)
 
     @staticmethod
@@ -146,7 +148,7 @@ def _run_forward(x, bias, slope, impl, keep, y=None):
     if x.numel() == 0:
         return y, signs
     if impl == "triton":
-        with torch.cuda.device_of(x):
+        with torch.cuda.device_of(x):  # Triton launches on the current device, which may be another
             _triton_forward(x, bias, y, slope)
     else:
         run = c_function("bias_lrelu", x.dtype, "ppppiiid")
@@ -206,7 +208,7 @@ if triton is not None:
         across = tl.cdiv(cols, COLS)  # tiles per row; a single grid axis, because CUDA ends the second at 65,535
         r = ((tl.program_id(0) // across) * ROWS + tl.arange(0, ROWS))[:, None]
         c = ((tl.program_id(0) % across) * COLS + tl.arange(0, COLS))[None, :]
-        at = r.to(tl.int64) * cols + c
+        at = r.to(tl.int64) * cols + c  # 128 images of 16 channels at 1024 px are 2**31 elements
         inside = (r < rows) & (c < cols)
         b = tl.load(bias + c, mask=c < cols, other=0) if LAST else tl.load(bias + r % C, mask=r < rows, other=0)
         v = tl.load(x + at, mask=inside).to(b.dtype) + b
@@ -241,9 +243,11 @@ if triton is not None:
                     d += tl.load(bias + c, mask=c < cols, other=0)
                 else:
                     d += tl.load(bias + r % C, mask=r < rows, other=0)
+            # A leaky ReLU keeps signs, so y tells on which side of 0 its argument was.
             d = tl.where(tl.load(y + at, mask=inside, other=0) > 0, d, d * SLOPE)
             tl.store(dx + at, d.to(dx.dtype.element_ty), mask=inside)
-            acc += tl.where(inside, d, 0)
+            acc += tl.where(inside, d, 0)  # a bias was added outside as well
+        # Parts rather than atomics: sums in a fixed order give the same bits each time.
         if part is not None:
             if LAST:
                 c = tl.program_id(1) * COLS + tl.arange(0, COLS)

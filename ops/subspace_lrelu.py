@@ -50,11 +50,13 @@ def subspace_lrelu(
     impl = choose(impl, h.device.type)
     acc = acc_dtype(h.dtype)
     h = dense(h)
+    # The kernels walk h and the maps side by side, so both have one order in memory.
     coef, bias = as_dtype(coef, acc).contiguous(), as_dtype(bias, acc).contiguous()
     maps = as_dtype(maps, h.dtype).contiguous(memory_format=format_of(h))
     if impl == "ref":
         return F.leaky_relu(h.to(acc) + _mix(coef, maps) + bias.view(-1, 1, 1), slope).to(h.dtype)
-    inplace = inplace and not torch.compiler.is_compiling()
+    inplace = inplace and not torch.compiler.is_compiling()  # its operators may not write over what they are given
+    # Where no gradient will be asked for, C++ need not write the signs.
     keep = torch.is_grad_enabled() and (
         h.requires_grad or coef.requires_grad or maps.requires_grad or bias.requires_grad
     )
@@ -65,6 +67,7 @@ def _mix(coef, maps):
     """sum_k coef[b, k] maps[k] -> [B, C, H, W], in the dtype of coef and the memory format of maps."""
     last = not maps.is_contiguous()
     flat = (maps.permute(0, 2, 3, 1) if last else maps).to(coef.dtype)
+    # In full precision, as the kernels sum: autocast would round both factors to 16 bits.
     with torch.autocast(maps.device.type, enabled=False):
         out = (coef @ flat.flatten(1)).view(len(coef), *flat.shape[1:])
     return out.permute(0, 3, 1, 2) if last else out
@@ -89,8 +92,9 @@ class _SubspaceLrelu(torch.autograd.Function):
     def backward(ctx, g):
         positive, coef, maps = ctx.saved_tensors
         _, want_coef, want_maps, want_bias, *_ = ctx.needs_input_grad
-        g = g.contiguous(memory_format=format_of(maps))
+        g = g.contiguous(memory_format=format_of(maps))  # it may come expanded from a sum, or in another order
         wanted = want_coef, want_maps, want_bias
+        # A raw kernel has no derivative of its own: R1 would silently lose what passes through this op.
         if torch.is_grad_enabled():  # create_graph=True
             gradients = _Backward.apply(g, positive.detach(), coef, maps, *wanted, ctx.slope, ctx.impl)
         else:
@@ -117,13 +121,14 @@ class _Backward(torch.autograd.Function):
         dcoef also depends on maps, and dmaps on coef, so these two get gradients as well.
         """
         g, positive, coef, maps = ctx.saved_tensors
-        if ctx.impl == "cpp":
+        if ctx.impl == "cpp":  # its backward pass of ones unpacks the bits
             ones = torch.ones_like(g, dtype=coef.dtype)
             m = _run_backward(ones, positive, coef, maps, False, False, False, ctx.slope, ctx.impl)[0]
         else:
             m = torch.where(positive > 0, coef.new_ones(()), ctx.slope)
         dh = g.to(coef.dtype) * m
         q, to_coef, to_maps = gdh.to(coef.dtype), None, None
+        # What was not wanted in the first order came back with no elements, and so does its gradient.
         if gdcoef.numel():
             q = q + _mix(gdcoef, maps)
             to_maps = torch.einsum("bk,bchw->kchw", gdcoef, dh).to(maps.dtype)
@@ -153,10 +158,11 @@ def _run_forward(h, coef, maps, bias, slope, impl, keep, y=None):
     if h.numel() == 0:
         return y, signs
     if impl == "triton":
-        with torch.cuda.device_of(h):
+        with torch.cuda.device_of(h):  # Triton launches on the current device, which may be another
             _triton_forward(h, coef, maps, bias, y, slope)
     else:
         run = c_function("subspace_lrelu", h.dtype, "ppppppiiiiid")
+        # Tensors without elements stand for null pointers: C++ skips what they would hold.
         pointers = [t.data_ptr() if t.numel() else None for t in (h, coef, maps, bias, y, signs)]
         run(*pointers, *_sizes(h, coef), slope)
     return y, signs
@@ -233,6 +239,7 @@ if triton is not None:
     def _tile(B, P, IMAGES: tl.constexpr, PLACES: tl.constexpr):
         b = tl.program_id(1) * IMAGES + tl.arange(0, IMAGES)
         p = tl.program_id(0) * PLACES + tl.arange(0, PLACES)
+        # 64 bits for the place in memory: 128 images of 16 channels at 1024 px are 2**31 elements.
         return b, p, b[:, None].to(tl.int64) * P + p[None, :], (b[:, None] < B) & (p[None, :] < P)
 
     @triton.jit
@@ -243,9 +250,10 @@ if triton is not None:
         """Moves (2 B + K ceil(B / 32)) P elements of h, y and maps. The minimum is (2 B + K) P: this reaches it for
         B <= 32; for larger batches most of the repeated reads of maps should come from the cache."""
         b, p, at, inside = _tile(B, P, IMAGES, PLACES)
+        # The channel of a place is its fastest index in channels_last, its slowest in NCHW.
         base = tl.load(bias + (p % C if LAST else p // S), mask=p < P, other=0)
         v = tl.load(h + at, mask=inside, other=0).to(base.dtype) + base[None, :]
-        for k in tl.static_range(K):
+        for k in tl.static_range(K):  # unrolled: a map's load need not wait for the sum of the one before
             m = tl.load(maps + p, mask=p < P, other=0).to(base.dtype)
             v += tl.load(coef + b * K + k, mask=b < B, other=0)[:, None] * m[None, :]
             maps += P
@@ -265,9 +273,11 @@ if triton is not None:
         """
         b, p, at, inside = _tile(B, P, IMAGES, PLACES)
         d = tl.load(g + at, mask=inside, other=0).to(coef.dtype.element_ty)
+        # A leaky ReLU keeps signs, so y tells on which side of 0 its argument was. Outside, d is 0 and adds nothing.
         d = tl.where(tl.load(y + at, mask=inside, other=0) > 0, d, d * SLOPE)
         tl.store(dh + at, d.to(dh.dtype.element_ty), mask=inside)
         group = tl.program_id(1).to(tl.int64)
+        # Parts rather than atomics: sums in a fixed order give the same bits each time.
         if part_bias is not None:
             tl.store(part_bias + group * P + p, tl.sum(d, 0), mask=p < P)
         for k in tl.static_range(K):
@@ -308,6 +318,7 @@ def _triton_backward(g, y, coef, maps, dh, dcoef, dmaps, dbias, slope):
     IMAGES, PLACES = _backward_tile(B)
     grid = (triton.cdiv(C * S, PLACES), triton.cdiv(B, IMAGES))
     part_coef = coef.new_empty(grid[0], B, K) if dcoef.numel() else None
+    # One row of programs has all images, so its sums are the gradient itself.
     part_maps = (dmaps if grid[1] == 1 else coef.new_empty(grid[1], K, C * S)) if dmaps.numel() else None
     part_bias = coef.new_empty(grid[1], C * S) if dbias.numel() else None
     # With one warp the sums over images stay in the registers of a thread, except for one shuffle.

@@ -69,12 +69,12 @@ def _reference(p, y, dims):
     n, v = y.shape[1], dims - 1
     attract, repel = torch.zeros_like(y), torch.zeros_like(y)
     total = torch.zeros((), dtype=torch.float64, device=y.device)
-    block = max(1, _BLOCK // max(n, 1))
+    block = max(1, _BLOCK // max(n, 1))  # rows at a time: temporaries of 4 MB, whatever N is
     for start in range(0, n, block):
         rows = slice(start, start + block)
         d = [y[c, rows, None] - y[c] for c in range(dims)]
         w = 1 / (1 + sum(di.square() for di in d) / v)
-        q = w * w.sqrt() if dims == 3 else w.clone()
+        q = w * w.sqrt() if dims == 3 else w.clone()  # w^((v + 1) / 2)
         q.diagonal(start).zero_()  # a point's kernel with itself is left out of the total
         total += q.sum(dtype=torch.float64)
         a, r = p[rows] * w, q * w
@@ -114,9 +114,11 @@ def tsne_neighbourhoods(d: torch.Tensor, first: int, perplexity: float, impl: st
         return
     own = torch.arange(len(d), device=d.device), torch.arange(first, first + len(d), device=d.device)
     target = math.log(perplexity)
+    # Only differences count: from the nearest at 0 on, exp() neither overflows nor loses all its terms.
     d[own] = torch.inf
     d -= d.amin(1, keepdim=True)
     d[own] = 0
+    # Start where the mean distance counts as one, with brackets far around it.
     log_beta = -d.mean(1, keepdim=True).clamp(min=1e-30).log()
     low, high = log_beta - 40, log_beta + 40
     for _ in range(60):
@@ -131,10 +133,11 @@ def tsne_neighbourhoods(d: torch.Tensor, first: int, perplexity: float, impl: st
         if found.all():
             break
         low, high = torch.where(gap > 0, log_beta, low), torch.where(gap > 0, high, log_beta)
+        # By log(beta) the entropy falls at the rate beta^2 var(d); steps above 1 would go beyond where that holds.
         variance = ed.mul_(d).sum(1, keepdim=True) - mean.square()
         step = log_beta + (gap / (beta.square() * variance)).clamp(-1, 1)
         step = torch.where((step > low) & (step < high), step, (low + high) / 2)
-        log_beta = torch.where(found, log_beta, step)
+        log_beta = torch.where(found, log_beta, step)  # a found row stays, however long others take
     d.copy_(e)
 
 
@@ -169,9 +172,10 @@ if triton is not None:
                 w = 1 / (1 + square)
                 q = w
             else:
-                root = tl.rsqrt(1 + 0.5 * square)
+                root = tl.rsqrt(1 + 0.5 * square)  # v = 2: w^(3/2) without a power
                 w = root * root
                 q = w * root
+            # Beyond the end, p is read as 0, and so is q set: neither sum needs another mask.
             others = (j[None, :] < n) & (i[:, None] != j[None, :])
             q = tl.where(others, q, 0)
             total += q

@@ -345,7 +345,7 @@ def test_regularisation_lowers_the_classification_loss():
 
 @pytest.mark.parametrize(("every", "clip"), [(2, False), (2, True), (4, True)])
 def test_reg_clip_limits_the_regularisations_gradient(monkeypatch, every, clip):
-    """To N times the adversarial norm; a smaller one stays as it is, and without the option any does."""
+    """To N times the adversarial norm; without the option it stays as it is."""
     encoder, classifier = frozen_stages()
     classifier.weight.data *= 1000
     real, y = torch.rand(8, 3, 32, 32) * 2 - 1, torch.eye(3)[torch.arange(8) % 3]
@@ -357,8 +357,20 @@ def test_reg_clip_limits_the_regularisations_gradient(monkeypatch, every, clip):
     assert classification > 4 * adversarial
     used = measure_gradient(t.decoder)
     torch.testing.assert_close(used, every * adversarial if clip else classification, rtol=1e-4, atol=0)
-    t.regularise(torch.tensor(1e9))
-    torch.testing.assert_close(measure_gradient(t.decoder), norms[-1], rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("stretch", [1.0, 10.0])
+def test_reg_stretch_scales_a_small_gradient_up_to_the_limit(stretch):
+    """By no more than X times; 1 leaves it as it is."""
+    encoder, classifier = frozen_stages()
+    t = trainer(encoder=encoder, classifier=classifier, lr=1e-30, reg_clip=True, reg_stretch=stretch)
+    used = []
+    for norm in (None, 0.5, 4.0, 100.0):  # times its own
+        CPU.reseed(1)
+        t.regularise(None if norm is None else norm * used[0])
+        used.append(measure_gradient(t.decoder))
+    expected = [1, 0.5, min(4, stretch), stretch]
+    torch.testing.assert_close(torch.stack(used) / used[0], torch.tensor(expected), rtol=1e-4, atol=0)
 
 
 def measure_gradient(network):
@@ -621,7 +633,7 @@ def test_dry_run_touches_nothing(command, tmp_path, monkeypatch):
     published |= dict(
         ema_half_life=10_000, augment="color,translation,cutout", reg_clip=False, draw_y="uniform", start="torch"
     )
-    published |= dict(width=16, lr_decay=0, projection=False, reg_augment="none")
+    published |= dict(width=16, lr_decay=0, projection=False, reg_augment="none", reg_stretch=1)
     assert options["protocol"] == "paper" and {key: options[key] for key in published} == published
     celeba = json.loads(command("gan", "--data", "celeba", "--dry-run").output)
     published |= dict(size=128, batch=64, kimg=12_800, disc_layers=None, reg_over="mean")
