@@ -43,7 +43,7 @@ LOG_EVERY = 2_000  # images
 # Settings by data, '' for any. None: by size, see `set_by_size`. squash, train_on_all: where no encoder.pt says so.
 PRESETS = {
     "":              dict(width=None, batch=None, lr=None, lr_decay=0.5, beta1=None, kimg=None, snap=None, projection=True, r1=None,
-                          augment="color,translation,cutout", reg_clip=True, reg_stretch=3.0, penalty=None, draw_y="data",
+                          augment="color,translation,cutout", reg_clip=True, reg_stretch=2.0, penalty=None, draw_y="data",
                           reg_over="sum", reg_augment="translation", start="he", squash=False, train_on_all=False),
     "critters":      dict(augment="none", reg_augment="none", reg_stretch=1.0),
     "fashion-mnist": dict(augment="none", reg_augment="none", reg_stretch=1.0),
@@ -629,8 +629,8 @@ class Trainer:
 
         norm: what its gradient is scaled to, by --reg-stretch times at most; with --reg-clip n times the adversarial
         gradient's, so that over n iterations the two weigh the same. The encoder's gradient can be a hundred times the
-        discriminator's, and in the second moments of their common Adam it would all but stop the adversarial game; or
-        smaller than that, and images cease to follow y as training goes on.
+        discriminator's, and in the second moments of their common Adam it would all but stop the adversarial game. It
+        can also become smaller, and then images cease to follow y.
         """
         self.drop_gradients()
         loss = self.classification(*self.fake("data"))  # whatever --draw-y says: eq. 4 has the real distribution of y
@@ -926,7 +926,7 @@ OPTIONS = [
     click.option("--reg-over",      type=click.Choice(["sum", "mean"]), help="Add up an image's attributes in the regularisation, or average them.  [default: sum; --protocol paper: mean]"),
     click.option("--reg-augment",   metavar="LIST|none", help="Of the regularisation's images: color,translation,cutout or some of them.  [default: translation; none for critters, fashion-mnist and --protocol paper]"),
     click.option("--reg-clip/--no-reg-clip", default=None, help="Limit a regularisation's gradient to N times the adversarial one's norm.  [default: on; --protocol paper: off]"),
-    click.option("--reg-stretch",   metavar="X", type=click.FloatRange(1, 1e6), help="Scale a smaller gradient up to --reg-clip's limit, X times at most.  [default: 3; 1 for critters, fashion-mnist and --protocol paper]"),
+    click.option("--reg-stretch",   metavar="X", type=click.FloatRange(1, 1e6), help="Scale a smaller gradient up to --reg-clip's limit, X times at most.  [default: 2; 1 for critters, fashion-mnist and --protocol paper]"),
     click.option("--orth",          type=click.Choice(["penalty", "exact", "none"]), default="penalty", help="How the bases U are kept orthonormal."),
     click.option("--r1",            metavar="W", type=click.FloatRange(0, 1e6), help="Weight of the gradient penalty; 0: none.  [default: by --penalty; r1r2: 0.5 up to 32 px, then 0.25; r1: 10, for patches 10 (size/256)^2]"),
     click.option("--penalty",       type=click.Choice(["r1", "r1r2"]), help="Of D's gradient: r1: at real images, every 16th iteration, in an update of its own; r1r2: at real and generated images, in every step of D.  [default: r1r2; --disc patch, --protocol paper: r1]"),
