@@ -624,7 +624,8 @@ for arch, dtype, size in ((80, "fp32", 4), (90, "fp32", 4), (90, "bf16", 2), (10
         }))
 """
 # Registers of a thread, and barriers. 168 registers leave 12 warps on a multiprocessor, which memory needs to be kept
-# busy. The other numbers are what Triton 3.8 needs, rounded up: a kernel that needs more has lost its layout.
+# busy. The other numbers are what Triton 3.8 needs, rounded up: a kernel that needs more has lost its layout. Older
+# versions may take a few registers more, 178 for 168 in 3.6.
 BUDGETS = {"bias": (40, 10), "subspace": (168, 28), "t-SNE": (104, 28)}
 
 
@@ -641,8 +642,10 @@ def test_triton_ahead_of_time_for_sm_80_90_and_100(tmp_path):
     assert run.returncode == 0, run.stderr[-3000:]
     results = [json.loads(line) for line in run.stdout.splitlines()]
     assert len(results) == 50
+    triton_version = tuple(map(int, ops.build.triton.__version__.split(".")[:2]))
     for r in results:
         registers, barriers = BUDGETS[r["name"].split()[0].strip(",")]
+        registers += 10 * (triton_version < (3, 8))
         assert r["rc"] == 0 and "0 bytes spill stores, 0 bytes spill loads" in r["log"], r
         assert int(re.search(r"Used (\d+) registers", r["log"])[1]) <= registers and r["barriers"] <= barriers, r
         assert r["loads"][0] >= r["loads"][1] > 0 and r["stores"][0] >= r["stores"][1], r

@@ -218,19 +218,43 @@ def test_the_time_that_a_run_takes_is_said_once(tmp_path, capfd, monkeypatch):
     ]
 
 
-def test_cuda_devices_have_a_number(monkeypatch):
-    """torch.cuda.set_device refuses one without; of several processes each takes its own."""
-    empty = torch.empty
+@pytest.fixture
+def chosen(monkeypatch):
+    """Behave as if there were GPUs: the numbers of those that are chosen."""
+    empty, numbers = torch.empty, []
     monkeypatch.setattr(torch, "empty", lambda *size, device=None: empty(*size))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    chosen = []
-    monkeypatch.setattr(torch._C, "_cuda_setDevice", chosen.append)
+    monkeypatch.setattr(torch._C, "_cuda_setDevice", numbers.append)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)
+    cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
+    before = cudnn.benchmark, cudnn.allow_tf32, matmul.allow_tf32
+    yield numbers
+    cudnn.benchmark, cudnn.allow_tf32, matmul.allow_tf32 = before
+
+
+def test_cuda_devices_have_a_number(monkeypatch, chosen):
+    """torch.cuda.set_device refuses one without; of several processes each takes its own."""
     for device, local_rank, number in (("auto", None, 0), ("cuda", None, 0), ("cuda", "2", 2), ("cuda:1", "2", 1)):
         if local_rank:
             monkeypatch.setenv("LOCAL_RANK", local_rank)
         assert training.start(device).device == metrics.start(device, 8).device == torch.device("cuda", number)
     assert chosen == [0, 0, 0, 0, 2, 2, 1, 1]
+
+
+@pytest.mark.parametrize(
+    ("precision", "tf32", "convolutions", "products"),
+    [
+        *(("auto", None, True, False), ("bf16", None, True, False), ("fp16", None, True, False)),
+        *(("fp32", None, False, False), ("fp32", True, True, True), ("bf16", False, False, False)),
+    ],
+)
+def test_tf32(chosen, precision, tf32, convolutions, products):
+    """Exact with --precision fp32; what stays in fp32 beside 16 bits may be as coarse as they are, in convolutions."""
+    for before in (False, True):
+        torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = before
+        training.start("cuda", precision, tf32=tf32)
+        assert torch.backends.cudnn.allow_tf32 is convolutions
+        assert torch.backends.cuda.matmul.allow_tf32 is products
 
 
 # Information.
