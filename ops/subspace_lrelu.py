@@ -236,26 +236,26 @@ _backward_op.register_fake(_empty_gradients)
 if triton is not None:
 
     @triton.jit
-    def _tile(B, P, IMAGES: tl.constexpr, PLACES: tl.constexpr):
-        b = tl.program_id(1) * IMAGES + tl.arange(0, IMAGES)
-        p = tl.program_id(0) * PLACES + tl.arange(0, PLACES)
-        # 64 bits for the place in memory: 128 images of 16 channels at 1024 px are 2**31 elements.
-        return b, p, b[:, None].to(tl.int64) * P + p[None, :], (b[:, None] < B) & (p[None, :] < P)
-
-    @triton.jit
     def _forward_kernel(
         h, coef, maps, bias, y, B, P, C, S, K: tl.constexpr, SLOPE: tl.constexpr, LAST: tl.constexpr,
-        IMAGES: tl.constexpr, PLACES: tl.constexpr
+        EVEN: tl.constexpr, IMAGES: tl.constexpr, PLACES: tl.constexpr
     ):  # fmt: skip
-        """Moves (2 B + K ceil(B / 32)) P elements of h, y and maps. The minimum is (2 B + K) P: this reaches it for
-        B <= 32; for larger batches most of the repeated reads of maps should come from the cache."""
-        b, p, at, inside = _tile(B, P, IMAGES, PLACES)
+        """Moves 2 B P elements of h and y, and K ceil(B / IMAGES) P of maps. Only K P of those come from memory: programs
+        that read the same maps follow each other, so the cache has the rest. EVEN: tiles fit, and nothing is masked."""
+        groups = tl.cdiv(B, IMAGES)
+        b = tl.program_id(0) % groups * IMAGES + tl.arange(0, IMAGES)
+        p = tl.program_id(0) // groups * PLACES + tl.arange(0, PLACES)
+        # 64 bits for the place in memory: 128 images of 16 channels at 1024 px are 2**31 elements.
+        at = b[:, None].to(tl.int64) * P + p[None, :]
+        images = None if EVEN else b < B
+        places = None if EVEN else p < P
+        inside = None if EVEN else images[:, None] & places[None, :]
         # The channel of a place is its fastest index in channels_last, its slowest in NCHW.
-        base = tl.load(bias + (p % C if LAST else p // S), mask=p < P, other=0)
-        v = tl.load(h + at, mask=inside, other=0).to(base.dtype) + base[None, :]
+        base = tl.load(bias + (p % C if LAST else p // S), mask=places)
+        v = tl.load(h + at, mask=inside).to(base.dtype) + base[None, :]
         for k in tl.static_range(K):  # unrolled: a map's load need not wait for the sum of the one before
-            m = tl.load(maps + p, mask=p < P, other=0).to(base.dtype)
-            v += tl.load(coef + b * K + k, mask=b < B, other=0)[:, None] * m[None, :]
+            m = tl.load(maps + p, mask=places).to(base.dtype)
+            v += tl.load(coef + b * K + k, mask=images)[:, None] * m[None, :]
             maps += P
         tl.store(y + at, tl.where(v > 0, v, v * SLOPE).to(y.dtype.element_ty), mask=inside)
 
@@ -271,7 +271,9 @@ if triton is not None:
         part_maps [batch programs, K, P], part_bias [batch programs, P], part_coef [place programs, B, K]; None where
         the gradient is not wanted. torch.sum adds the parts.
         """
-        b, p, at, inside = _tile(B, P, IMAGES, PLACES)
+        b = tl.program_id(1) * IMAGES + tl.arange(0, IMAGES)
+        p = tl.program_id(0) * PLACES + tl.arange(0, PLACES)
+        at, inside = b[:, None].to(tl.int64) * P + p[None, :], (b[:, None] < B) & (p[None, :] < P)
         d = tl.load(g + at, mask=inside, other=0).to(coef.dtype.element_ty)
         # A leaky ReLU keeps signs, so y tells on which side of 0 its argument was. Outside, d is 0 and adds nothing.
         d = tl.where(tl.load(y + at, mask=inside, other=0) > 0, d, d * SLOPE)
@@ -291,13 +293,16 @@ if triton is not None:
                 maps += P
 
 
-# Every thread has at least 8 elements, so that bfloat16 too moves in accesses of 16 bytes, for a single image as well.
+# Every thread moves 16 bytes at once, for a single image as well.
 
 
-def _forward_tile(B):
-    """IMAGES and PLACES of a forward program of 128 threads, for a batch of B."""
-    IMAGES = min(triton.next_power_of_2(B), 32)
-    return IMAGES, max(128, 1024 // IMAGES)
+def _forward_tile(B, P, itemsize):
+    """IMAGES and PLACES of a forward program of 128 threads, for h [B, P] of elements of itemsize bytes.
+
+    A thread has the same places in all images of the tile: maps then go from memory to where they are needed, without a
+    barrier. Fewer images where else there were too few programs for all multiprocessors.
+    """
+    return min(triton.next_power_of_2(B), 8 if B * P >= 2**23 else 2), 128 * 16 // itemsize
 
 
 def _backward_tile(B):
@@ -308,9 +313,10 @@ def _backward_tile(B):
 
 def _triton_forward(h, coef, maps, bias, y, slope):
     B, C, S, K, last = _sizes(h, coef)
-    IMAGES, PLACES = _forward_tile(B)
-    grid = (triton.cdiv(C * S, PLACES), triton.cdiv(B, IMAGES))
-    _forward_kernel[grid](h, coef, maps, bias, y, B, C * S, C, S, K, slope, last, IMAGES, PLACES)
+    IMAGES, PLACES = _forward_tile(B, C * S, h.itemsize)
+    grid = (triton.cdiv(C * S, PLACES) * triton.cdiv(B, IMAGES),)
+    even = C * S % PLACES == 0 and B % IMAGES == 0
+    _forward_kernel[grid](h, coef, maps, bias, y, B, C * S, C, S, K, slope, last, even, IMAGES, PLACES)
 
 
 def _triton_backward(g, y, coef, maps, dh, dcoef, dmaps, dbias, slope):
