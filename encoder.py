@@ -138,37 +138,18 @@ def colour_matrices(device: torch.device) -> tuple[torch.Tensor, torch.Tensor, t
 def augment(x: torch.Tensor, area: float = 0.08, strength: float = 1.0, grey: float = 0.2) -> torch.Tensor:
     """One random view of each image; each draws its own parameters, on its device.
 
-    x: float32 [B, 3, S, S] in [-1, 1]; so is the result.  area: smallest area of the crop as a part of the image
-    (aspect 3/4 to 4/3).  strength: 1 jitters brightness, contrast and saturation by up to 0.8, hue by up to 0.2 turns,
-    with probability 0.8.  grey: probability of it.  Flip: 0.5; Gaussian blur: 0.5, sigma up to 2 pixels or S / 40 if
-    that is less.
+    x: float32 [B, 3, S, S] in [-1, 1]; so is the result.  area: smallest area of `training.random_crop`.  strength: 1
+    jitters brightness, contrast and saturation by up to 0.8, hue by up to 0.2 turns, with probability 0.8.  grey:
+    probability of it.
 
-    Crop, flip, bilinear resize and blur are separable, so together they are one matrix for the rows and one for the
-    columns of an image. The colour changes are linear (hue: a turn about the grey axis), so together one 3x3 matrix.
+    The colour changes are linear (hue: a turn about the grey axis), so together one 3x3 matrix.
     """
     b, _, s, _ = x.shape
 
     def uniform(low: float, high: float) -> torch.Tensor:
         return torch.rand(b, 1, 1, device=x.device) * (high - low) + low
 
-    # Rows and columns: tent weights of bilinear resampling, then the blur.
-    pixel = torch.arange(s, device=x.device, dtype=torch.float32)
-    apart = pixel[:, None] - pixel
-    side, aspect = uniform(area, 1).sqrt(), (uniform(-0.5, 0.5) * math.log(4 / 3)).exp()
-    blurred = uniform(0, 1) < 0.5
-    sigma = torch.where(blurred, uniform(0.1, min(2.0, s / 40)), 0.1)  # 0.1 pixels: none
-    blur = torch.softmax(-(apart**2) / (2 * sigma**2), dim=2)
-
-    def resample(length: torch.Tensor, sign: torch.Tensor | float) -> torch.Tensor:
-        """[B, S, S] matrix of a crop of `length` (part of the side) at a random place."""
-        centre = uniform(-1, 1) * (1 - length)
-        place = centre + sign * length * (2 * pixel + 1 - s)[:, None] / s  # [B, S, 1] in [-1, 1]
-        place = ((place + 1) * (s / 2) - 0.5).clamp(0, s - 1)
-        return blur @ (1 - (place - pixel).abs()).clamp(min=0)
-
-    rows = resample((side / aspect).clamp(max=1), 1.0)
-    columns = resample((side * aspect).clamp(max=1), torch.where(uniform(0, 1) < 0.5, 1.0, -1.0))
-    x = rows[:, None] @ x.contiguous() @ columns[:, None].mT
+    x = training.random_crop(x, area)
 
     # Colour: brightness and contrast scale pixels (in [0, 1]) and shift them by the mean; the rest is a matrix that keeps grey.
     jitter = (uniform(0, 1) < 0.8) * strength

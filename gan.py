@@ -44,16 +44,16 @@ LOG_EVERY = 2_000  # images
 PRESETS = {
     "":              dict(width=None, batch=None, lr=None, lr_decay=0.5, beta1=None, kimg=None, snap=None, projection=True, r1=None,
                           augment="color,translation,cutout", reg_clip=True, reg_stretch=2.0, penalty=None, draw_y="data",
-                          reg_over="sum", reg_augment="translation", start="he", squash=False, train_on_all=False),
-    "critters":      dict(augment="none", reg_augment="none", reg_stretch=1.0),
-    "fashion-mnist": dict(augment="none", reg_augment="none", reg_stretch=1.0),
+                          reg_over="sum", reg_augment="crop", blur=True, start="he", squash=False, train_on_all=False),
+    "critters":      dict(augment="none", reg_augment="none", reg_stretch=1.0, blur=False),
+    "fashion-mnist": dict(augment="none", reg_augment="none", reg_stretch=1.0, blur=False),
 }  # fmt: skip
 
 # --protocol paper: the published settings, for AFHQ at 256 px and CelebA at 128 px; 200,000 iterations each.
 PAPER = {
     "":       dict(width=16, batch=32, lr=1e-4, lr_decay=0.0, beta1=0.5, kimg=6400.0, snap=200.0, projection=False, r1=10.0,
                    augment="color,translation,cutout", reg_clip=False, reg_stretch=1.0, penalty="r1", draw_y="uniform",
-                   reg_over="mean", reg_augment="none", start="torch"),
+                   reg_over="mean", reg_augment="none", blur=False, start="torch"),
     "celeba": dict(batch=64, kimg=12800.0, squash=True, train_on_all=True),
 }  # fmt: skip
 
@@ -123,6 +123,24 @@ class Subspace(nn.Module):
         return torch.cat((scaled, self.mu[None])).permute(0, 3, 1, 2)
 
 
+class Double(nn.ConvTranspose2d):
+    """[B, C, r, r] -> [B, C', 2r, 2r] by a transposed convolution 3x3, as published. The bias is left to the caller.
+
+    One to four of its weights meet in a pixel, by turns, and where images are few, training leaves a pattern of dots.
+    blurred: [1, 2, 1] / 4 along both axes comes after it, which lets nothing of period 2 through (as in StyleGAN).
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, blurred: bool):
+        super().__init__(in_channels, out_channels, 3, stride=2, padding=1, output_padding=1)
+        tent = torch.tensor([0.25, 0.5, 0.25])
+        blur = (tent[:, None] * tent).expand(out_channels, 1, 3, 3).contiguous() if blurred else None
+        self.register_buffer("blur", blur, persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = conv_transpose2d(x, self.weight, stride=2, padding=1, output_padding=1)
+        return x if self.blur is None else F.conv2d(x, self.blur, padding=1, groups=len(self.blur))
+
+
 class EigenBlock(nn.Module):
     """One generator layer: [B, C, r, r] -> [B, C', 2r, 2r], adding its subspace phi before and after upsampling.
 
@@ -131,19 +149,20 @@ class EigenBlock(nn.Module):
     `bias_lrelu` in one pass; between blocks the next subspace is added first.
     """
 
-    def __init__(self, in_channels: int, out_channels: int, resolution: int, orthonormal: bool, last: bool):
+    def __init__(
+        self, in_channels: int, out_channels: int, resolution: int, orthonormal: bool, blurred: bool, last: bool
+    ):
         super().__init__()
         self.last = last
-        self.up = up = dict(stride=2, padding=1, output_padding=1)
         self.subspace = Subspace(in_channels, resolution, orthonormal=orthonormal)
         self.subspace_conv1 = nn.Conv2d(in_channels, in_channels, 1)
-        self.feature_conv1 = nn.ConvTranspose2d(in_channels, out_channels, 3, **up)
-        self.subspace_conv2 = nn.ConvTranspose2d(in_channels, out_channels, 3, **up)
+        self.feature_conv1 = Double(in_channels, out_channels, blurred)
+        self.subspace_conv2 = Double(in_channels, out_channels, blurred)
         self.feature_conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
 
     def convolve(self, maps: Tensor) -> tuple[Tensor, Tensor]:
         """Both subspace convolutions, without bias: [K, C, r, r] -> [K, C, r, r], [K, C', 2r, 2r]."""
-        return conv2d(maps, self.subspace_conv1.weight), conv_transpose2d(maps, self.subspace_conv2.weight, **self.up)
+        return conv2d(maps, self.subspace_conv1.weight), self.subspace_conv2(maps)
 
     def forward(self, h: Tensor, z: Tensor, convolved: tuple[Tensor, Tensor] | None = None) -> Tensor:
         """h [B, C, r, r] (written over), z [B, 6] -> [B, C', 2r, 2r]. convolved: the result of `convolve`, if kept."""
@@ -155,7 +174,7 @@ class EigenBlock(nn.Module):
                 coef = torch.eye(len(z), dtype=z.dtype, device=z.device)
             convolved = self.convolve(maps)
         h = subspace_lrelu(h, coef, convolved[0], self.subspace_conv1.bias, inplace=True)
-        h = conv_transpose2d(h, self.feature_conv1.weight, **self.up)
+        h = self.feature_conv1(h)
         bias = self.feature_conv1.bias + self.subspace_conv2.bias  # both are added at the same place
         h = subspace_lrelu(h, coef, convolved[1], bias, inplace=True)
         return conv2d(h, self.feature_conv2.weight, None if self.last else self.feature_conv2.bias, padding=1)
@@ -164,14 +183,14 @@ class EigenBlock(nn.Module):
 class Generator(nn.Module):
     """G(eps [B, 512], z [B, layers, 6]) -> x [B, 3, size, size] float32 in [-1, 1] (EigenGAN, He et al. 2021)."""
 
-    def __init__(self, size: int, orthonormal: bool = False, width: int = 16):
+    def __init__(self, size: int, orthonormal: bool = False, width: int = 16, blurred: bool = False):
         super().__init__()
         self.size = size
         resolutions = [4 * 2**i for i in range(int(math.log2(size)) - 1)]
         channels = [channels_at(size, r, width) for r in resolutions]
         self.first = nn.Linear(NOISE, 16 * channels[0])
         self.blocks = nn.ModuleList(
-            EigenBlock(C, narrower, r, orthonormal, last=2 * r == size)
+            EigenBlock(C, narrower, r, orthonormal, blurred, last=2 * r == size)
             for r, (C, narrower) in zip(resolutions, itertools.pairwise(channels), strict=False)
         )
         self.last = nn.Conv2d(channels[-1], 3, 7, padding=3)
@@ -192,11 +211,11 @@ class Generator(nn.Module):
 class Decoder(nn.Module):
     """Mapper r(eps | y, noise) and generator G(eps, z); labels=0 is the vanilla EigenGAN, eps = noise."""
 
-    def __init__(self, size: int, labels: int, orthonormal: bool = False, width: int = 16):
+    def __init__(self, size: int, labels: int, orthonormal: bool = False, width: int = 16, blurred: bool = False):
         super().__init__()
         self.embed = nn.Linear(labels, labels) if labels else None
         self.mapper = nn.Linear(labels + NOISE, NOISE) if labels else None
-        self.generator = Generator(size, orthonormal, width)
+        self.generator = Generator(size, orthonormal, width, blurred)
 
     @property
     def latent_width(self) -> int:
@@ -214,6 +233,11 @@ class Decoder(nn.Module):
         """Mean over layers of mean((U U^T - I)^2): 0 where every basis is orthonormal."""
         eye = torch.eye(BASIS, device=self.generator.last.weight.device)
         return torch.stack([(b.subspace.gram() - eye).square().mean() for b in self.generator.blocks]).mean()
+
+
+def decoder_shape(options: dict, size: int, labels: int) -> tuple:
+    """What `Decoder` takes, from the options of a run. Those of old runs say nothing of a blur, and have none."""
+    return size, labels, options["orth"] == "exact", options["width"], options.get("blur", False)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -344,11 +368,14 @@ def augment(x: Tensor, policy: str, p: float = 0.6) -> Tensor:
     """Brightness, saturation, contrast, translation by up to 1/8 and a cutout of 1/2, differentiable to any order.
 
     x [B, 3, H, W] in [-1, 1] (colours may leave it) -> same shape, contiguous or channels_last.
-    policy: comma list of color, translation, cutout, or 'none'.
+    policy: comma list of color, translation, cutout, crop, or 'none'.
     Each of the five is applied to the whole batch or not, with probability p; its strength is drawn for each image.
+    crop: `training.random_crop` of at least 0.6 of the area comes first, always.
     On a GPU all five run, with no effect where the coin says so: the host need not know, and a CUDA graph can do it.
     """
     names = [] if policy == "none" else policy.split(",")
+    if "crop" in names:
+        x = training.random_crop(x, 0.6)
     B, _, H, W = x.shape
     coins = torch.rand(5, device=x.device) < p
     u = torch.rand(7, B, 1, 1, 1, device=x.device, dtype=x.dtype)
@@ -524,7 +551,7 @@ class Trainer:
         self.entropy = 0.0 if labels is None else training.entropy_bits(self.labels)  # H(Y)
         torch.manual_seed(run.seed)  # the same weights in every process
         width, classes = (0, 0) if labels is None else (labels.shape[1], labels.shape[1] * options["per_class"])
-        decoder = Decoder(options["size"], width, options["orth"] == "exact", options["width"])
+        decoder = Decoder(*decoder_shape(options, options["size"], width))
         if options["start"] == "he":
             he_init(decoder)
             decoder.generator.last.weight.data.mul_(0.5)  # keeps the first images out of tanh's saturation
@@ -780,7 +807,7 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> Network:
     with training.reading(path):
         names = data["label_names"] if labels else []
         options = state["options"]
-        shape = data["size"], len(names), options["orth"] == "exact", options["width"]
+        shape = decoder_shape(options, data["size"], len(names))
         decoder = training.rebuild(lambda: Decoder(*shape), state["ema"])
         decoder.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
         encoder = frozen_encoder(stage1.build(state["encoder"]), data["size"], device) if state.get("encoder") else None
@@ -924,7 +951,7 @@ OPTIONS = [
     click.option("--reg-every",     metavar="N", type=click.IntRange(0, 10**6), default=2, help="Iterations between classification regularisations; 0: never."),
     click.option("--reg-mode",      type=click.Choice(["separate", "joint"]), default="separate", help="Regularise by an update of its own, or in the adversarial one."),
     click.option("--reg-over",      type=click.Choice(["sum", "mean"]), help="Add up an image's attributes in the regularisation, or average them.  [default: sum; --protocol paper: mean]"),
-    click.option("--reg-augment",   metavar="LIST|none", help="Of the regularisation's images: color,translation,cutout or some of them.  [default: translation; none for critters, fashion-mnist and --protocol paper]"),
+    click.option("--reg-augment",   metavar="LIST|none", help="Of the regularisation's images: color,translation,cutout,crop or some of them.  [default: crop; none for critters, fashion-mnist and --protocol paper]"),
     click.option("--reg-clip/--no-reg-clip", default=None, help="Limit a regularisation's gradient to N times the adversarial one's norm.  [default: on; --protocol paper: off]"),
     click.option("--reg-stretch",   metavar="X", type=click.FloatRange(1, 1e6), help="Scale a smaller gradient up to --reg-clip's limit, X times at most.  [default: 2; 1 for critters, fashion-mnist and --protocol paper]"),
     click.option("--orth",          type=click.Choice(["penalty", "exact", "none"]), default="penalty", help="How the bases U are kept orthonormal."),
@@ -932,6 +959,7 @@ OPTIONS = [
     click.option("--penalty",       type=click.Choice(["r1", "r1r2"]), help="Of D's gradient: r1: at real images, every 16th iteration, in an update of its own; r1r2: at real and generated images, in every step of D.  [default: r1r2; --disc patch, --protocol paper: r1]"),
     click.option("--augment",       metavar="LIST|none", help="Of the discriminator's inputs: color,translation,cutout or some of them.  [default: all; none for critters and fashion-mnist]"),
     click.option("--draw-y",        type=click.Choice(["data", "uniform"]), help="Labels of generated images: as they occur in the data, or classes alike and fair coins.  [default: data; --protocol paper: uniform]"),
+    click.option("--blur/--no-blur", default=None, help="Blur the decoder's maps where their size has doubled, against patterns of dots.  [default: on; off for critters, fashion-mnist and --protocol paper]"),
     click.option("--start",         type=click.Choice(["he", "torch"]), help="First weights: at He et al.'s scale, with smooth upsampling, or PyTorch's.  [default: he; --protocol paper: torch]"),
     click.option("--unconditional", is_flag=True, help="Vanilla EigenGAN: no labels, no regularisation; needs no earlier stage."),
     click.option("--lr",            metavar="RATE", type=click.FloatRange(0, 1e6, min_open=True), help="Learning rate of both Adams.  [default: 5e-4 up to 64 px, then 1e-4]"),
@@ -1008,8 +1036,8 @@ def check_options(options: dict, given: dict) -> None:
         (given["reg_clip"] and options["reg_mode"] == "joint", "--reg-clip limits a regularisation of its own, not a joint one"),
         (given["reg_stretch"] and (options["reg_mode"] == "joint" or not options["reg_clip"]),
          "--reg-stretch goes with --reg-clip and --reg-mode separate"),
-        *((set(options[name].split(",")) - {"color", "translation", "cutout", "none"},
-           f"--{name.replace('_', '-')} {options[name]}: choose from color, translation, cutout, separated by commas, or none")
+        *((set(options[name].split(",")) - {"color", "translation", "cutout", "crop", "none"},
+           f"--{name.replace('_', '-')} {options[name]}: choose from color, translation, cutout, crop, separated by commas, or none")
           for name in ("augment", "reg_augment")),
     ):  # fmt: skip
         if bad:

@@ -469,13 +469,9 @@ def start(device: str = "auto", precision: str = "auto", seed: int = 0, tf32: bo
     elif precision == "fp16":
         click.echo("Warning: fp16 on a CPU is far slower than fp32, seconds per image: take --precision fp32", err=True)
     if world > 1 and not dist.is_initialized():
-        # Machines may start minutes apart, but a process that dies later ends the others within a minute, also where no
-        # torchrun watches them.
-        store, _, _ = next(dist.rendezvous("env://", rank, world, timeout=timedelta(minutes=10)))
-        store.set_timeout(timedelta(minutes=1))
+        # A process that dies ends the others within a minute, also where no torchrun watches them.
         options = dict(device_id=dev) if dev.type == "cuda" else {}
-        options |= dict(store=store, rank=rank, world_size=world, timeout=timedelta(minutes=1))
-        dist.init_process_group("nccl" if dev.type == "cuda" else "gloo", **options)
+        dist.init_process_group("nccl" if dev.type == "cuda" else "gloo", timeout=timedelta(minutes=1), **options)
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
     run = Run(dev, dtype, seed)
     run.reseed(0)  # as rank 0: networks built next start with the same weights in every process
@@ -650,6 +646,40 @@ def to_float(images: torch.Tensor) -> torch.Tensor:
 def to_uint8(x: torch.Tensor) -> torch.Tensor:
     """float [B, 3, S, S] in [-1, 1] -> uint8 [B, S, S, 3], rounded to the nearest level: undoes `to_float`."""
     return x.float().mul(127.5).add(127.5).round().clamp(0, 255).byte().permute(0, 2, 3, 1)
+
+
+def random_crop(x: torch.Tensor, area: float) -> torch.Tensor:
+    """A random crop of each image, resized to the whole, flipped or not, blurred or not; each draws its own, on its device.
+
+    x: float [B, 3, S, S]; so is the result.  area: smallest area of the crop as a part of the image (aspect 3/4 to
+    4/3).  Flip: probability 0.5; Gaussian blur: 0.5, sigma up to 2 pixels or S / 40 if that is less.
+
+    Crop, flip, bilinear resize and blur are separable, so together they are one matrix for the rows and one for the
+    columns of an image.
+    """
+    b, _, s, _ = x.shape
+
+    def uniform(low: float, high: float) -> torch.Tensor:
+        return torch.rand(b, 1, 1, device=x.device) * (high - low) + low
+
+    # Rows and columns: tent weights of bilinear resampling, then the blur.
+    pixel = torch.arange(s, device=x.device, dtype=torch.float32)
+    apart = pixel[:, None] - pixel
+    side, aspect = uniform(area, 1).sqrt(), (uniform(-0.5, 0.5) * math.log(4 / 3)).exp()
+    blurred = uniform(0, 1) < 0.5
+    sigma = torch.where(blurred, uniform(0.1, min(2.0, s / 40)), 0.1)  # 0.1 pixels: none
+    blur = torch.softmax(-(apart**2) / (2 * sigma**2), dim=2)
+
+    def resample(length: torch.Tensor, sign: torch.Tensor | float) -> torch.Tensor:
+        """[B, S, S] matrix of a crop of `length` (part of the side) at a random place."""
+        centre = uniform(-1, 1) * (1 - length)
+        place = centre + sign * length * (2 * pixel + 1 - s)[:, None] / s  # [B, S, 1] in [-1, 1]
+        place = ((place + 1) * (s / 2) - 0.5).clamp(0, s - 1)
+        return blur @ (1 - (place - pixel).abs()).clamp(min=0)
+
+    rows = resample((side / aspect).clamp(max=1), 1.0)
+    columns = resample((side * aspect).clamp(max=1), torch.where(uniform(0, 1) < 0.5, 1.0, -1.0))
+    return rows[:, None].to(x.dtype) @ x.contiguous() @ columns[:, None].mT.to(x.dtype)
 
 
 def entropy_bits(labels: torch.Tensor) -> float:

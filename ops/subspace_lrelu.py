@@ -240,8 +240,9 @@ if triton is not None:
         h, coef, maps, bias, y, B, P, C, S, K: tl.constexpr, SLOPE: tl.constexpr, LAST: tl.constexpr,
         EVEN: tl.constexpr, IMAGES: tl.constexpr, PLACES: tl.constexpr
     ):  # fmt: skip
-        """Moves 2 B P elements of h and y, and K ceil(B / IMAGES) P of maps. Only K P of those come from memory: programs
-        that read the same maps follow each other, so the cache has the rest. EVEN: tiles fit, and nothing is masked."""
+        """Moves 2 B P elements of h and y, and K ceil(B / IMAGES) P of maps. Only K P of those come from memory:
+        programs that read the same maps follow each other, so the cache has the rest. EVEN: tiles fit, and nothing is
+        masked."""
         groups = tl.cdiv(B, IMAGES)
         b = tl.program_id(0) % groups * IMAGES + tl.arange(0, IMAGES)
         p = tl.program_id(0) // groups * PLACES + tl.arange(0, PLACES)

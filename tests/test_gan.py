@@ -65,10 +65,21 @@ def test_patch_discriminator_by_depth():
         assert [c.conv.out_channels for c in D.layers[1:]] == [min(64 * 2**i, 512) for i in range(1, layers + 1)]
 
 
+def double(layer, x):
+    """Twice the resolution, by PyTorch alone."""
+    x = F.conv_transpose2d(x, layer.weight, None, stride=2, padding=1, output_padding=1)
+    if layer.blur is not None:
+        row = F.pad(x, (1, 1, 1, 1))
+        row = (row[..., :-2] + 2 * row[..., 1:-1] + row[..., 2:]) / 4
+        x = (row[:, :, :-2] + 2 * row[:, :, 1:-1] + row[:, :, 2:]) / 4
+    return x + layer.bias.view(-1, 1, 1)
+
+
+@pytest.mark.parametrize("blurred", [True, False])
 @pytest.mark.parametrize("batch", [3, 9])
-def test_generator_equals_the_plain_one(batch):
+def test_generator_equals_the_plain_one(batch, blurred):
     """phi convolved for every image, as published, on both sides of the batch at which the basis is cheaper."""
-    decoder = gan.Decoder(32, 3).double()
+    decoder = gan.Decoder(32, 3, blurred=blurred).double()
     for p in decoder.parameters():
         p.data += 0.01 * torch.randn_like(p)
     y, latents = torch.eye(3).double()[torch.arange(batch) % 3], torch.randn(batch, decoder.latent_width).double()
@@ -79,11 +90,21 @@ def test_generator_equals_the_plain_one(batch):
     for i, block in enumerate(G.blocks):
         s = block.subspace
         phi = ((s.L * z[:, i]) @ s.U.flatten(1) + s.mu.flatten()).view(batch, *s.mu.shape).permute(0, 3, 1, 2)
-        h = block.feature_conv1(F.leaky_relu(h + block.subspace_conv1(phi), 0.2))
-        h = block.feature_conv2(F.leaky_relu(h + block.subspace_conv2(phi), 0.2))
+        h = double(block.feature_conv1, F.leaky_relu(h + block.subspace_conv1(phi), 0.2))
+        h = block.feature_conv2(F.leaky_relu(h + double(block.subspace_conv2, phi), 0.2))
     plain = torch.tanh(G.last(F.leaky_relu(h, 0.2)))
     torch.testing.assert_close(decoder(y, latents).double(), plain, rtol=0, atol=1e-6)  # images are float32
     torch.testing.assert_close(decoder(y, latents, G.convolved()).double(), plain, rtol=0, atol=1e-6)
+
+
+def test_the_blur_leaves_no_dots():
+    """Even maps stay even, whatever the weights; those of a transposed convolution do not."""
+    x, dots = torch.randn(1, 6, 1, 1).expand(1, 6, 8, 8), []
+    for blurred in (True, False):
+        y = gan.Double(6, 4, blurred)(x.contiguous()).detach()
+        assert y.shape == (1, 4, 16, 16)
+        dots.append(y[:, :, 2:-2, 2:-2].std((2, 3)).max())
+    assert dots[0] < 1e-6 < 0.01 < dots[1]
 
 
 def test_every_z_and_the_label_change_the_image():
@@ -173,6 +194,10 @@ def test_augmentations():
     lost = (cut == 0).all(1)
     assert lost.flatten(1).sum(1).max() <= 256 and lost.flatten(1).sum(1).min() >= 64  # a quarter of it at a corner
     assert torch.equal(cut[~lost[:, None].expand_as(cut)], x[~lost[:, None].expand_as(x)])
+    torch.manual_seed(1)
+    views = gan.augment(x, "crop", p=0.0)  # always
+    torch.manual_seed(1)
+    assert torch.equal(views, training.random_crop(x, 0.6)) and not torch.equal(views, x)
 
 
 def test_translation_shifts_by_up_to_an_eighth():
@@ -189,12 +214,13 @@ def test_translation_shifts_by_up_to_an_eighth():
     assert seen == set(range(-4, 5))
 
 
-def test_augmentation_is_differentiable_twice():
+@pytest.mark.parametrize("policy", ["color,translation,cutout", "crop"])
+def test_augmentation_is_differentiable_twice(policy):
     x = torch.randn(2, 3, 8, 8, dtype=torch.float64, requires_grad=True)
 
     def f(x):
         torch.manual_seed(1)
-        return gan.augment(x, "color,translation,cutout", p=1.0)[:, :, ::3, ::3]
+        return gan.augment(x, policy, p=1.0)[:, :, ::3, ::3]
 
     assert torch.autograd.gradcheck(f, x) and torch.autograd.gradgradcheck(f, x)
 
@@ -444,6 +470,7 @@ OTHERS = [
     dict(reg_mode="joint"), dict(orth="exact"), dict(orth="none"), dict(r1=0.0), dict(r1=1.0), dict(augment="none"),
     dict(augment="cutout"), dict(reg_clip=True), dict(lr=0.01), dict(beta1=0.5), dict(batch=6), dict(penalty="r1r2"),
     dict(start="torch"), dict(reg_augment="none"), dict(loss="lsgan-published"), dict(loss="hinge-v1"),
+    dict(blur=False),
 ]  # fmt: skip
 
 
@@ -633,7 +660,7 @@ def test_dry_run_touches_nothing(command, tmp_path, monkeypatch):
     published |= dict(
         ema_half_life=10_000, augment="color,translation,cutout", reg_clip=False, draw_y="uniform", start="torch"
     )
-    published |= dict(width=16, lr_decay=0, projection=False, reg_augment="none", reg_stretch=1)
+    published |= dict(width=16, lr_decay=0, projection=False, reg_augment="none", reg_stretch=1, blur=False)
     assert options["protocol"] == "paper" and {key: options[key] for key in published} == published
     celeba = json.loads(command("gan", "--data", "celeba", "--dry-run").output)
     published |= dict(size=128, batch=64, kimg=12_800, disc_layers=None, reg_over="mean")
