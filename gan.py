@@ -127,8 +127,7 @@ class Double(nn.ConvTranspose2d):
     """[B, C, r, r] -> [B, C', 2r, 2r] by a transposed convolution 3x3, as published. The bias is left to the caller.
 
     One to four of its weights meet in a pixel, by turns, and where images are few, training leaves a pattern of dots.
-    blurred: [1, 2, 1] / 4 along both axes comes after it, which lets nothing of period 2 through (as in StyleGAN), and
-    both see maps that go on at their borders, where lines would else appear.
+    blurred: [1, 2, 1] / 4 along both axes comes after it, which lets nothing of period 2 through (as in StyleGAN).
     """
 
     def __init__(self, in_channels: int, out_channels: int, blurred: bool):
@@ -138,10 +137,8 @@ class Double(nn.ConvTranspose2d):
         self.register_buffer("blur", blur, persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.blur is None:
-            return conv_transpose2d(x, self.weight, stride=2, padding=1, output_padding=1)
-        x = conv_transpose2d(F.pad(x, (1, 1, 1, 1), mode="replicate"), self.weight, stride=2, padding=1)
-        return F.conv2d(x[:, :, 1:, 1:], self.blur, groups=len(self.blur))
+        x = conv_transpose2d(x, self.weight, stride=2, padding=1, output_padding=1)
+        return x if self.blur is None else F.conv2d(x, self.blur, padding=1, groups=len(self.blur))
 
 
 class EigenBlock(nn.Module):
