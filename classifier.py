@@ -17,7 +17,6 @@ themselves, or from tables of clusters. The results are `classifier.pt`, `classi
 import json
 import math
 import re
-import warnings
 from collections.abc import Callable
 
 import click
@@ -164,10 +163,8 @@ def evaluate(logits: torch.Tensor, y: torch.Tensor, names: list[str], one_hot: b
     labels = {}
     for i, name in enumerate(names):
         rate, right = truth[:, i].mean(), (guess[:, i] == truth[:, i]).mean()
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # scikit-learn warns where there is no positive
-            ap = average_precision_score(truth[:, i], scores[:, i]) if truth[:, i].any() else math.nan
         both = 0 < rate < 1
+        ap = average_precision_score(truth[:, i], scores[:, i]) if both else math.nan
         balanced = balanced_accuracy_score(truth[:, i], guess[:, i]) if both else math.nan
         row = dict(rate=rate, accuracy=right, majority=max(rate, 1 - rate), balanced=balanced, ap=ap)
         labels[name] = {key: float(value) for key, value in row.items()}
@@ -245,14 +242,14 @@ def main(**options):
 
     # Open the encoder and the data.
     outdir = training.out_folder(options)
+    run = training.start(options["device"], options["precision"], options["seed"], options["tf32"])
+    if run.rank > 0:
+        return  # seconds of work: for one process
     checkpoint = training.load(outdir / "encoder.pt", "encoder", finished=True)
     remedy = "run encoder.py with the same --data and --size first, or give another --outdir"
     if options["size"]:
         training.check_same(checkpoint["data"], options, ["size"], outdir / "encoder.pt", remedy)
     options["size"] = checkpoint["data"]["size"]
-    run = training.start(options["device"], options["precision"], options["seed"], options["tf32"])
-    if run.rank > 0:
-        return  # seconds of work: for one process
     how = {name: checkpoint["data"][name] for name in ("squash", "train_on_all")} | {"preset": options["preset"]}
     ds = dataset.open_dataset(options["data"], options["size"], "train", None if internal else spec, **how)
     sets = {"train": ds, "val": ds.part("val")}
@@ -269,7 +266,7 @@ def main(**options):
     # Embed every image once.
     steps = -(-len(ds) * 9 // 10 // options["batch"])
     epochs = max(options["epochs"], 0 if given else math.ceil(STEPS / max(1, steps)))
-    epochs = 2 if options["smoke"] else int(epochs)
+    epochs = 2 if options["smoke"] and not given else int(epochs)
     if state.get("training", {}).get("epochs", 0) >= epochs and "results" in state:
         print(f"{path} is finished: {epochs} epochs. --epochs for more, --no-resume to start over.")
         return
@@ -287,13 +284,14 @@ def main(**options):
     if internal:
         if state:
             found, names = {split: v.numpy() for split, v in state["assignments"].items()}, state["data"]["label_names"]
-        elif tables:
-            found, names = layouts.read_clusters(spec, ds)
         else:
-            found = clusters.cluster(h, spec, run.seed, outdir / "clusters")
-            names = [f"cluster{i}" for i in range(found["train"].max() + 1)]
-        if not state:
-            clusters.write(found, h["train"], sets, names, outdir / "clusters")
+            with training.lock(outdir, "classifier"):  # a run that reads there has these clusters
+                if tables:
+                    found, names = layouts.read_clusters(spec, ds)
+                else:
+                    found = clusters.cluster(h, spec, run.seed, outdir / "clusters")
+                    names = [f"cluster{i}" for i in range(found["train"].max() + 1)]
+                clusters.write(found, h["train"], sets, names, outdir / "clusters")
         results["clusters"] = clusters.agreements(found["train"], ds)
         k = len(names)
         labels = {split: torch.eye(k)[torch.from_numpy(v).long()].to(run.device) for split, v in found.items()}

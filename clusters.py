@@ -1,7 +1,7 @@
 """Internal attributes (section 2.2 of the paper): clusters of the encoder's embeddings in place of labels.
 
 k-means on the L2-normalised embeddings of the training images; K is given, or chosen by the silhouette. `classifier.py
---attributes clusters:K|auto` calls this; the functions need numpy, scikit-learn and pictures, and nothing of ours.
+--attributes clusters:K|auto` calls this; the functions need nothing else of this project.
 """
 
 import csv

@@ -1,4 +1,4 @@
-"""What a conditional generator is asked beyond FID: attribute control, diversity within one y, bounds on information.
+"""Evaluation beyond FID: attribute control, diversity within one y, bounds on information.
 
 trained.py calls this for `metrics.py --network`. y and labels are float32 [N, Y], one-hot or multi-hot; kind is
 'one-hot' or 'multi-label'. `run` is the trained.Run of a trained network: it generates, embeds and classifies. The
@@ -73,6 +73,9 @@ def control_accuracy(
 # The independent judge: the run's own encoder and classifier are what the generator was trained to please.
 
 
+JUDGE = 1  # count it up with every change of the judge or its training: judges are kept on disk
+
+
 class Judge(nn.Module):
     """A convolutional classifier that is trained on real images alone: the generator never sees it.
 
@@ -135,6 +138,12 @@ def loss_of(logits: Tensor, y: Tensor, groups: Sequence[tuple[str, int]]) -> Ten
     return loss
 
 
+def hold_out(draw: np.random.Generator, images: int) -> tuple[np.ndarray, np.ndarray]:
+    """Rows of a tenth of the images, which the judge is tested on, and of the others, which it learns from."""
+    held, kept = np.split(draw.permutation(images), [max(1, images // 10)])
+    return held, kept
+
+
 def train_judge(
     images, groups: Sequence[Group], seed: int, device: torch.device, steps: int, mirror: bool = True
 ) -> tuple[Judge, list[float]]:
@@ -146,7 +155,7 @@ def train_judge(
     """
     draw = np.random.default_rng([seed, 3])
     labels, widths = torch.cat([y for _, _, y in groups], 1), [(kind, y.shape[1]) for kind, _, y in groups]
-    held, kept = np.split(draw.permutation(len(labels)), [max(1, len(labels) // 10)])
+    held, kept = hold_out(draw, len(labels))
     held = np.sort(held[:2000])
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
@@ -198,7 +207,7 @@ def load_judge(run, seed: int, steps: int) -> tuple[Judge, list[Group], list[flo
         return None
     labels = torch.cat([y for _, _, y in groups], 1)
     text = json.dumps(
-        [[kind, names] for kind, names, _ in groups] + [run.train.fingerprint, run.train.size, seed, steps]
+        [[kind, names] for kind, names, _ in groups] + [run.train.fingerprint, run.train.size, seed, steps, JUDGE]
     )
     key = hashlib.sha256(text.encode() + labels.numpy().tobytes()).hexdigest()
     path, state = run.train.pack / f"judge-{key[:16]}.pt", {}
@@ -209,8 +218,8 @@ def load_judge(run, seed: int, steps: int) -> tuple[Judge, list[Group], list[flo
         if state.get("key") != key:
             judge, right = train_judge(run.train.images, groups, seed, run.world.device, steps)
             state.update(key=key, model={k: v.cpu() for k, v in judge.state_dict().items()}, right=right)
-            with contextlib.suppress(OSError), training.atomic(path) as temporary:  # keeping it only saves time
-                torch.save(state, temporary)
+            with contextlib.suppress(OSError, RuntimeError), training.atomic(path) as temporary:
+                torch.save(state, temporary)  # it only saves time, so a full or read-only cache is no error
 
     run.world.first(prepare)
     state = run.world.gather(state)[0]
@@ -263,7 +272,8 @@ def spread(h: Tensor) -> float:
 
 def measure_diversity(run, labels: Tensor, each: int, seed: int, notes: list[str]) -> dict:
     """Mean distance of encoder features within one y, of generated and real images, over the ten most frequent y's."""
-    groups = groups_of_one_y(labels, each)
+    order = torch.from_numpy(np.random.default_rng([seed, 8]).permutation(len(labels)))  # neighbours may be alike
+    groups = [order[rows] for rows in groups_of_one_y(labels[order], each)]
     if not groups:
         notes.append("no diversity: no two training images have the same y")
         return {}
@@ -285,11 +295,12 @@ def measure_information(run, n: int, seed: int) -> dict:
         logits = run.classify(run.embed(source)) - run.net.balance  # probabilities at the real rates
         return training.information_bits(logits, y, run.kind, h_y)
 
-    source = run.generated(n, seed)
-    results = {"h_y_bits": h_y, "mi_generated_bits": bits(source, source.y), "information_n": n}
+    # y as in the data, whatever the protocol: H(Y) is that of the data, and eq. 4 means it so.
+    y = run.real[torch.from_numpy(np.random.default_rng([seed, 1]).integers(0, len(run.real), n))]
+    results = {"h_y_bits": h_y, "mi_generated_bits": bits(run.generated(n, seed, y), y), "information_n": n}
     labels = run.labels("val")
     if labels is not None:
-        index = np.arange(len(labels))[:n]
+        index = np.sort(np.random.default_rng([seed, 9]).permutation(len(labels))[:n])
         results["mi_real_bits"] = bits(run.real_images("val", index), labels[index])
     logged = {"mi_encoder_bits": run.logged("encoder", "mi_bits"), "jsd_bits": run.logged("gan", "jsd_bound")}
     return results | {key: value for key, value in logged.items() if value is not None}

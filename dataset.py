@@ -13,6 +13,7 @@ import contextlib
 import ctypes
 import fcntl
 import functools
+import glob
 import hashlib
 import io
 import itertools
@@ -96,7 +97,7 @@ def usual_size(root: Path | None, keys: list) -> int:
 
 
 def most_by_default(device: torch.device) -> int:
-    """The largest size that is taken where none is asked for: more would take a CPU many hours."""
+    """The largest size of data without a preset where none is asked for: more would take a CPU many hours."""
     return 64 if device.type == "cpu" else 256
 
 
@@ -159,8 +160,9 @@ def prepare(
     size = size or PRESETS.get(layouts.preset_of(data, preset))
     squash = squash and root is not None  # critters are drawn square
 
-    # Two questions tell which pack it is: what state are the files in, and, if that state is new, what do they hold?
-    cache = cache_folder()
+    # A hash of names, sizes and times, `state`, finds a known pack; only if it is new, contents are hashed.
+    cache, node = cache_folder(), os.uname().nodename
+    # Critters go by the bytes of critters.py, comments too: whoever edits it gets new data, and no old run fits them.
     files, folders, state = [], [], hashlib.sha256(Path(critters.__file__).read_bytes()).hexdigest()
     if root is not None:
         root, files, folders = list_files(root)
@@ -191,10 +193,11 @@ def prepare(
         seen |= {"notes": source.notes, "absent": source.absent}
         pixels, fingerprint = size or min(seen["size"], most), fingerprint_for(seen["content"])
         if not (pack := find(seen["content"], pixels)):
-            for left in cache.glob(".packing-*") if alone else ():  # by processes that were killed
+            # Left by processes of this machine that were killed: locks of others may not reach here.
+            for left in cache.glob(f".packing-*-{glob.escape(node)}-*") if alone else ():
                 shutil.rmtree(left, ignore_errors=True)
             pack = cache / f"{name[:64]}-{pixels}-{fingerprint[:16]}-v{FORMAT}"
-            aside = cache / f".packing-{pack.name}-{os.uname().nodename}-{os.getpid()}"
+            aside = cache / f".packing-{pack.name}-{node}-{os.getpid()}"
             load = functools.partial(load_image, root, size=pixels, squash=squash, max_pixels=max_pixels)
             info = {"size": pixels, "fingerprint": fingerprint, "squash": squash, "train_on_all": train_on_all}
             skip_command = f"python dataset.py --data {shlex.quote(data)} --size {pixels} --skip-broken"
@@ -210,7 +213,7 @@ def prepare(
             finally:
                 shutil.rmtree(aside, ignore_errors=True)
         # Under another name first, since readers do not wait for the lock.
-        part = memo.with_name(f"{memo.name}.{os.getpid()}")
+        part = memo.with_name(f"{memo.name}.{node}.{os.getpid()}")
         part.write_text(json.dumps(seen))
         part.replace(memo)
         return seen, pack
@@ -231,8 +234,12 @@ def prepare(
     skipped = read_info(pack)["skipped"]
     if skipped and max_pixels > MAX_PIXELS and not skip_broken:
         fail(f"{pack} was packed without {skipped} unreadable images: delete it to pack it with --max-pixels")
+    if skipped and not skip_broken:
+        say(f"Note on {data}: {skipped} unreadable images were left out when it was packed (--skip-broken)")
     if not size and seen["size"] > most:
-        say(f"Images at {most} px, since CPUs take many hours for more; --size {seen['size']} takes them larger")
+        say(
+            f"Images are resized to {most} px: a CPU takes many hours for more; --size {seen['size']} keeps them larger"
+        )
     for note in seen["notes"]:
         say(f"Note on {data}: {note}")
     return pack
@@ -354,7 +361,9 @@ def decode(
             broken[s] |= {start + i: reason for i, reason in finish()}
             bar.update(count)
     except BrokenProcessPool:
-        fail("packing: a process was killed, probably for lack of memory; run again with less beside it")
+        fail(
+            "packing failed: a process was killed, probably because memory ran out; close other programs and run again"
+        )
     finally:
         bar.close()
         if pool:
@@ -628,7 +637,7 @@ def sheet(ds: Dataset, columns: int = 8) -> np.ndarray:
 
 @click.command(cls=training.OneLine)
 @click.option("--data",       metavar="NAME|PATH", type=training.FilePath(), default="critters", show_default=True, help="critters, afhq, celeba, fashion-mnist, or a path to a folder or zip.")  # fmt: skip
-@click.option("--preset",     metavar="NAME|none", help="Take the usual size and attributes of another data set.  [default: by data]")  # fmt: skip
+@click.option("--preset",     metavar="NAME|none", help="Take the default size and attributes of this data set.  [default: by data]")  # fmt: skip
 @click.option("--size",       metavar="PIXELS", type=int, help="Image size, a power of two from 16 to 1024.  [default: by data]")  # fmt: skip
 @click.option("--attributes", metavar="NAMES", help="class, A,B,..., celeba5, celeba10 or celeba15.  [default: by data]")  # fmt: skip
 @click.option("--squash",     is_flag=True, help="Resize the whole image to the square, without cropping and antialiasing.")  # fmt: skip
@@ -636,7 +645,7 @@ def sheet(ds: Dataset, columns: int = 8) -> np.ndarray:
 @click.option("--download",   "wanted", is_flag=True, help="First fetch a preset from its official source.")  # fmt: skip
 @click.option("--version",    type=click.Choice(list(AFHQ)), help="Which AFHQ to fetch.  [default: v1]")  # fmt: skip
 @click.option("--skip-broken", is_flag=True, help="Pack without the images that cannot be read, and list them.")
-@click.option("--strict",     is_flag=True, help="Refuse annotations with lines for images that are not there.")  # fmt: skip
+@click.option("--strict",     is_flag=True, help="Refuse tables with rows for images that are not there; else those rows are left out.")  # fmt: skip
 @click.option("--max-pixels", metavar="N", type=click.IntRange(1, 2**31), default=MAX_PIXELS, show_default=True, help="Refuse larger images; decoding takes up to 20 bytes per pixel.")  # fmt: skip
 @click.option("--sheet",      "picture", metavar="FILE", type=training.FilePath(), help="Write a picture of some images of each class or attribute.")  # fmt: skip
 def main(data, size, attributes, wanted, version, picture, **options) -> None:
@@ -644,7 +653,7 @@ def main(data, size, attributes, wanted, version, picture, **options) -> None:
     if version and not wanted:
         raise click.UsageError("--version goes with --download")
     if wanted:
-        download(data, version or "v1")
+        download(data, version)
     first = open_dataset(data, size, "train", attributes, **options)
     parts = {s: first.part(s) for s in first.splits}
     table = [("images", map(len, parts.values()))]

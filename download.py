@@ -64,22 +64,25 @@ def check_md5(md5: str, path: Path) -> str | None:
     return None if check_integrity(path, md5) else "wrong checksum"
 
 
-def download(preset: str, version: str = "v1") -> None:
-    """Fetch afhq, celeba or fashion-mnist into its data folder, what is not there already."""
+def download(preset: str, version: str | None = None) -> None:
+    """Fetch afhq (version v1, the default, or v2), celeba or fashion-mnist into its data folder: what is not there."""
+    if version and preset != "afhq":
+        raise click.UsageError("--version is AFHQ's: it goes with --data afhq")
     folder = data_folder(preset)
     there = {n for n in (os.listdir(folder) if folder.is_dir() else []) if not n.startswith(".")}
     if preset == "afhq":
+        version = version or "v1"
         url, name, images = AFHQ[version]
         other = AFHQ["v2" if version == "v1" else "v1"][1]
         if other in there:
             fail(f"{folder} already holds {other}: move it away to fetch AFHQ {version} there")
-        if all(n.endswith(".part") for n in there):
+        if not any(n.endswith(".zip") or (folder / n).is_dir() for n in there):
             fetch(folder / name, lambda file: check_zip(file, images), page=url, url=url)
     elif preset == "fashion-mnist":
         from torchvision.datasets import FashionMNIST  # knows addresses and checksums; slow to import
 
         for name, md5 in FashionMNIST.resources:
-            if name not in there:
+            if not {name, name.removesuffix(".gz")} & there:
                 url = FashionMNIST.mirrors[0] + name
                 fetch(folder / name, functools.partial(check_md5, md5), page=url, url=url)
     elif preset == "celeba":
@@ -88,7 +91,8 @@ def download(preset: str, version: str = "v1") -> None:
         needed = {"img_align_celeba.zip", "list_attr_celeba.txt", "list_eval_partition.txt"}
         page = "https://mmlab.ie.cuhk.edu.hk/projects/CelebA.html"
         for drive_id, md5, name in CelebA.file_list:
-            if name in needed - there:
+            same = {name, name.replace(".txt", ".csv"), name.removesuffix(".zip")}  # tables of other sources; unpacked
+            if name in needed and not same & there:
                 fetch(folder / name, functools.partial(check_md5, md5), page, id=drive_id)
         if "img_align_celeba" not in there:
             unpack_celeba(folder)

@@ -418,7 +418,8 @@ def train(
         stepper.step(loss * run.world)
         if method == "byol":
             tau = 1 - (1 - options["tau"]) * 0.5 * (1 + math.cos(math.pi * min(1.0, seen / total)))
-            torch._foreach_lerp_(list(modules["target"].parameters()), list(encoder.parameters()), 1 - tau)
+            with torch.no_grad():  # else every step hangs another node on the target's weights
+                torch._foreach_lerp_(list(modules["target"].parameters()), list(encoder.parameters()), 1 - tau)
 
         # Count, log, save.
         seen += batch
@@ -471,9 +472,10 @@ def first_weights(file: str, options: dict) -> tuple[dict, dict]:
 OPTIONS = [
     click.option("--method",   type=click.Choice(["simclr", "byol", "barlow"]), default="simclr", help="Loss: SimCLR's NT-Xent, BYOL, Barlow Twins."),
     click.option("--backbone", type=click.Choice(["resnet18", "resnet34", "resnet50"]), help="Network.  [default: resnet18; --protocol paper: resnet50]"),
-    click.option("--schedule", type=click.Choice(["cosine", "published"]), help="Of the learning rate: to 0, or as published.  [default: cosine; --protocol paper: published]"),
+    click.option("--schedule", type=click.Choice(["cosine", "published"]), help="Of the learning rate: a cosine to 0 after a warm-up, or the published one, which ends high.  [default: cosine; --protocol paper: published]"),
     click.option("--stem",     type=click.Choice(["auto", "imagenet", "small"]), help="First layers; imagenet works at a quarter of the image's size, small at the full size "
                  "(15 times the work); auto: small below 64 px on a GPU, else imagenet.  [default: auto; critters, fashion-mnist, --protocol paper: imagenet]"),
+    click.option("--lr",       metavar="RATE", type=click.FloatRange(0, 1e6, min_open=True), help="Learning rate of Adam at its highest.  [default: 1e-3; --protocol paper: 3e-4]"),
     click.option("--epochs",   metavar="N", type=click.FloatRange(0, 1e6, min_open=True), help="Passes over the training images.  [default: 200; critters 5; fashion-mnist 0.5; "
                  "other data on a CPU: at most 40,000 images]"),
     click.option("--squash/--crop", default=None, help="Squash images to squares without antialiasing, or crop their centre and resize with it.  [default: crop; celeba under --protocol paper: squash]"),
@@ -524,13 +526,13 @@ def main(**options):
     total = max(1, round(options["epochs"] * len(ds)))
     if given["epochs"] is None and run.device.type == "cpu" and options["cpu_images"]:
         total = min(total, options["cpu_images"])
-    if options["smoke"]:
+    if options["smoke"] and given["epochs"] is None:
         total = 4 * options["batch"]
 
     # Go on from a checkpoint, or build the network.
     config, weights = dict(backbone=options["backbone"], stem=options["stem"]), None
     if options["init"]:
-        config, weights = first_weights(options["init"], options)
+        config, weights = run.first(lambda: first_weights(options["init"], options))
     if config["stem"] == "auto":
         config["stem"] = "small" if ds.size < 64 and run.device.type == "cuda" else "imagenet"
     options["stem"] = config["stem"]
@@ -542,7 +544,7 @@ def main(**options):
             raise click.UsageError(
                 f"--stem imagenet on {ds.size} px needs --precision fp32 on a CPU, or take --stem small"
             )
-    keys = ("size", "smoke", "method", "backbone", "stem", "schedule", "batch", "seed", "preset", "protocol")
+    keys = ("size", "smoke", "method", "backbone", "stem", "schedule", "lr", "batch", "seed", "preset", "protocol")
     state = run.first(lambda: training.resume(path, "encoder", options, ds, keys))
     run.agree({"images": ds.fingerprint, "options": {name: options[name] for name in keys}})
     if state:

@@ -487,7 +487,9 @@ def embedding_command(network, data, seed, device, out):
     # Embed validation images, and as many generated ones where there is a generator.
     if state:
         run = training.start(device, seed=seed)
-        ds = dataset.open_dataset(data or state["data"]["data"], state["data"]["size"], "val")
+        how = {"preset": state["data"]["preset"] or "none"}
+        how |= {name: state["data"][name] for name in ("squash", "train_on_all")}
+        ds = dataset.open_dataset(data or state["data"]["data"], state["data"]["size"], "val", **how)
         training.check_images(state["data"], ds, network, "give --data")
         index = np.linspace(0, len(ds) - 1, min(POINTS, len(ds))).astype(int)
         images = (torch.from_numpy(ds.images[part]) for part in np.array_split(index, max(1, len(index) // 256)))
@@ -507,7 +509,7 @@ def embedding_command(network, data, seed, device, out):
             panels += label_panels(run.names, run.kind, torch.cat((labels[index], fake.y)).numpy())
     if len(h) < 10:
         raise click.ClickException(f"{len(index)} validation images are too few for a t-SNE")
-    points = metrics.tsne(h, dims=2, perplexity=min(30.0, (len(h) - 1) / 3))
+    points = metrics.tsne(h, dims=2, perplexity=metrics.perplexity_of(len(h)))
     write_figure(scatter(points.numpy(), panels[:6], "t-SNE of embeddings"), out or network.with_name("embedding.png"))
 
 

@@ -32,13 +32,15 @@ from torch import Tensor, nn
 import training
 from ops import bias_lrelu, conv2d, conv_transpose2d, freeze, no_weight_gradients, subspace_lrelu
 
+# As published:
 NOISE = 512  # width of the mapper's noise and of eps
 BASIS = 6  # basis vectors of a subspace
 BETA2 = 0.99  # of both Adams
 ORTH = 100.0  # weight of the penalty that keeps the bases orthonormal
-R1_EVERY = 16  # iterations
+R1_EVERY = 16  # iterations between R1 penalties (lazy regularisation, Karras et al. 2020)
 EMA_HALF_LIFE = 10_000  # images
-LOG_EVERY = 2_000  # images
+
+LOG_EVERY = 2_000  # images: a minute on a CPU, a second on a GPU
 
 # Settings by data, '' for any. None: by size, see `set_by_size`. squash, train_on_all: where no encoder.pt says so.
 PRESETS = {
@@ -268,7 +270,7 @@ class ConvNormLrelu(nn.Module):
 class GlobalDiscriminator(nn.Module):
     """x [B, 3, size, size] -> one logit per image, [B, 1]. Convolutions down to 4x4, as in EigenGAN.
 
-    width: channels at full size. labels > 0: y [B, labels] has a say, by the projection <V y, h> of the last features h
+    width: channels at full size. labels > 0: conditioned on y [B, labels] by the projection <V y, h> of the last features h
     (Miyato and Koyama 2018), which is D(x | y) with a shared trunk.
     """
 
@@ -369,13 +371,14 @@ def augment(x: Tensor, policy: str, p: float = 0.6) -> Tensor:
 
     x [B, 3, H, W] in [-1, 1] (colours may leave it) -> same shape, contiguous or channels_last.
     policy: comma list of color, translation, cutout, crop, or 'none'.
-    Each of the five is applied to the whole batch or not, with probability p; its strength is drawn for each image.
+    Each of the five is applied to the whole batch or not, with probability p (0.6 as published); its strength is drawn
+    for each image.
     crop: `training.random_crop` of at least 0.6 of the area comes first, always.
     On a GPU all five run, with no effect where the coin says so: the host need not know, and a CUDA graph can do it.
     """
     names = [] if policy == "none" else policy.split(",")
     if "crop" in names:
-        x = training.random_crop(x, 0.6)
+        x = training.random_crop(x, 0.6)  # as the encoder was shown real images of other data
     B, _, H, W = x.shape
     coins = torch.rand(5, device=x.device) < p
     u = torch.rand(7, B, 1, 1, 1, device=x.device, dtype=x.dtype)
@@ -688,7 +691,7 @@ class Trainer:
     def average(self, images: int) -> None:
         """Exponential moving average of the decoder's weights after `images` images.
 
-        Its half-life is EMA_HALF_LIFE images, or a fortieth of those seen, so that short runs forget their start too.
+        Its half-life is EMA_HALF_LIFE images, or 1/40 of those seen if that is less, so that short runs forget their start.
         """
         decay = 0.5 ** (self.options["batch"] / min(EMA_HALF_LIFE, images / 40))
         update = torch.optim.swa_utils.get_ema_multi_avg_fn(decay)
@@ -801,8 +804,8 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> Network:
 
     device, path = training.choose_device(device), Path(path).absolute()
     state = training.load(path, "gan")
-    if path.parent.name == "snapshots" and (path.parent.parent / "gan.pt").exists():  # snapshots are the decoder alone
-        state = training.load(path.parent.parent / "gan.pt", "gan") | state
+    if (run := training.run_folder(path)) != path.parent:  # snapshots are the decoder alone
+        state = training.load(run / "gan.pt", "gan") | state
     data, labels = state["data"], state.get("labels")
     with training.reading(path):
         names = data["label_names"] if labels else []
@@ -919,8 +922,9 @@ def introduction(trainer: Trainer, data, images: int, total: int) -> str:
 
 def lengths(preset: str, size: int) -> dict[str, int]:
     """Images that runs see by default and as published, for comparison with the length that is asked for."""
-    ours, paper = (rows[""] | rows.get(preset, {}) for rows in (PRESETS, PAPER))
-    named = {"the default": ours["kimg"] or default_kimg(size), "the published": paper["kimg"]}
+    named = {"the published": (PAPER[""] | PAPER.get(preset, {}))["kimg"]}
+    if preset not in ("afhq", "celeba"):  # whose default is the published one
+        named = {"the default": default_kimg(size)} | named
     return {f"{name} --kimg {kimg:g}": round(1000 * kimg) for name, kimg in named.items()}
 
 
@@ -945,30 +949,30 @@ OPTIONS = [
     click.option("--disc",          type=click.Choice(["global", "patch"]), default="global", help="Discriminator: one score per image, or one per patch."),
     click.option("--disc-layers",   metavar="N", type=click.IntRange(1, 8), help="Layers of --disc patch that halve the image.  [default: as many as leave 2x2 scores; 6 at 256 px]"),
     click.option("--per-class",     is_flag=True, help="One discriminator for each class, D(x | y); one-hot labels only."),
-    click.option("--projection/--no-projection", default=None, help="Let y have a say in the global discriminator: D(x | y) with a shared trunk.  [default: on; off with --per-class, --disc patch, --protocol paper]"),
-    click.option("--width",         metavar="N", type=click.IntRange(1, 512), help="Channels of the decoder and the global discriminator at full size.  [default: 32 up to 32 px, then 16, as published]"),
+    click.option("--projection/--no-projection", default=None, help="Condition the global discriminator on y by projection: D(x | y) with a shared trunk.  [default: on; off with --per-class, --disc patch, --protocol paper]"),
+    click.option("--width",         metavar="N", type=click.IntRange(1, 512), help="Channels of the decoder and the global discriminator at full size.  [default: 32 up to 32 px, then 16; --protocol paper: 16]"),
     click.option("--loss",          type=click.Choice(LOSSES), default="hinge", help="Adversarial loss; ns: non-saturating; hinge-v1, lsgan-published: as the published code has them."),
     click.option("--reg-every",     metavar="N", type=click.IntRange(0, 10**6), default=2, help="Iterations between classification regularisations; 0: never."),
     click.option("--reg-mode",      type=click.Choice(["separate", "joint"]), default="separate", help="Regularise by an update of its own, or in the adversarial one."),
     click.option("--reg-over",      type=click.Choice(["sum", "mean"]), help="Add up an image's attributes in the regularisation, or average them.  [default: sum; --protocol paper: mean]"),
-    click.option("--reg-augment",   metavar="LIST|none", help="Of the regularisation's images: color,translation,cutout,crop or some of them.  [default: crop; none for critters, fashion-mnist and --protocol paper]"),
+    click.option("--reg-augment",   metavar="LIST|none", help="Augmentation of generated images before the encoder sees them: color,translation,cutout,crop or some of them.  [default: crop; none for critters, fashion-mnist and --protocol paper]"),
     click.option("--reg-clip/--no-reg-clip", default=None, help="Limit a regularisation's gradient to N times the adversarial one's norm.  [default: on; --protocol paper: off]"),
     click.option("--reg-stretch",   metavar="X", type=click.FloatRange(1, 1e6), help="Scale a smaller gradient up to --reg-clip's limit, X times at most.  [default: 2; 1 for critters, fashion-mnist and --protocol paper]"),
     click.option("--orth",          type=click.Choice(["penalty", "exact", "none"]), default="penalty", help="How the bases U are kept orthonormal."),
     click.option("--r1",            metavar="W", type=click.FloatRange(0, 1e6), help="Weight of the gradient penalty; 0: none.  [default: by --penalty; r1r2: 0.5 up to 32 px, then 0.25; r1: 10, for patches 10 (size/256)^2]"),
-    click.option("--penalty",       type=click.Choice(["r1", "r1r2"]), help="Of D's gradient: r1: at real images, every 16th iteration, in an update of its own; r1r2: at real and generated images, in every step of D.  [default: r1r2; --disc patch, --protocol paper: r1]"),
-    click.option("--augment",       metavar="LIST|none", help="Of the discriminator's inputs: color,translation,cutout or some of them.  [default: all; none for critters and fashion-mnist]"),
+    click.option("--penalty",       type=click.Choice(["r1", "r1r2"]), help="Gradient penalty of D. r1: at real images, every 16th iteration, in an update of its own; r1r2: at real and generated images, in every step of D.  [default: r1r2; --disc patch, --protocol paper: r1]"),
+    click.option("--augment",       metavar="LIST|none", help="Augmentation of the discriminator's inputs: color,translation,cutout,crop or some of them.  [default: color,translation,cutout; none for critters and fashion-mnist, but under --protocol paper]"),
     click.option("--draw-y",        type=click.Choice(["data", "uniform"]), help="Labels of generated images: as they occur in the data, or classes alike and fair coins.  [default: data; --protocol paper: uniform]"),
     click.option("--blur/--no-blur", default=None, help="Blur the decoder's maps where their size has doubled, against patterns of dots.  [default: on; off for critters, fashion-mnist and --protocol paper]"),
     click.option("--start",         type=click.Choice(["he", "torch"]), help="First weights: at He et al.'s scale, with smooth upsampling, or PyTorch's.  [default: he; --protocol paper: torch]"),
     click.option("--unconditional", is_flag=True, help="Vanilla EigenGAN: no labels, no regularisation; needs no earlier stage."),
-    click.option("--lr",            metavar="RATE", type=click.FloatRange(0, 1e6, min_open=True), help="Learning rate of both Adams.  [default: 5e-4 up to 64 px, then 1e-4]"),
+    click.option("--lr",            metavar="RATE", type=click.FloatRange(0, 1e6, min_open=True), help="Learning rate of both Adams.  [default: 5e-4 up to 64 px, then 1e-4; --protocol paper: 1e-4]"),
     click.option("--beta1",         metavar="B", type=click.FloatRange(0, 1, max_open=True), help="Momentum of both Adams.  [default: 0; --disc patch, --protocol paper: 0.5]"),
     click.option("--lr-decay",      metavar="PART", type=click.FloatRange(0, 1), help="Over this last part of the run, the learning rate falls to 0.  [default: 0.5; --protocol paper: 0]"),
     click.option("--kimg",          metavar="KIMG", type=click.FloatRange(0, 1e6, min_open=True), help="Length in thousands of real images.  [default: 60 up to 64 px, then in proportion to the pixels; --protocol paper: 6400, celeba 12800]"),
     click.option("--graph",         type=click.Choice(["auto", "off"]), default="auto", help="Launch each update as one CUDA graph; auto: on one GPU, but not in fp16 or with --per-class."),
     click.option("--keep",          metavar="N", type=click.IntRange(1, 10**6), default=5, help="Snapshots to keep, the last ones, beside every tenth."),
-    click.option("--snap",          metavar="KIMG", type=click.FloatRange(0, 1e6, min_open=True), help="Thousands of images between snapshots.  [default: a sixth of --kimg]"),
+    click.option("--snap",          metavar="KIMG", type=click.FloatRange(0, 1e6, min_open=True), help="Thousands of images between snapshots.  [default: a sixth of --kimg; --protocol paper: 200]"),
 ]
 # fmt: on
 
@@ -981,6 +985,7 @@ FREE = {
     "graph",
     "outdir",
     "precision",
+    "tf32",
     "device",
     "workers",
     "resume",

@@ -254,7 +254,7 @@ def read_json(network: gan.Network, path: str | Path) -> tuple[Tensor | None, Te
 
 LEAST = 0.5  # standard deviations: what can just be seen in strips of critters
 AGREE = 0.8  # of the samples must move in the same direction: chance gives 64 samples that about once in a million
-READABLE = 0.85  # area under the ROC curve that the judge needs on a label to have a say on it
+READABLE = 0.85  # least area under the ROC curve, on real images, with which the judge names dimensions by a label
 NAMELESS = "no attribute"
 VISIBLE = 1 / 255  # mean change of the picture: below one level of 8 bits a dimension does nothing
 
@@ -366,11 +366,13 @@ def known_labels(run, split: str) -> tuple[list[str], Tensor]:
     data, columns = run.images[split], {}
     for _, names, y in control.known_labels(run, split):
         columns |= dict(zip(names, y.T, strict=True))
-    if data.data == "critters":
+    if data.data == "critters" and not data.train_on_all:
         drawn = [critters.factors(0, critters.OFFSETS[split] + i) for i in range(len(data))]
         for name, value in [item for group in FACTORS.values() for item in group.items()]:
             ranks = np.argsort(np.argsort([value(f) for f in drawn]))
             columns[name] = torch.from_numpy(ranks / (len(ranks) - 1)).float()
+    if not columns:
+        raise click.ClickException("the images have no labels to name dimensions by")
     return list(columns), torch.stack(list(columns.values()), 1)
 
 
@@ -385,9 +387,11 @@ def readers_of(run, seed: int, steps: int) -> tuple[dict[str, Reader], dict[str,
     names, targets = known_labels(run, "train")
     groups = [("multi-label", names, targets)]
     judge, _ = control.train_judge(run.train.images, groups, seed, run.world.device, steps, mirror=False)
-    split = "val" if len(run.images["val"]) >= 100 else "train"  # too few cannot tell what the judge reads
+    split, rows = "val", np.arange(len(run.images["val"]))
+    if len(rows) < 100:  # too few to tell what the judge reads: those that it did not learn from
+        split, rows = "train", np.sort(control.hold_out(np.random.default_rng([seed, 3]), len(targets))[0])
     data, (_, truth) = run.images[split], known_labels(run, split)
-    rows = np.linspace(0, len(data) - 1, min(1000, len(data))).astype(int)
+    rows = rows[np.linspace(0, len(rows) - 1, min(1000, len(rows))).astype(int)]
     real = [torch.from_numpy(data.images[part]) for part in np.array_split(rows, -(-len(rows) // 64))]
 
     with torch.inference_mode():

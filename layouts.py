@@ -95,7 +95,7 @@ def recognise(root: Path | None) -> str:
     root, files, folders = list_files(root)
     base = base_names(files)
     if idx_name("train-images-idx3-ubyte", base):
-        return "fashion-mnist" if idx_classes(root, base) == FASHION else ""
+        return "fashion-mnist" if idx_classes(root, base)[0] == FASHION else ""
     if found := find_celeba(base):
         folder, table = found
         names, _ = celeba_header(root, table, read_rows(root, table))
@@ -241,6 +241,10 @@ def complete_splits(root: Path, source: Source) -> None:
         fail(f"{root}: no images are left for train or val; each class needs at least two")
     if source.classes and (missing := set(class_of.tolist()) - set(class_of[splits == "train"].tolist())):
         fail(f"{root}: class {source.classes[min(missing)]} has no training images: add some or remove it")
+    # Tables may name more classes than they use, which is seldom meant.
+    source.notes += [
+        f"no image is of the class {source.classes[c]}" for c in range(len(source.classes)) if c not in class_of
+    ]
     source.splits = splits.tolist()
 
 
@@ -265,7 +269,7 @@ def scan_folders(root: Path, images: list[str], folders: list[str], top: str, hi
     parts = [tuple(nfc(name[len(top) :]).split("/")) for name in images]
     for name, p in zip(images, parts, strict=True):
         if len(p) < at + 2:
-            fail(f"{root / name} has no label, as it is in no class folder: understood are {UNDERSTOOD}{hints}")
+            fail(f"{root / name} is in no class folder, so it has no label; the layouts are {UNDERSTOOD}{hints}")
     # Classes are folders, not what images are in: an empty one is a mistake that would shift all class numbers.
     found = {p for p in below if len(p) == at + 1}
     for p in sorted(found - {p[: at + 1] for p in parts}):
@@ -508,7 +512,7 @@ def scan_json(root: Path, images: list[str], top: str) -> Source:
         label = cells[0]
         if kind not in (int, list) or type(label) is not kind or (kind is int and not 0 <= label < len(names)):
             needed = f"a class from 0 to {len(names) - 1}" if kind is int else "a class, or a list of 0 and 1"
-            fail(f"{where}: {label!r:.60} is no label: needed is {needed}, and all of one kind")
+            fail(f"{where}: {label!r:.60} is no label: give {needed}, the same kind for every image")
         if kind is int:
             return label
         if not label or len(label) != len(names):
@@ -537,10 +541,17 @@ def idx_name(name: str, base: dict[str, str]) -> str | None:
     return base.get(name) or base.get(name + ".gz")
 
 
-def idx_classes(root: Path, base: dict[str, str]) -> list[str]:
-    """Names of the ten classes: other sets come under the same file names, so what their folder is called tells."""
-    folders = (root.resolve() / idx_name("train-images-idx3-ubyte", base)).parts
-    return [str(i) for i in range(10)] if {"mnist", "kmnist", "qmnist"} & {p.lower() for p in folders} else FASHION
+def idx_classes(root: Path, base: dict[str, str]) -> tuple[list[str], list[str]]:
+    """Names of the ten classes, and a note where they are a guess.
+
+    Other sets come under the same file names: the innermost folder or zip called after one of them tells which it is.
+    """
+    for part in reversed((root.resolve() / idx_name("train-images-idx3-ubyte", base)).parts):
+        if "fashion" in part.lower():
+            return FASHION, []
+        if "mnist" in part.lower():
+            return [str(i) for i in range(10)], []
+    return FASHION, ["taken for Fashion-MNIST; if they are digits, rename the folder to mnist"]
 
 
 def scan_idx(root: Path, base: dict[str, str]) -> Source:
@@ -564,7 +575,8 @@ def scan_idx(root: Path, base: dict[str, str]) -> Source:
         splits += [split] * len(x)
         labels += y.tolist()
         tables += [images, numbers]
-    return Source(keys, splits, idx_classes(root, base), labels, tables=tables)
+    names, notes = idx_classes(root, base)
+    return Source(keys, splits, names, labels, tables=tables, notes=notes)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

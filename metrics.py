@@ -509,7 +509,7 @@ def frechet_distance(mean1: np.ndarray, cov1: np.ndarray, mean2: np.ndarray, cov
         return a
 
     product = factor(cov1).T @ factor(cov2)
-    if min(product.shape) <= 256:
+    if min(product.shape) <= 256:  # the more exact way, while it is cheap
         trace = scipy.linalg.svdvals(product).sum() if product.size else 0.0
     else:
         gram = product @ product.T if product.shape[0] <= product.shape[1] else product.T @ product
@@ -524,7 +524,7 @@ class InceptionScore:
     An image's split comes from the permutation that torch-fidelity draws, so the two agree.
     """
 
-    def __init__(self, n: int, splits: int = 10, seed: int = 2020):
+    def __init__(self, n: int, splits: int = 10, seed: int = 2020):  # torch-fidelity's seed
         if n < splits:
             raise click.ClickException(f"IS needs at least {splits} images, one a split; there are {n}")
         order = np.random.RandomState(seed).permutation(n)
@@ -679,9 +679,9 @@ def neighbourhoods(d: Tensor, first: int, perplexity: float) -> None:
     d -= d.amin(1, keepdim=True)
     d[own] = 0
     log_beta = -d.mean(1, keepdim=True).clamp(min=1e-30).log()
-    low, high = log_beta - 40, log_beta + 40
-    for _ in range(60):
-        beta = log_beta.clamp(max=80).exp()  # where all points are one
+    low, high = log_beta - 40, log_beta + 40  # a factor of 10^17 either way
+    for _ in range(60):  # enough for bisection alone; Newton's method takes a handful
+        beta = log_beta.clamp(max=80).exp()  # exp(89) overflows: where all points are one
         e = torch.exp(-beta * d)
         e[own] = 0
         total = e.sum(1, keepdim=True)
@@ -946,7 +946,7 @@ def measure_chamfer(name: str, clouds: Callable, seeds: Sequence[int], points: i
 
 def draw_clouds(real: Tensor, images: Tensor, points: int, seed: int) -> tuple[Tensor, Tensor, Tensor | None]:
     """`points` of the features of each of two sets; others of `real`, where there are enough of them, for the floor."""
-    draw = np.random.default_rng([seed, 4])
+    draw = np.random.default_rng([seed, 4])  # the second number keeps draws for other purposes apart
     images, real = (f[draw.permutation(len(f))[: 2 * points]] for f in (images, real))
     return real[:points], images[:points], real[points:] if len(real) == 2 * points else None
 
@@ -954,7 +954,7 @@ def draw_clouds(real: Tensor, images: Tensor, points: int, seed: int) -> tuple[T
 # ---------------------------------------------------------------------------------------------------------------------
 # The command.
 
-# How much is looked at by default. num: images a side for FID, IS and KID, with Inception `inception`; points: images a
+# How much is looked at by default: on a GPU as is usual, on a CPU what takes some minutes. num: images a side for FID, IS and KID, with Inception `inception`; points: images a
 # side for chamfer, seeds: of it; control: images for attribute control and information; each: images of one y for
 # diversity; judge: its training steps; imagenet: images for is_published.
 AMOUNTS = {
@@ -1059,11 +1059,11 @@ def measure_fidelity(options: dict, amounts: dict, need: set, run, world: World,
     results["n"] = moments.n
     if "is" in need:
         results["is"], results["is_std"] = scores.value()
-    compared = need & {"fid", "kid", "pr", "spectrum", "chamfer"}
+    compared = need & ({"fid", "kid", "pr", "spectrum"} | (set() if run else {"chamfer"}))
     if compared and real is None:
         theirs, named = load_stats(reference, features)
         if not named:
-            notes.append(f"{reference} does not name its network and resize: taken to be these")
+            notes.append(f"{reference} does not name its network and resize: assumed to be the ones used here")
     elif compared:
         theirs, _, kept_real = measure(real, look_real, world, "reference", keep=keep)
         if options["save_stats"]:
@@ -1087,11 +1087,11 @@ def measure_fidelity(options: dict, amounts: dict, need: set, run, world: World,
         if subset < max(len(kept), len(kept_real)):  # else all subsets are the same
             results[f"{name}_std"] = std
     if "pr" in need:
+        n = results["pr_n"] = min(MOST, len(kept), len(kept_real))  # both sides alike: both numbers depend on it
         parts = (
-            f[np.random.default_rng([seed, 7]).permutation(len(f))[:MOST]].to(world.device) for f in (kept_real, kept)
+            f[np.random.default_rng([seed, 7]).permutation(len(f))[:n]].to(world.device) for f in (kept_real, kept)
         )
         results["precision"], results["recall"] = precision_recall(*parts)
-        results["pr_n"] = min(MOST, len(kept), len(kept_real))
     if "spectrum" in need:
         fake, true = (world.joined(spectrum).nyquist() for spectrum in spectra)
         results |= {f"nyquist_{way}": a / b for way, a, b in zip("hv", fake, true, strict=True) if b > 0}
@@ -1156,15 +1156,15 @@ def evaluate(options: dict, world: World) -> dict:
 LINES = (
     ("fid", "FID", "{:.4f}", "lower is better"),
     ("fd", "FD", "{:.4f}", "lower is better; {by} in place of Inception"),
-    ("is", "IS", "{:.4f}", "+- {is_std:.4f} over 10 splits; by the network above"),
+    ("is", "IS", "{:.4f}", "+- {is_std:.4f} over 10 splits; class probabilities of the network above"),
     ("is_published", "IS as published", "{:.4f}", "ImageNet's classes, {is_published_n:,} images, one split"),
     ("kid", "KID", "{:.6f}", "{kid_spread}"),
     ("kd", "KD", "{:.6f}", "{kd_spread}; kernel distance, unbiased"),
-    ("precision", "precision", "{:.4f}", "part of the generated images among the real, {pr_n:,} + {pr_n:,}"),
-    ("recall", "recall", "{:.4f}", "part of the real images among the generated"),
+    ("precision", "precision", "{:.4f}", "share of generated images inside the real manifold, {pr_n:,} + {pr_n:,}"),
+    ("recall", "recall", "{:.4f}", "share of real images inside the generated manifold"),
     ("nyquist_h", "Nyquist power across", "{:.2f}", "times that of the real images: far above 1 is a checkerboard"),
     ("nyquist_v", "Nyquist power down", "{:.2f}", ""),
-    ("chamfer", "t-SNE Chamfer", "{:.3f}", "+- {chamfer_std:.3f}; mean both ways, {chamfer_n:,} + {chamfer_n:,} images, seeds {seeds}"),
+    ("chamfer", "t-SNE Chamfer", "{:.3f}", "+- {chamfer_std:.3f}; mean squared distance to the nearest, both ways, {chamfer_n:,} + {chamfer_n:,} images, seeds {seeds}"),
     ("chamfer_floor", "  real against real", "{:.3f}", "+- {chamfer_floor_std:.3f}"),
     ("chamfer_sum", "t-SNE Chamfer, sum", "{:.1f}", "+- {chamfer_sum_std:.1f}; real to generated, {chamfer_sum_n:,} + {chamfer_sum_n:,} images, seeds {seeds}"),
     ("chamfer_sum_floor", "  real against real", "{:.1f}", "+- {chamfer_sum_floor_std:.1f}"),
@@ -1183,7 +1183,7 @@ LINES = (
 
 def report(r: dict) -> str:
     """The results as text, for a run with the table of its attribute control."""
-    lines = [r["network"] if "network" in r else f"{r['images']} against {r.get('reference')}"]
+    lines = [r.get("network") or " against ".join(r[side] for side in ("images", "reference") if side in r)]
     if "features" in r:
         against = f", against {r['reference']}" if "network" in r else ""
         file = f" of {r['features_file']}" if "features_file" in r else ""
@@ -1214,13 +1214,13 @@ OPTIONS = [
     click.option("--reference", metavar="DIR|NPZ", help="What to score --images against: a folder, or statistics."),
     click.option("--metrics", metavar="A,B,...", help=f"Some of {', '.join(METRICS)}.  [default: those that apply, is_published and chamfer_sum with --protocol paper only]"),
     click.option("--json", "json_file", metavar="FILE", help="Write the results as one JSON object (several runs: keyed by file)."),
-    click.option("--features", metavar="auto|inception|judge|encoder|FILE", default="auto", help="Network of FID, IS, KID and pr. judge: trained on the real images alone; encoder: the run's own, which the generator was trained through; FILE: of that encoder.pt or gan.pt. auto: Inception if it can be had, else the judge."),
+    click.option("--features", metavar="auto|inception|judge|encoder|FILE", default="auto", help="Network of FID, IS, KID and pr. judge: trained on the real images alone; encoder: the run's own, which the generator was trained through; FILE: of that encoder.pt or gan.pt. auto: Inception if its weights are there or can be fetched, else the judge, else the encoder."),
     click.option("--inception", metavar="FILE", help="The Inception weights, if not to be downloaded."),
     click.option("--imagenet-inception", metavar="FILE", help="Weights of torchvision's Inception v3, for is_published, if not to be downloaded."),
     click.option("--protocol", type=click.Choice(["paper", "ours"]), help="paper: FID of as many generated as real images, IS, Chamfer and control accuracy as published.  [default: the run's]"),
     click.option("--resize", type=click.Choice(["torch", "tf", "clean"]), default="torch", help="To 299 px as pytorch-fid, torch-fidelity or clean-fid does."),
     click.option("--num", metavar="N", type=click.IntRange(2, 10**7), help="Images a side.  [default: folders all; runs 50,000, on CPUs 5,000, with Inception 1,000]"),
-    click.option("--points", metavar="N", type=click.IntRange(FEWEST, 25_000), help="Images a side for Chamfer.  [default: 6,400; chamfer on CPUs 500]"),
+    click.option("--points", metavar="N", type=click.IntRange(FEWEST, 25_000), help="Images a side for Chamfer, at most 25,000: t-SNE's affinities are 10 GB then.  [default: 6,400; chamfer on CPUs 500]"),
     click.option("--kid-subset", metavar="N", type=click.IntRange(2, 10**5), help="Images in a subset of KID.  [default: 1,000, or all if fewer]"),
     click.option("--max-pixels", metavar="N", type=click.IntRange(1), default=MAX_PIXELS, help="Largest picture that is read; memory grows with it."),
     click.option("--save-stats", metavar="NPZ", help="Keep the statistics of the reference here."),
@@ -1275,8 +1275,9 @@ def main(network: tuple[str, ...], json_file: str | None, **options) -> None:
             stream.reconfigure(errors="backslashreplace")
     if bool(network) == bool(options["images"]) or bool(network and options["reference"]):
         raise click.UsageError("give either --network FILE, or --images DIR and --reference DIR|NPZ")
-    if options["data"] and not network:
-        raise click.UsageError("--data goes with --network")
+    for name in ("data", "protocol"):
+        if options[name] and not network:
+            raise click.UsageError(f"--{name} goes with --network")
     if len(network) > 1 and options["save_stats"]:
         raise click.UsageError("--save-stats takes one --network")
     if options["images"] and not options["reference"] and options["metrics"] != "is":

@@ -62,6 +62,7 @@ class Generated:
 
     def batches(self, blocks: Sequence[np.ndarray]) -> Iterator[Tensor]:
         for block in blocks:
+            # A prime far above the usual n: the images of two seeds are other ones.
             seeds = [(self.seed * 1_000_003 + int(i)) % 2**31 for i in block]
             yield training.to_uint8(self.net.generate(None if self.y is None else self.y[block], seeds))
 
@@ -157,7 +158,7 @@ class Run:
     """
 
     def __init__(self, path: str, world, moved: str | None = None):
-        self.net, self.folder, self.world = gan.load(path, world.device), Path(path).parent, world
+        self.net, self.folder, self.world = gan.load(path, world.device), training.run_folder(path), world
         self.kind, self.names, self.real = self.net.label_kind, self.net.label_names, self.net.real_labels
         data = self.net.data
         self.judges: dict[tuple[int, int], tuple] = {}  # what control.load_judge found, by seed and steps
@@ -250,7 +251,7 @@ class Run:
     def choose(self, need: set[str], by_default: bool, fewest: int, notes: list[str]) -> set[str]:
         """Those of the possible metrics to measure; why others are left out is added to `notes`.
 
-        by_default: the user named none. fewest: images a side that t-SNE needs.
+        by_default: whether the user named none. fewest: images a side that t-SNE needs.
         """
         chamfer = {"chamfer", "chamfer_sum"}
         if len(self.train) < 2 * fewest and need & chamfer:
@@ -340,7 +341,7 @@ class Spectrum:
         return look
 
     def nyquist(self) -> tuple[float, float]:
-        """Power at the highest frequency across, and down: of stripes two pixels wide."""
+        """Power at the highest frequency across, and down: of stripes with a period of two pixels."""
         power = self.power / self.n
         half = len(power) // 2
         return power[:, half].sum().item(), power[half].sum().item()
@@ -369,8 +370,10 @@ def control_table(r: dict, columns: int = 5) -> list[str]:
 
 
 def compare(results: Sequence[dict]) -> str:
-    """Several runs as one table, a row each, named by their folders."""
-    names = [Path(r["network"]).absolute().parent.name for r in results]
+    """Several runs as one table, a row each, named by their folders, snapshots by their files too."""
+    paths = [Path(r["network"]).absolute() for r in results]
+    folders = [training.run_folder(p) for p in paths]
+    names = [f.name if f == p.parent else f"{f.name}/{p.stem}" for f, p in zip(folders, paths, strict=True)]
     distance = "fd" if any("fd" in r for r in results) else "fid"
     kernel = "kd" if distance == "fd" else "kid"
     columns = (

@@ -61,18 +61,18 @@ class FilePath(click.Path):
         return super().convert(value, *where)
 
 
-# The upper bounds are far above what anybody trains: they tell a slip of the keyboard before it costs time or memory.
+# The upper bounds are far above what anybody trains: they catch a typo before it costs time or memory.
 # fmt: off
 OPTIONS = [
     click.option("--data",      metavar="NAME|PATH", type=FilePath(), default="critters", help="critters, afhq, celeba, fashion-mnist, or a path to a folder or zip."),
     click.option("--outdir",    metavar="DIR", type=FilePath(), help="Where results go.  [default: runs/<data name>]"),
     click.option("--preset",    metavar="NAME|none", help="Settings of critters, afhq, celeba or fashion-mnist.  [default: those of the data, where it is recognised]"),
     click.option("--protocol",  type=click.Choice(["paper", "ours"]), help="paper: every setting as published; each can still be overridden by its own option.  [default: paper for afhq and celeba]"),
-    click.option("--size",      metavar="PIXELS", type=click.IntRange(SIZES[0], SIZES[-1]), help="Image size, a power of two.  [default: by data, on CPUs at most 64]"),
-    click.option("--batch",     metavar="N", type=click.IntRange(2, 2**16), help="Images per step, over all processes.  [default: by data; gan.py: 16 up to 64 px, then 32; --protocol paper: 32, celeba: encoder.py 128, gan.py 64]"),
+    click.option("--size",      metavar="PIXELS", type=click.IntRange(SIZES[0], SIZES[-1]), help="Image size, a power of two.  [default: the preset's; of other data, what the images allow, at most 256, on CPUs 64]"),
+    click.option("--batch",     metavar="N", type=click.IntRange(2, 2**16), help="Images per step, over all processes.  [default: by data; gan.py: 16 up to 64 px, then 32; --protocol paper: 32, celeba: encoder.py 128, gan.py 64; classifier.py 256]"),
     click.option("--init",      metavar="FILE", type=FilePath(), help="Checkpoint to take the network's first weights from."),
     click.option("--seed",      metavar="N", type=click.IntRange(0, 2**32 - 1), default=0, help="Seed of everything random."),
-    click.option("--precision", type=click.Choice(["auto", "fp32", "bf16", "fp16"]), default="auto", help="auto: bf16 where a GPU has it or a CPU multiplies matrices in it (AMX); else fp16 on GPUs, fp32 on CPUs (the encoder's below 64 px always)."),
+    click.option("--precision", type=click.Choice(["auto", "fp32", "bf16", "fp16"]), default="auto", help="auto: bf16 if the GPU has it or the CPU has AMX; else fp16 on GPUs, fp32 on CPUs (for encoder.py below 64 px always)."),
     click.option("--tf32/--no-tf32", default=None, help="Let GPUs multiply fp32 matrices in TF32: faster, and 1,000 times less exact.  [default: in convolutions, with bf16 and fp16]"),
     click.option("--device",    metavar="DEVICE", default="auto", help="cpu, cuda, cuda:1; auto: cuda if there is one."),
     click.option("--workers",   metavar="N", type=click.IntRange(0, 256), default=1, help="Threads that prepare batches; 0: none."),
@@ -266,7 +266,10 @@ class Run:
         return int(asked)
 
     def first(self, action: Callable[[], object]) -> object:
-        """action() of the first process, in all of them: only it need have the files. So are its errors for the user."""
+        """Run action() in the first process and return its result in all of them: only that one needs the files.
+
+        A click.ClickException of it is raised in all of them.
+        """
         if self.world == 1:
             return action()
         box: list = [None]
@@ -328,7 +331,7 @@ def gradient_norm(parameters: Iterable[torch.nn.Parameter]) -> torch.Tensor:
 
 
 class Stepper:
-    """An optimiser with its loss scaler. A gradient that is not finite is not taken: the update is skipped and counted.
+    """An optimiser with its loss scaler. If a gradient is not finite, the update is skipped and counted.
 
     Nothing here waits for the device; `skipped` [] and `steps` [] are counted there, for `check_finite`.
     """
@@ -405,7 +408,8 @@ def load_adam(optimizer: torch.optim.Optimizer, state: dict, parameters: int) ->
 def check_finite(steppers: Iterable[Stepper], images: int, options: dict) -> None:
     """Raise click.ClickException if training has diverged: too many of the last gradients were not finite.
 
-    Too many are 20 and a fifth of all, counted over a hundred steps and more. In fp16, 16 bring the loss scale to 1.
+    Too many: at least 20, and a fifth of the steps since the last count, which is of 100 steps or more. In fp16 a run may
+    skip 16 at its start, until the loss scale has come down from 65,536 to 1.
     """
     for stepper in steppers:
         skipped, steps = int(stepper.skipped), int(stepper.steps)
@@ -773,6 +777,12 @@ def save_snapshot(path: Path, state: dict, keep: int, every: int) -> None:
     for p, n, before in zip(found[:-keep], images, [0, *images], strict=False):
         if n // every == before // every:
             p.unlink(missing_ok=True)
+
+
+def run_folder(path: str | Path) -> Path:
+    """The folder of the run that a gan.pt or one of its snapshots belongs to."""
+    above = Path(path).absolute().parent
+    return above.parent if above.name == "snapshots" and (above.parent / "gan.pt").exists() else above
 
 
 def previous(path: Path) -> Path:

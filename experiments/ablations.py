@@ -48,26 +48,26 @@ def alive(network: gan.Network, images: int = 64, least: float = 0.02) -> int:
 
 
 def measured(run: Path, row: str, seed: int, kimg: float) -> dict:
-    """The metrics of a variant, trained and measured now unless its folder has them, of the same encoder."""
-    encoder = training.load(run / "encoder.pt", "encoder")
-    folder, of = (
-        run / "ablations" / f"{row.strip('-') or 'recipe'}-{kimg:g}-{seed}",
-        training.fingerprint(encoder["model"]),
-    )
-    done = folder / "metrics.json"
-    if done.exists():
-        found = json.loads(done.read_text())
-        if found["encoder"] == of:
-            return found
+    """The metrics of a variant, trained and measured now unless its folder has them, of the same earlier stages."""
+    encoder, classifier = (training.load(run / f"{stage}.pt", stage) for stage in ("encoder", "classifier"))
+    folder = run / "ablations" / f"{row.strip('-') or 'recipe'}-{kimg:g}-{seed}"
+    stages = [training.fingerprint(stage["model"]) for stage in (encoder, classifier)]
+    done, begun = folder / "metrics.json", folder / "stages.json"
+    if begun.exists() and json.loads(begun.read_text()) != stages:
         shutil.rmtree(folder)
+    if done.exists() and begun.exists():
+        return json.loads(done.read_text())
     folder.mkdir(parents=True, exist_ok=True)
+    begun.write_text(json.dumps(stages))
     for name in ("encoder.pt", "classifier.pt"):
         shutil.copy(run / name, folder)
-    how = ["--data", encoder["data"]["data"], "--outdir", folder, "--kimg", kimg, "--seed", seed, "--protocol", "ours"]
+    data = encoder["data"]
+    how = ["--data", data["data"], "--preset", data["preset"] or "none", "--size", data["size"], "--outdir", folder]
+    how += ["--kimg", kimg, "--seed", seed, "--protocol", "ours"]
     asked = ["--network", folder, "--features", "judge", "--metrics", METRICS, "--json", folder / "m.json"]
     for command in (["gan.py", *how, *shlex.split(row)], ["metrics.py", *asked]):
         subprocess.run([sys.executable, *map(str, command)], cwd=ROOT, check=True)
-    found = json.loads((folder / "m.json").read_text()) | {"alive": alive(gan.load(folder / "gan.pt")), "encoder": of}
+    found = json.loads((folder / "m.json").read_text()) | {"alive": alive(gan.load(folder / "gan.pt"))}
     for left in (*folder.glob("*.pt"), *folder.glob("snapshots/*.pt"), folder / "m.json"):
         if left.name != "gan.pt":  # which has all
             left.unlink()
@@ -81,7 +81,9 @@ def cell(values: list[float], form: str, by: float = 1.0) -> str:
     return f"{form.format(np.mean(values))} +- {form.format(sd)}"
 
 
-@click.command(help=__doc__, context_settings=dict(ignore_unknown_options=True, show_default=True))
+@click.command(
+    help=__doc__.replace("\n\n", "\n\n\b\n", 1), context_settings=dict(ignore_unknown_options=True, show_default=True)
+)
 @click.option(
     "--run",
     type=click.Path(path_type=Path, exists=True),

@@ -28,12 +28,13 @@ def bias_lrelu(
     Returns y in the shape, dtype and memory format of x. Differentiable to any order with respect to x and bias, and
     every order is fused. No atomics: the same input gives the same bits. torch.compile sees a single operator.
 
-    Raises ValueError for shapes and TypeError for dtypes that do not fit, RuntimeError with the reason if the
-    implementation asked for cannot run.
+    Raises ValueError for shapes and devices and TypeError for dtypes that do not fit, RuntimeError with the reason if
+    the implementation asked for cannot run.
     """
-    if x.ndim not in (2, 4) or bias.ndim != 1 or len(bias) != x.shape[1]:
+    if x.ndim not in (2, 4) or bias.ndim != 1 or len(bias) != x.shape[1] or bias.device != x.device:
         raise ValueError(
-            f"bias_lrelu needs x [B, C, H, W] or [B, C] and bias [C], got {[*x.shape]} and {[*bias.shape]}"
+            "bias_lrelu needs x [B, C, H, W] or [B, C] and bias [C] on one device, "
+            f"got {[*x.shape]} on {x.device} and {[*bias.shape]} on {bias.device}"
         )
     if x.dtype not in DTYPES or not bias.is_floating_point():
         raise TypeError(f"bias_lrelu needs floating-point tensors, got {x.dtype} and {bias.dtype}")
@@ -130,7 +131,7 @@ class _DoubleBackward(torch.autograd.Function):
         return dx, db if ctx.bias else None, None, None, None
 
 
-# What runs. Eager calls go straight to it and save the operator's overhead, torch.compile needs the operator.
+# What runs. Eager calls skip the custom operator and its overhead; torch.compile needs it.
 
 
 def _forward(*arguments):

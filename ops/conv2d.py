@@ -56,7 +56,7 @@ def conv2d(
     """
     x, weight, bias = _autocast(x, weight, bias)
     impl = _choose(impl, x.device.type)
-    if impl == "ref" or torch.compiler.is_compiling():
+    if impl == "ref" or torch.compiler.is_compiling() or not _fit(x, weight, bias, weight.shape[1::-1]):
         return F.conv2d(x, weight, bias, stride, padding)
     if impl == "cpp":
         _check_cpp(x, weight, _out(x, weight, stride, padding), stride, padding, False)
@@ -73,7 +73,7 @@ def conv_transpose2d(
     """
     x, weight, bias = _autocast(x, weight, bias)
     impl = _choose(impl, x.device.type)
-    if impl == "ref" or torch.compiler.is_compiling():
+    if impl == "ref" or torch.compiler.is_compiling() or not _fit(x, weight, bias, weight.shape[:2]):
         return F.conv_transpose2d(x, weight, bias, stride, padding, output_padding)
     out = [(s - 1) * stride - 2 * padding + weight.shape[2] + output_padding for s in x.shape[2:]]
     if impl == "cpp":
@@ -99,8 +99,14 @@ def no_weight_gradients():
 _weight_gradients = True
 
 
+def _fit(x, weight, bias, channels):
+    """Whether these go together, with `channels` in and out. If not, PyTorch says why; C++ would read beyond them."""
+    fit = x.ndim == weight.ndim == 4 and x.shape[1] == channels[0] and x.device == weight.device
+    return fit and (bias is None or (bias.shape == channels[1:] and bias.dtype == x.dtype and bias.device == x.device))
+
+
 def _choose(impl, device):
-    """'ref' for F.conv2d itself; else who computes under our derivatives: 'cpp', 'auto' (C++ if faster) or 'torch'."""
+    """'ref' for F.conv2d itself; else the backend within our derivatives: 'cpp', 'auto' (C++ if faster) or 'torch'."""
     if impl not in ("auto", "ref", "cpp"):
         raise ValueError(f"impl must be auto, ref or cpp for a convolution, got {impl!r}")
     if impl == "auto" and device != "cpu":

@@ -32,13 +32,15 @@ def subspace_lrelu(
     bias. The first order is fused and skips what needs no gradient; higher orders are composed of PyTorch ops. No
     atomics: the same input gives the same bits. torch.compile sees a single operator.
 
-    Raises ValueError for shapes and TypeError for dtypes that do not fit, RuntimeError with the reason if the
-    implementation asked for cannot run.
+    Raises ValueError for shapes and devices and TypeError for dtypes that do not fit, RuntimeError with the reason if
+    the implementation asked for cannot run.
     """
     fits = h.ndim == 4 and coef.ndim == 2 and len(coef) == len(h) and bias.ndim == 1 and len(bias) == h.shape[1]
+    fits = fits and h.device == coef.device == maps.device == bias.device
     if not fits or maps.shape != (coef.shape[1], *h.shape[1:]):
-        shapes = ", ".join(str([*t.shape]) for t in (h, coef, maps, bias))
-        raise ValueError(f"subspace_lrelu needs h [B, C, H, W], coef [B, K], maps [K, C, H, W], bias [C], got {shapes}")
+        got = ", ".join(f"{[*t.shape]} on {t.device}" for t in (h, coef, maps, bias))
+        needed = "h [B, C, H, W], coef [B, K], maps [K, C, H, W], bias [C] on one device"
+        raise ValueError(f"subspace_lrelu needs {needed}, got {got}")
     if h.dtype not in DTYPES or not (
         coef.is_floating_point() and maps.is_floating_point() and bias.is_floating_point()
     ):
@@ -140,7 +142,7 @@ class _Backward(torch.autograd.Function):
         return (q * m).to(g.dtype), None, to_coef, to_maps, None, None, None, None, None
 
 
-# What runs. Eager calls go straight to it and save the operator's overhead, torch.compile needs the operator.
+# What runs. Eager calls skip the custom operator and its overhead; torch.compile needs it.
 
 
 def _forward(*arguments):

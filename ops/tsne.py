@@ -1,8 +1,9 @@
 """What takes the time in exact t-SNE: tsne_forces(p, y, dims), the forces of one iteration in one pass over P,
 and tsne_neighbourhoods(d, first, perplexity), which makes the rows of P out of squared distances.
 
-With the affinities P of the data and the kernel q(y_i, y_j) of the points, t-SNE (van der Maaten and Hinton 2008) pulls
-by P and pushes by q / sum q. The first op returns what both are made of. It has three implementations: the PyTorch
+With the affinities P of the data and the kernel q(y_i, y_j) of the points, the gradient of t-SNE (van der Maaten and
+Hinton 2008) is an attraction weighted by P less a repulsion weighted by q / sum q. The first op returns both sums and
+sum q. It has three implementations: the PyTorch
 reference, Triton for NVIDIA GPUs (below) and C++ for the CPU (tsne.cpp), which computes each pair of points once. None
 makes anything of size [N, N]. The second op runs once, so a GPU takes the reference.
 """
@@ -40,8 +41,11 @@ def tsne_forces(
     the implementation asked for cannot run.
     """
     n = y.shape[-1]
-    if y.ndim != 2 or len(y) != 3 or p.shape != (n, n):
-        raise ValueError(f"tsne_forces needs p [N, N] and y [3, N], got {[*p.shape]} and {[*y.shape]}")
+    if y.ndim != 2 or len(y) != 3 or p.shape != (n, n) or p.device != y.device:
+        raise ValueError(
+            "tsne_forces needs p [N, N] and y [3, N] on one device, "
+            f"got {[*p.shape]} on {p.device} and {[*y.shape]} on {y.device}"
+        )
     if dims not in (2, 3):
         raise ValueError(f"tsne_forces knows dims 2 and 3, got {dims}")
     if p.dtype != y.dtype or y.dtype not in ((torch.float32, torch.float64) if impl == "ref" else (torch.float32,)):
@@ -120,9 +124,9 @@ def tsne_neighbourhoods(d: torch.Tensor, first: int, perplexity: float, impl: st
     d[own] = 0
     # Start where the mean distance counts as one, with brackets far around it.
     log_beta = -d.mean(1, keepdim=True).clamp(min=1e-30).log()
-    low, high = log_beta - 40, log_beta + 40
-    for _ in range(60):
-        beta = log_beta.clamp(max=80).exp()  # ends where all points are one
+    low, high = log_beta - 40, log_beta + 40  # a factor of 10^17 either way
+    for _ in range(60):  # enough for bisection alone; Newton's method takes a handful
+        beta = log_beta.clamp(max=80).exp()  # exp(89) overflows: where all points are one
         e = torch.exp(-beta * d)
         e[own] = 0
         total = e.sum(1, keepdim=True)

@@ -1,6 +1,7 @@
 """The convolutions of ops against PyTorch's in float64, to second order; what is chosen or refused; frozen networks."""
 
 import collections
+import contextlib
 import importlib
 import itertools
 import sys
@@ -225,6 +226,24 @@ def test_what_is_refused():
         conv2d(x, weight, impl="cpp")
     with pytest.raises(RuntimeError, match="needs channels_last"):
         conv_transpose2d(x.contiguous(), weight[:, :, :3, :3], impl="cpp")
+
+
+@pytest.mark.parametrize("impl", ["auto", "cpp"])
+@pytest.mark.parametrize("conv", [conv2d, conv_transpose2d])
+def test_what_does_not_go_together_is_left_to_pytorch(conv, impl, monkeypatch):
+    monkeypatch.setattr(module, "c_function", lambda *a: pytest.fail("C++ would read beyond these"))
+    x, weight, bias = (randn(*s, dtype=torch.float32).detach() for s in ((1, 32, 16, 16), (32, 32, 3, 3), (32,)))
+    with pytest.raises(pytest.fail.Exception):  # it is asked for what does
+        conv(x, weight, bias, padding=1, impl=impl)
+    for wrong in (
+        (x[:, :16].contiguous(memory_format=torch.channels_last), weight),
+        (x, weight, bias[:16]),
+        (x, weight, bias.double()),
+        (x, weight, bias.to("meta")),
+        (x, weight.to("meta")),
+    ):
+        with contextlib.suppress(RuntimeError):  # nearly all of these
+            conv(*wrong, padding=1, impl=impl)
 
 
 def test_same_bits_again_and_right_on_any_number_of_threads():

@@ -74,7 +74,7 @@ def test_usual_size(tmp_path, capsys):
     assert "takes them larger" not in capsys.readouterr().err
     most = dataset.most_by_default(torch.device("cpu"))
     assert open_dataset(str(tmp_path / "b"), most=most).size == most == 64
-    assert "--size 256 takes them larger" in capsys.readouterr().err
+    assert "--size 256 keeps them larger" in capsys.readouterr().err
     assert open_dataset(str(tmp_path / "b"), 128, most=most).size == 128
     for size in (8, 48, 2048):
         with pytest.raises(click.ClickException, match=f"--size {size} is not a power of two"):
@@ -115,6 +115,8 @@ def test_skip_broken_lists_what_it_skips(tmp_path):
     (root / "b" / "002.png").write_text("not an image")
     run = CliRunner().invoke(dataset.main, ["--data", str(root), "--skip-broken"])
     assert run.exit_code == 0 and "b/002.png" in run.output and "1 unreadable" in run.output
+    run = CliRunner().invoke(dataset.main, ["--data", str(root)])
+    assert "1 unreadable images were left out when it was packed" in run.output
 
 
 def test_skip_broken_skips_what_cannot_be_read(tmp_path):

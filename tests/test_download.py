@@ -1,5 +1,6 @@
 """download.py against a server of our own: resuming, checking, failing."""
 
+import gzip
 import hashlib
 import http.server
 import io
@@ -84,6 +85,8 @@ def run_main(*arguments):
 def test_version_goes_with_download():
     run = run_main("--data", "afhq", "--version", "v2")
     assert run.exit_code == 2 and "--version goes with --download" in run.output
+    run = run_main("--data", "celeba", "--version", "v2", "--download")
+    assert run.exit_code == 2 and "--version is AFHQ's" in run.output
 
 
 def test_download_resumes_and_packs(tmp_path, server, monkeypatch):
@@ -103,6 +106,17 @@ def test_download_resumes_and_packs(tmp_path, server, monkeypatch):
     monkeypatch.setitem(download.AFHQ, "v2", (server.url, "afhq_v2.zip", 24))
     run = run_main("--data", "afhq", "--download", "--version", "v2", "--size", 32)
     assert run.exit_code == 0 and os.listdir(tmp_path / "data" / "afhq") == ["afhq_v2.zip"] and len(server.seen) == 4
+
+
+def test_a_file_beside_is_not_the_data(tmp_path, monkeypatch):
+    fetched = []
+    monkeypatch.setattr(download, "fetch", lambda path, *how, **more: fetched.append(path.name))
+    (tmp_path / "data" / "afhq").mkdir(parents=True)
+    (tmp_path / "data" / "afhq" / "notes.txt").touch()
+    download.download("afhq")
+    (tmp_path / "data" / "afhq" / "train").mkdir()
+    download.download("afhq")
+    assert fetched == ["afhq.zip"]
 
 
 def test_download_goes_on_in_a_later_run(tmp_path, server):
@@ -163,6 +177,12 @@ def test_download_of_fashion_mnist_checks_md5(tmp_path, server, monkeypatch):
     monkeypatch.setattr(FashionMNIST, "resources", [(n, hashlib.md5(c).hexdigest()) for n, c in files.items()])
     run = run_main("--data", "fashion-mnist", "--download")
     assert run.exit_code == 0 and re.search(r"images +30 +10", run.output), run.output
+    for name in files:  # unpacked by hand, they are there too
+        packed = tmp_path / "data" / "fashion-mnist" / name
+        packed.with_suffix("").write_bytes(gzip.decompress(packed.read_bytes()))
+        packed.unlink()
+    files.clear()
+    assert run_main("--data", "fashion-mnist", "--download").exit_code == 0
 
 
 def test_download_of_celeba(tmp_path, monkeypatch):
@@ -191,6 +211,9 @@ def test_download_of_celeba(tmp_path, monkeypatch):
     assert run.exit_code == 0 and re.search(r"images +14 +4 +2", run.output), run.output
     assert asked == [f"id-{n}" for n in (names[0], names[1], names[1], names[2])]  # what was there is not fetched again
     monkeypatch.setitem(sys.modules, "gdown", None)
-    (tmp_path / "data" / "celeba" / names[0]).unlink()
+    folder = tmp_path / "data" / "celeba"
+    (folder / names[0]).unlink()
+    assert run_main("--data", "celeba", "--download", "--size", 32).exit_code == 0  # the unpacked folder is there
+    (folder / names[2]).unlink()
     run = run_main("--data", "celeba", "--download")
     assert run.exit_code == 1 and "pip install 'gdown" in run.output

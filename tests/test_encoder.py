@@ -1,7 +1,9 @@
 """encoder.py: losses against their formulas, augmentation, evaluation, the command run small."""
 
+import copy
 import json
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -303,11 +305,14 @@ def test_run_writes_everything_and_refuses_other_settings(command, class_run, cl
         (("--stem", "small"), "stem"),
         (("--batch", "8"), "batch"),
         (("--seed", "5"), "seed"),
+        (("--lr", "0.1"), "lr"),
         (("--size", "16"), "size"),
     ):
         line = command("encoder", *common, *extra, code=1).output.splitlines()[-1]
         assert line.startswith("Error: ") and f"made with {name} " in line and "--no-resume" in line
     assert (out / "encoder.pt").read_bytes() == before
+    shorter = command("encoder", *common, "--epochs", 0.5, "--no-resume").output
+    assert "(0.5 epochs)" in shorter and state_of(out)["images_seen"] == 48  # three batches of 16
 
 
 def test_other_images_are_refused_by_name(command, class_run, attribute_folder, tmp_path):
@@ -324,13 +329,20 @@ def test_other_images_are_refused_by_name(command, class_run, attribute_folder, 
         ("--method", "barlow"),
         ("--seed", "1"),
         ("--batch", "8"),
+        ("--lr", "0.01"),
         ("--precision", "bf16"),
         ("--stem", "small"),
     ],
     ids=lambda e: "".join(e).lstrip("-"),
 )
-def test_each_option_changes_the_result(command, class_run, class_folder, tmp_path, extra):
+def test_each_option_changes_the_result(command, class_run, class_folder, tmp_path, monkeypatch, extra):
+    targets = []
+    keep = SimpleNamespace(deepcopy=lambda net: targets.append(copy.deepcopy(net)) or targets[-1])
+    monkeypatch.setattr(encoder, "copy", keep)
     command("encoder", "--data", class_folder, "--outdir", tmp_path, "--smoke", *extra)
+    assert len(targets) == ("byol" in extra)
+    for p in (p for target in targets for p in target.parameters()):  # else its graph grows with every step
+        assert p.is_leaf and not p.requires_grad
     state, base = state_of(tmp_path), state_of(class_run)
     name, value = extra[0].removeprefix("--"), extra[1]
     assert str(state["options"][name]) == value

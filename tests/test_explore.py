@@ -518,6 +518,10 @@ def test_embedding(command, class_folder, class_run, attribute_run, attribute_fo
         assert "validation images are too few" in line  # 7 and 6 of them
     moved = ("--network", class_run / "encoder.pt", "--data", attribute_folder)
     assert "made from other images" in command("explore", "embedding", *moved, code=1).output
+    squashed = ("--data", class_folder, "--outdir", tmp_path / "squashed")
+    command("encoder", *squashed, "--smoke", "--squash", "--train-on-all")
+    line = command("explore", "embedding", "--network", tmp_path / "squashed" / "encoder.pt", code=1).output
+    assert "validation images are too few" in line
     command("explore", "embedding", "--network", trained)  # with as many generated ones, 14
     height, width, _ = pixels(trained / "embedding.png").shape
     assert width == 2 * height  # by origin and by label
@@ -598,6 +602,11 @@ def test_unconditional(command, tmp_path):
     (tmp_path / "t.png").write_bytes(target.getvalue())
     command("explore", "project", tmp_path / "t.png", "--network", network, "--steps", 2)
     assert json.loads((tmp_path / "project.json").read_text())["y"] == {}
+    run = SimpleNamespace(
+        images={"val": SimpleNamespace(data="x", hidden={})}, names=[], labels=None, all_labels=(["one"], [])
+    )
+    with pytest.raises(click.ClickException, match="no labels to name dimensions by"):
+        latents.known_labels(run, "val")
 
 
 def test_the_pretrained_network(command, tmp_path):

@@ -304,6 +304,10 @@ def test_zips_of_other_programs(tmp_path):
     damaged[place : place + 12] = bytes(12)
     (tmp_path / "lzma.zip").write_bytes(damaged)
     assert "1 of 6 images cannot be read: a/2.png" in error_of(str(tmp_path / "lzma.zip"))
+    with zipfile.ZipFile(tmp_path / "slashes.zip", "w") as archive:
+        for name, content in images.items():
+            archive.writestr(name[2:].replace("a/0", "a//0"), content)
+    assert "a/0.png (its name in the zip is not a plain path)" in error_of(str(tmp_path / "slashes.zip"))
     with zipfile.ZipFile(tmp_path / "back.zip", "w") as archive:
         archive.writestr("a/x.png", b"")
         archive.infolist()[0].filename = "a\\x.png"

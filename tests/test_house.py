@@ -94,6 +94,10 @@ COPIES = {
         trainer.iteration(0, torch.rand(4, 3, 32, 32) * 2 - 1, torch.eye(3)[[0, 1, 2, 0]])
         print(trainer.ema(torch.eye(3), torch.randn(3, trainer.ema.latent_width)).shape)
         """,
+    "dataset layouts files download critters training": """
+        import dataset
+        print(torch.Size(dataset.square(dataset.Image.new("RGB", (40, 30)), 16).shape))
+        """,
     "metrics": """
         import metrics
         print(torch.tensor([metrics.tsne_chamfer(*torch.randn(2, 40, 8), 0, torch.device("cpu"))]).shape)

@@ -166,6 +166,7 @@ def test_stylegan_zip(tmp_path):
     assert np.array_equal(ds.labels.argmax(1), ds.images[:, 0, 0, 0] % 3)
     stylegan_zip(tmp_path / "b.zip", labels, label_names=["cat", "dog", "wild", "none of these"])
     assert open_dataset(str(tmp_path / "b.zip")).label_names == ["cat", "dog", "wild", "none of these"]
+    assert notes_of(tmp_path / "b.zip") == ["no image is of the class none of these"]
     stylegan_zip(tmp_path / "c.zip", [[n, [i % 2, 1]] for n, i in labels], label_names=["Hat", "Tie"])
     ds = open_dataset(str(tmp_path / "c.zip"))
     assert ds.label_kind == "multi-label" and np.array_equal(ds.labels[:, 0], ds.images[:, 0, 0, 0] % 3 % 2)
@@ -190,11 +191,22 @@ def test_fashion_mnist(tmp_path, below, suffix):
     assert np.array_equal(ds.labels.argmax(1), np.arange(30) % 10)
 
 
-def test_other_idx_sets_keep_their_names(tmp_path):
+def test_other_idx_sets_keep_their_names(tmp_path, capsys):
     fashion(tmp_path / "MNIST" / "raw")
     shutil.copytree(tmp_path / "MNIST" / "raw", tmp_path / "clothes")
     assert open_dataset(str(tmp_path / "MNIST")).label_names == [str(i) for i in range(10)]
     assert open_dataset(str(tmp_path / "clothes")).label_names == layouts.FASHION
+    capsys.readouterr()
+    open_dataset(str(tmp_path / "clothes"))
+    assert "taken for Fashion-MNIST" in capsys.readouterr().err
+    for folders in ("mnist-from-torchvision", "fashion/MNIST/raw", "Fashion-MNIST/digits/kmnist.old"):
+        shutil.copytree(tmp_path / "clothes", tmp_path / folders)
+        assert (
+            open_dataset(str(tmp_path / folders)).label_names[0] == "0" and "taken for" not in capsys.readouterr().err
+        )
+    assert layouts.recognise(tmp_path / "fashion" / "MNIST") == ""
+    shutil.copytree(tmp_path / "clothes", tmp_path / "mnist" / "FashionMNIST")
+    assert layouts.recognise(tmp_path / "mnist" / "FashionMNIST") == "fashion-mnist"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -594,7 +606,7 @@ def test_unused_tables_are_said(tmp_path):
     assert "attributes.txt and 1 more tables are not used" in notes_of(root)[0] and len(notes_of(root)) == 1
     paint(tmp_path / "flat" / "a.png")
     (tmp_path / "flat" / "train.csv").write_text("id,label\n")
-    assert "a.png has no label" in error_of(str(tmp_path / "flat")) and "train.csv is not" in error_of(
+    assert "a.png is in no class folder" in error_of(str(tmp_path / "flat")) and "train.csv is not" in error_of(
         str(tmp_path / "flat")
     )
     for i in range(2):

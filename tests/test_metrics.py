@@ -792,6 +792,15 @@ def test_several_runs_are_one_table(stand_ins):
         == [path.parent.name, f"{one['fd']:.2f}", "100.00%", f"{one['accuracy_judge']:.2%}"]
     )
     fails("--network", path, "--network", path, "--save-stats", "x.npz", text="--save-stats takes one", code=2)
+    snapshot = path.parent / "snapshots" / "gan-00000016.pt"
+    snapshot.parent.mkdir()
+    snapshot.touch()
+    two = score_run(path, *options, "--network", snapshot)
+    assert two["output"].strip().splitlines()[-1].split()[0] == f"{path.parent.name}/gan-00000016"
+    import trained
+
+    world = metrics.start("cpu", 64)
+    assert trained.Run(str(snapshot), world).folder == path.parent  # where classifier.pt and stats.jsonl are
 
 
 def test_run_without_labels(stand_ins):
@@ -860,8 +869,12 @@ def test_a_run_folder_that_cannot_be_written(stand_ins, monkeypatch):
     def refuse(*arguments, **options):
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(torch, "save", refuse)  # the judge is then not kept
-    assert "accuracy" in score_run(path, "--num", 60, "--metrics", "accuracy", "--smoke")
+    def cannot_open(*arguments, **options):
+        raise RuntimeError("open file failed because of errno 13 on fopen: Permission denied")
+
+    for error in (refuse, cannot_open):  # torch.save raises either
+        monkeypatch.setattr(torch, "save", error)  # the judge is then not kept
+        assert "accuracy" in score_run(path, "--num", 60, "--metrics", "accuracy", "--smoke")
     monkeypatch.setattr(np, "savez", refuse)
     fails("--network", path, "--save-stats", path.with_name("s.npz"), "--smoke", text="cannot write")
 

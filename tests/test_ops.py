@@ -353,6 +353,10 @@ def test_arguments_are_checked():
         lambda: bias_lrelu(h, bias[:2]),
         lambda: bias_lrelu(h, bias, slope=-0.1),
         lambda: bias_lrelu(h, bias, impl="cuda"),
+        lambda: bias_lrelu(h, bias.detach().to("meta")),  # on another device: its pointer would be read here
+        lambda: subspace_lrelu(h, coef.detach().to("meta"), maps, bias),
+        lambda: subspace_lrelu(h, coef, maps.detach().to("meta"), bias),
+        lambda: subspace_lrelu(h, coef, maps, bias.detach().to("meta")),
         lambda: subspace_lrelu(h, coef[:1], maps, bias),
         lambda: subspace_lrelu(h, coef, maps[:3], bias),
         lambda: subspace_lrelu(h, coef, maps, bias[:1]),

@@ -199,6 +199,7 @@ def test_arguments_are_checked():
     for wrong in (
         lambda: tsne_forces(p, y.T),
         lambda: tsne_forces(p[:7], y),
+        lambda: tsne_forces(p, y.to("meta")),
         lambda: tsne_forces(p, y, 4),
         lambda: tsne_forces(p, y, impl="c"),
         lambda: tsne_neighbourhoods(p[0], 0, 3.0),
