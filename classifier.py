@@ -6,7 +6,7 @@
     python classifier.py --data afhq --attributes train_5.csv,val_5.csv
 
 The classifier is one linear layer on h = E(x), fitted by cross-entropy (classes) or binary cross-entropy (attributes that
-are on or off, weighted by their rarity). That maximises the bound on I(Y;E) = H(Y) - H(Y|E), equations (2) and (3) of
+are on or off), weighted by rarity. That maximises the bound on I(Y;E) = H(Y) - H(Y|E), equations (2) and (3) of
 the paper. y comes from the data set, or, with clusters:K, from clusters of the embeddings of the training images
 themselves, or from tables of clusters. The results are `classifier.pt`, `classifier.json` and, for clusters, the pictures and the table in
 `clusters/`.
@@ -53,16 +53,17 @@ def build(checkpoint: dict) -> Classifier:
 # Training, on embeddings: h float32 [N, features], y float32 [N, labels] one-hot or multi-hot, both on the device.
 
 
-def pos_weight(y: torch.Tensor) -> torch.Tensor:
-    """Weight [labels] of an attribute's positives that makes both of its sides count alike: negatives / positives."""
+def weights_of(y: torch.Tensor, one_hot: bool) -> torch.Tensor:
+    """Weights [labels] that balance the labels: of a class's images, so that all classes count alike, or of an
+    attribute's positives, so that both of its sides do. The logits are then higher by the weights' logarithms."""
     on = y.sum(0).clamp(1, max(1, len(y) - 1))
-    return (len(y) - on) / on
+    return len(y) / on / y.shape[1] if one_hot else (len(y) - on) / on
 
 
 def loss_of(logits: torch.Tensor, y: torch.Tensor, one_hot: bool, weight: torch.Tensor | None = None) -> torch.Tensor:
     """Equation (3): cross-entropy [1], or the binary one of each attribute [Y], to be summed; in nats, mean over images."""
     if one_hot:
-        return F.cross_entropy(logits, y)[None]
+        return F.cross_entropy(logits, y, weight)[None]
     return F.binary_cross_entropy_with_logits(logits, y, pos_weight=weight, reduction="none").mean(0)
 
 
@@ -82,15 +83,15 @@ def fit(
 
     It is trained on standardised features, whatever their scale, and the standardisation is folded into W and b. A tenth
     of the images is held out to choose the epoch that is kept: the one with the least cross-entropy there, for each
-    attribute its own. Attributes (multi-label) are balanced by `pos_weight` with options['balance']. `first` gives the
-    first weights; `state` is what `save(classifier, state)` was given before. Raises training.Stopped, after a save,
-    where `stopping()` gives the number of a signal.
+    attribute its own. With options['balance'], labels are balanced by `weights_of`. `first` gives the first weights;
+    `state` is what `save(classifier, state)` was given before. Raises training.Stopped, after a save, where `stopping()`
+    gives the number of a signal.
     """
     state = state or {}
     n, batch = len(h), options["batch"]
     generator = torch.Generator().manual_seed(options["seed"])
     held, kept = torch.randperm(n, generator=generator).to(h.device).split([n // 10, n - n // 10])
-    weight = pos_weight(y) if options["balance"] and not one_hot else None
+    weight = weights_of(y, one_hot) if options["balance"] else None
     mean, std = h.mean(0), h.std(0, correction=0) + 1e-6
     x = (h - mean) / std
 
@@ -195,8 +196,10 @@ def report(results: dict, one_hot: bool, balance: bool) -> None:
         print(f"{name:24s}{row[0]:>8s}{row[1]:>10s}{row[2]:>10s}{row[3]:>10s}{row[4]:>12s}")
     if one_hot:
         print("The row of a class is that class against the rest; 'balanced' of all classes is their mean recall.")
-    elif balance:
-        print("Positives were weighted by negatives / positives in training, so 0.5 is the balanced decision.")
+    if balance:
+        print(
+            "Labels were weighted by their rarity in training, so decisions are balanced, not the most accurate ones."
+        )
     b = results["bits"]
     print(f"I(Y;E) >= H(Y) - H(Y|E) = {b['h_y']:.3f} - {b['h_y_given_e']:.3f} = {b['mi']:.3f} bits, equations (2), (3)")
 
@@ -210,7 +213,7 @@ OPTIONS = [
     click.option("--attributes", metavar="SPEC", help="class; names separated by commas; celeba5, celeba10, celeba15; clusters:K or clusters:auto (K from 3 to 15), found in the "
                  "encoder's embeddings; TRAIN.csv,VAL.csv or one table for both: clusters of images, with the header img,cluster.  [default: classes if there are any, else all attributes; celeba: celeba5]"),
     click.option("--epochs", metavar="N", type=click.IntRange(1, 10**6), help="Passes over the embeddings.  [default: 200, and at least 3,000 steps]"),
-    click.option("--balance/--no-balance", default=None, help="Let the images with and without an attribute weigh the same.  [default: balance; --protocol paper: no]"),
+    click.option("--balance/--no-balance", default=None, help="Let all classes weigh the same, or the images with and without an attribute.  [default: balance; --protocol paper: no]"),
 ]
 # fmt: on
 
@@ -299,7 +302,7 @@ def main(**options):
         data |= dict(attributes=f"clusters:{k}", label_names=names, label_kind="one-hot")
     one_hot, names = data["label_kind"] == "one-hot", data["label_names"]
     config = dict(features=h["train"].shape[1], labels=len(names))
-    balance = pos_weight(labels["train"]).log().cpu() if options["balance"] and not one_hot else torch.zeros(len(names))
+    balance = weights_of(labels["train"], one_hot).log().cpu() if options["balance"] else torch.zeros(len(names))
 
     def save(classifier: Classifier, extra: dict, **more) -> None:
         content = dict(stage="classifier", config=config, model=classifier.state_dict(), data=data, options=options)

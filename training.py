@@ -68,7 +68,7 @@ OPTIONS = [
     click.option("--outdir",    metavar="DIR", type=FilePath(), help="Where results go.  [default: runs/<data name>]"),
     click.option("--preset",    metavar="NAME|none", help="Settings of critters, afhq, celeba or fashion-mnist.  [default: those of the data, where it is recognised]"),
     click.option("--protocol",  type=click.Choice(["paper", "ours"]), help="paper: every setting as published; each can still be overridden by its own option.  [default: paper for afhq and celeba]"),
-    click.option("--size",      metavar="PIXELS", type=click.IntRange(SIZES[0], SIZES[-1]), help="Image size, a power of two.  [default: the preset's; of other data, what the images allow, at most 256, on CPUs 64]"),
+    click.option("--size",      metavar="PIXELS", type=click.IntRange(SIZES[0], SIZES[-1]), help="Image size, a power of two.  [default: the preset's; of other data, what the images allow, at most 256, on CPUs 32]"),
     click.option("--batch",     metavar="N", type=click.IntRange(2, 2**16), help="Images per step, over all processes.  [default: by data; gan.py: 16 up to 64 px, then 32; --protocol paper: 32, celeba: encoder.py 128, gan.py 64; classifier.py 256]"),
     click.option("--init",      metavar="FILE", type=FilePath(), help="Checkpoint to take the network's first weights from."),
     click.option("--seed",      metavar="N", type=click.IntRange(0, 2**32 - 1), default=0, help="Seed of everything random."),

@@ -205,7 +205,7 @@ def _writable_folder() -> str:
 
 
 def _key(sources: list[str]) -> str:
-    """16 hex digits that change with anything that the compiled library depends on."""
+    """16 hex digits that change with the sources, the flags, PyTorch's version and the processor."""
     key = hashlib.sha256(repr((FLAGS, torch.__version__, platform.machine(), _cpu())).encode())
     for source in sources + sorted(glob.glob(os.path.join(os.path.dirname(sources[0]), "*.h"))):
         with open(source, "rb") as f:

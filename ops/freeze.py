@@ -1,6 +1,6 @@
 """A trained network, rewritten for speed: freeze(network, shape) computes the same function with less work.
 
-For networks that are only looked through, such as an encoder that passes a gradient on to a generator. Batch norms
+For networks that are not trained any more, such as an encoder that passes a gradient on to a generator. Batch norms
 disappear into the convolutions before them. On the CPU, convolutions run by `conv2d` or as something cheaper still.
 """
 

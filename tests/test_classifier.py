@@ -53,7 +53,7 @@ def test_training_reaches_the_known_information():
 def test_rare_attributes_are_balanced_and_still_calibrated():
     (h, y), (hv, yv) = (channel(20000, 0.15, 0.01, seed) for seed in (0, 1))  # 8 % on
     net = classifier.fit(h, y, False, OPTIONS, 20, None, {})
-    balance = classifier.pos_weight(y).log()
+    balance = classifier.weights_of(y, False).log()
     assert balance.item() == pytest.approx(math.log(0.92 / 0.08), abs=0.1)
     results = classifier.evaluate(net(hv), yv, ["rare"], False, balance)
     assert results["labels"]["rare"]["balanced"] > 0.7  # an unbalanced one would say 'off' always: 0.5
@@ -61,6 +61,21 @@ def test_rare_attributes_are_balanced_and_still_calibrated():
     assert results["bits"]["mi"] == pytest.approx(expected, abs=0.01)
     naive = information(net(hv), yv, "multi-label")
     assert naive < 0  # the same logits without their balance taken off
+
+
+def test_rare_classes_are_balanced_and_still_calibrated():
+    """Two classes are two sides of one attribute: the same weights, up to a factor, and the same information."""
+    (h, y), (hv, yv) = (channel(20000, 0.15, 0.01, seed) for seed in (0, 1))  # 8 % in the second class
+    y, yv = (torch.cat([1 - v, v], 1) for v in (y, yv))
+    weights = classifier.weights_of(y, True)
+    assert (weights * y.sum(0)).tolist() == pytest.approx([10_000, 10_000])
+    expected = h2(0.08) - (h2(0.15) + h2(0.01)) / 2
+    for balanced, rare_found in ((True, 1.0), (False, 0.0)):
+        net = classifier.fit(h, y, True, OPTIONS | {"balance": balanced}, 20, None, {})
+        balance = weights.log() if balanced else torch.zeros(2)
+        results = classifier.evaluate(net(hv), yv, ["often", "rare"], True, balance)
+        assert (net(hv).argmax(1)[yv[:, 1] == 1] == 1).float().mean() == pytest.approx(rare_found, abs=0.3)
+        assert results["bits"]["mi"] == pytest.approx(expected, abs=0.01)
 
 
 def test_the_held_out_tenth_stops_overfitting():
@@ -186,7 +201,7 @@ def test_attributes_are_chosen_by_name(command, attribute_run, attribute_folder,
     state = state_of(out)
     assert state["data"]["label_names"] == ["Top", "Left"] and state["data"]["label_kind"] == "multi-label"
     assert list(state["results"]["labels"]) == ["Top", "Left"] and len(state["balance"]) == 2
-    assert "weighted by negatives / positives" in output
+    assert "weighted by their rarity" in output
     line = command("classifier", *common, "--attributes", "Bald", "--no-resume", code=1).output.splitlines()[-1]
     assert "Bald" in line and "Left" in line
 

@@ -71,9 +71,9 @@ def test_usual_size(tmp_path, capsys):
         assert open_dataset(str(tmp_path / name)).size == want
     assert open_dataset(str(tmp_path / "a"), 16).size == 16
     assert open_dataset(str(tmp_path / "a")).size == 64  # an asked-for size does not become the usual one
-    assert "takes them larger" not in capsys.readouterr().err
+    assert "keeps them larger" not in capsys.readouterr().err
     most = dataset.most_by_default(torch.device("cpu"))
-    assert open_dataset(str(tmp_path / "b"), most=most).size == most == 64
+    assert open_dataset(str(tmp_path / "b"), most=most).size == most == 32
     assert "--size 256 keeps them larger" in capsys.readouterr().err
     assert open_dataset(str(tmp_path / "b"), 128, most=most).size == 128
     for size in (8, 48, 2048):

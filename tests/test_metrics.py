@@ -430,13 +430,20 @@ def test_alone_in_a_folder_and_any_mix_of_images(space, tmp_path):
     # What only a run has needs the file beside it.
     (tmp_path / "gan.pt").touch()
     folders = ["--images", "mixed", "--reference", "mixed"]
-    for option, arguments in (("--network", []), ("--features gan.pt", folders)):
-        arguments = [*arguments, option.split()[0], "gan.pt"]
-        done = subprocess.run([sys.executable, "metrics.py", *arguments], cwd=tmp_path, env=environment,
-                              capture_output=True, text=True)  # fmt: skip
-        assert done.returncode == 1 and done.stderr == f"Error: {option} needs trained.py beside metrics.py\n", (
-            done.stderr
-        )
+    program = """if True:
+        import sys, metrics
+        for arguments in eval(sys.argv[1]):
+            try:
+                metrics.main(arguments)
+            except SystemExit as end:
+                print(end.code, file=sys.stderr)
+        """
+    commands = [["--network", "gan.pt"], [*folders, "--features", "gan.pt"]]
+    done = subprocess.run([sys.executable, "-c", program, str(commands)], cwd=tmp_path, env=environment,
+                          capture_output=True, text=True)  # fmt: skip
+    assert done.stderr == "".join(
+        f"Error: {option} needs trained.py beside metrics.py\n1\n" for option in ("--network", "--features gan.pt")
+    )
 
 
 def test_chamfer_of_two_sets_of_features():
