@@ -241,10 +241,9 @@ def complete_splits(root: Path, source: Source) -> None:
         fail(f"{root}: no images are left for train or val; each class needs at least two")
     if source.classes and (missing := set(class_of.tolist()) - set(class_of[splits == "train"].tolist())):
         fail(f"{root}: class {source.classes[min(missing)]} has no training images: add some or remove it")
-    # Tables may name more classes than they use, which is seldom meant.
-    source.notes += [
-        f"no image is of the class {source.classes[c]}" for c in range(len(source.classes)) if c not in class_of
-    ]
+    if unused := sorted(set(range(len(source.classes))) - set(class_of.tolist())):  # tables may name more than they use
+        more = f" (nor of {len(unused) - 1} others)" if len(unused) > 1 else ""
+        source.notes.append(f"no image is of the class {source.classes[unused[0]]}{more}")
     source.splits = splits.tolist()
 
 
@@ -547,7 +546,7 @@ def idx_classes(root: Path, base: dict[str, str]) -> tuple[list[str], list[str]]
     Other sets come under the same file names: the innermost folder or zip called after one of them tells which it is.
     """
     for part in reversed((root.resolve() / idx_name("train-images-idx3-ubyte", base)).parts):
-        if "fashion" in part.lower():
+        if "fashion" in part.lower() or "fmnist" in part.lower():
             return FASHION, []
         if "mnist" in part.lower():
             return [str(i) for i in range(10)], []

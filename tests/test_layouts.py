@@ -167,6 +167,8 @@ def test_stylegan_zip(tmp_path):
     stylegan_zip(tmp_path / "b.zip", labels, label_names=["cat", "dog", "wild", "none of these"])
     assert open_dataset(str(tmp_path / "b.zip")).label_names == ["cat", "dog", "wild", "none of these"]
     assert notes_of(tmp_path / "b.zip") == ["no image is of the class none of these"]
+    stylegan_zip(tmp_path / "d.zip", labels, label_names=["cat", "dog", "wild", *map(str, range(9))])
+    assert notes_of(tmp_path / "d.zip") == ["no image is of the class 0 (nor of 8 others)"]
     stylegan_zip(tmp_path / "c.zip", [[n, [i % 2, 1]] for n, i in labels], label_names=["Hat", "Tie"])
     ds = open_dataset(str(tmp_path / "c.zip"))
     assert ds.label_kind == "multi-label" and np.array_equal(ds.labels[:, 0], ds.images[:, 0, 0, 0] % 3 % 2)
@@ -207,6 +209,8 @@ def test_other_idx_sets_keep_their_names(tmp_path, capsys):
     assert layouts.recognise(tmp_path / "fashion" / "MNIST") == ""
     shutil.copytree(tmp_path / "clothes", tmp_path / "mnist" / "FashionMNIST")
     assert layouts.recognise(tmp_path / "mnist" / "FashionMNIST") == "fashion-mnist"
+    (tmp_path / "mnist" / "FashionMNIST").rename(tmp_path / "mnist" / "fmnist")
+    assert layouts.recognise(tmp_path / "mnist" / "fmnist") == "fashion-mnist"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
