@@ -101,10 +101,11 @@ class Encoder(nn.Module):
 
 
 def build(checkpoint: dict) -> Encoder:
-    """The frozen encoder in eval mode, from the content of `encoder.pt`."""
+    """The frozen encoder in eval mode, from the content of `encoder.pt`, with its weights' `fingerprint`."""
     encoder = training.rebuild(lambda: Encoder(**checkpoint["config"]), checkpoint["model"])
     if not ((encoder.mean.abs() <= 1).all() and (encoder.std > 0).all() and (encoder.std <= 1).all()):
         raise ValueError("its mean and std are no scale of images")
+    encoder.fingerprint = training.fingerprint(checkpoint["model"])
     return encoder.eval().requires_grad_(False)
 
 

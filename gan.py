@@ -839,12 +839,13 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> Network:
 
 
 def frozen_encoder(encoder: nn.Module, size: int, device: torch.device, dtype: torch.dtype | None = None) -> nn.Module:
-    """The encoder of stage 1 on `device`, rewritten for speed on images of `size`; it keeps `features`, their number.
+    """The encoder of stage 1 on `device`, rewritten for speed on images of `size`.
 
+    It keeps `features`, their number, and the `fingerprint` of the weights as they were in the checkpoint.
     dtype: autocast's, where it runs under that alone: its weights are then converted once, and not at every update.
     """
     frozen = freeze(encoder.to(device, memory_format=torch.channels_last), (3, size, size))
-    frozen.features = encoder.features
+    frozen.features, frozen.fingerprint = encoder.features, getattr(encoder, "fingerprint", None)
     for layer in frozen.modules() if dtype else ():
         if isinstance(getattr(layer, "weight", None), Tensor) and not isinstance(layer, nn.BatchNorm2d):
             layer.to(dtype)

@@ -10,7 +10,6 @@ metrics.py imports this file and not the other way round: `world`, the processes
 """
 
 import contextlib
-import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -82,7 +81,8 @@ class EncoderFeatures:
     def __init__(self, encoder: nn.Module, classifier: nn.Module | None, kind: str, size: int, device: torch.device):
         self.encoder, self.classifier = encoder.to(device).eval(), classifier and classifier.to(device)
         self.kind, self.size, self.device, self.dims = kind, size, device, encoder.features
-        self.hash = hash_of(encoder)
+        # Of the weights in the checkpoint: those of a gan.pt's encoder have been rewritten for this device.
+        self.hash = getattr(encoder, "fingerprint", None) or training.fingerprint(encoder.state_dict())
 
     @torch.inference_mode()
     def embed(self, images: Tensor | list[Tensor]) -> Tensor:
@@ -112,17 +112,12 @@ class JudgeFeatures:
 
     def __init__(self, judge: control.Judge, kind: str, labels: int):
         self.judge, self.kind, self.labels, self.dims = judge, kind, labels, judge.DIMS
-        self.hash = hash_of(judge)
+        self.hash = training.fingerprint(judge.state_dict())
 
     @torch.inference_mode()
     def __call__(self, images: Tensor) -> tuple[Tensor, Tensor]:
         h, logits = self.judge(images)
         return h, log_probabilities(logits[:, : self.labels], self.kind)
-
-
-def hash_of(network: nn.Module) -> str:
-    """Names a network by its weights: statistics of another one are refused."""
-    return hashlib.sha256(b"".join(v.cpu().numpy().tobytes() for v in network.state_dict().values())).hexdigest()[:16]
 
 
 def log_probabilities(logits: Tensor, kind: str) -> Tensor:

@@ -549,6 +549,10 @@ def test_command_writes_what_it_says(command, class_folder, run_folder):
     torch.testing.assert_close(together, alone, rtol=0, atol=1e-5)  # an image depends on its own seed alone
     assert (network.generate(y[:1], [5]) - network.generate(y[:1], [6])).abs().max() > 1e-3
     assert (network.generate(y[:1], [5], truncation=0.3) - together[:1]).abs().max() > 1e-3
+    import trained
+
+    one, other = (trained.features_of(str(run_folder / f), torch.device("cpu")) for f in ("encoder.pt", "gan.pt"))
+    assert one.hash == other.hash  # statistics are of one encoder, whichever file it comes from
 
 
 def test_resumed_run_equals_an_unbroken_one(command, class_folder, class_run, tmp_path):
