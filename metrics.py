@@ -27,6 +27,7 @@ import os
 import socket
 import stat
 import sys
+import tempfile
 import time
 import warnings
 import zipfile
@@ -367,7 +368,10 @@ def published_weights(url: str, option: str) -> Path:
     Its name ends with the first digits of its SHA-256. Raises click.ClickException if it can be neither found nor
     fetched, or is not what was published.
     """
-    path = Path(torch.hub.get_dir()) / "checkpoints" / url.rsplit("/", 1)[1]
+    folder = torch.hub.get_dir()
+    if folder.startswith("~"):  # of a user without a home: a folder of that name would be made here
+        folder = os.path.join(tempfile.gettempdir(), f"torch-hub-{os.getuid()}")
+    path = Path(folder) / "checkpoints" / url.rsplit("/", 1)[1]
     digits = path.stem.rsplit("-", 1)[1]
     if not path.exists():
         timeout = socket.getdefaulttimeout()

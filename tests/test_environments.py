@@ -88,6 +88,7 @@ def test_users_without_a_home(class_folder, tmp_path, home):
     how = dict(before=NO_ENTRY, HOME=home, TMPDIR=str(temporary), **dict.fromkeys(names))
     output = run(("encoder.py", *common), *([] if home else rest), **how)
     assert f"packs go to {temporary}/infoscc-gan-" in output
+    assert not (ROOT / "~").exists()
     if not home:  # where a home is read-only, test_ops.py looks at the ops
         assert f"using {temporary}/infoscc_ops_" in output and "fall back" not in output
     assert {p.name.partition("-")[0].partition("_")[0] for p in temporary.iterdir()} >= {"infoscc"}
