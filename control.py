@@ -198,17 +198,22 @@ def judged(judge: Judge, images, rows: np.ndarray) -> tuple[Tensor, Tensor]:
 def load_judge(run, seed: int, steps: int) -> tuple[Judge, list[Group], list[float]] | None:
     """The independent judge of a run's data, the groups of labels that it knows and its accuracy on each.
 
-    It is trained once for these images and labels and kept beside the packed images. None if there are no labels.
+    None if there are no labels.
     """
-    if (seed, steps) in run.judges:  # features and control accuracy ask for the same one
-        return run.judges[seed, steps]
-    groups = known_labels(run, "train")
-    if not groups:
-        return None
+    if (seed, steps) not in run.judges:  # features and control accuracy ask for the same one
+        groups = known_labels(run, "train")
+        if not groups:
+            return None
+        judge, right = kept_judge(run, groups, seed, steps)
+        run.judges[seed, steps] = judge, groups, right
+    return run.judges[seed, steps]
+
+
+def kept_judge(run, groups: Sequence[Group], seed: int, steps: int, mirror: bool = True) -> tuple[Judge, list[float]]:
+    """What `train_judge` makes of a run's training images: trained once, and kept beside the packed images."""
     labels = torch.cat([y for _, _, y in groups], 1)
-    text = json.dumps(
-        [[kind, names] for kind, names, _ in groups] + [run.train.fingerprint, run.train.size, seed, steps, JUDGE]
-    )
+    facts = [run.train.fingerprint, run.train.size, seed, steps, mirror, JUDGE]
+    text = json.dumps([[kind, names] for kind, names, _ in groups] + facts)
     key = hashlib.sha256(text.encode() + labels.numpy().tobytes()).hexdigest()
     path, state = run.train.pack / f"judge-{key[:16]}.pt", {}
 
@@ -216,7 +221,7 @@ def load_judge(run, seed: int, steps: int) -> tuple[Judge, list[Group], list[flo
         with contextlib.suppress(OSError, RuntimeError, EOFError, pickle.UnpicklingError):
             state.update(torch.load(path, map_location="cpu", weights_only=True))
         if state.get("key") != key:
-            judge, right = train_judge(run.train.images, groups, seed, run.world.device, steps)
+            judge, right = train_judge(run.train.images, groups, seed, run.world.device, steps, mirror)
             state.update(key=key, model={k: v.cpu() for k, v in judge.state_dict().items()}, right=right)
             with contextlib.suppress(OSError, RuntimeError), training.atomic(path) as temporary:
                 torch.save(state, temporary)  # it only saves time, so a full or read-only cache is no error
@@ -225,8 +230,7 @@ def load_judge(run, seed: int, steps: int) -> tuple[Judge, list[Group], list[flo
     state = run.world.gather(state)[0]
     judge = Judge(labels.shape[1])
     judge.load_state_dict(state["model"])
-    run.judges[seed, steps] = judge.to(run.world.device).eval().requires_grad_(False), groups, state["right"]
-    return run.judges[seed, steps]
+    return judge.to(run.world.device).eval().requires_grad_(False), state["right"]
 
 
 def measure_accuracy(run, n: int, seed: int, steps: int) -> dict:

@@ -82,8 +82,9 @@ class Encoder(nn.Module):
         if backbone not in ("resnet18", "resnet34", "resnet50"):  # a file may name anything else in torchvision
             raise ValueError(f"no backbone {backbone!r:.40}")
         self.config = dict(backbone=backbone, stem=stem, mean=tuple(mean), std=tuple(std))
-        self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(std).view(3, 1, 1), persistent=False)
+        # On the CPU, whatever the default is: `training.rebuild` makes all else without memory.
+        self.register_buffer("mean", torch.tensor(mean, device="cpu").view(3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std, device="cpu").view(3, 1, 1), persistent=False)
         self.backbone = getattr(torchvision.models, backbone)(norm_layer=norm_layer)
         self.features = self.backbone.fc.in_features
         self.backbone.fc = nn.Identity()

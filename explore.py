@@ -403,7 +403,7 @@ def dimensions_command(network, data, num, steps, json_file, seed, device, out):
     """What each dimension does, by name.
 
     Prints a table, and writes JSON and a heat map. Moves each z from -2 to 2 in many images. The run's classifier, and a
-    judge that is trained now on the real images and all that is known of them, say which labels move. The page and the
+    judge that is trained once on the real images and all that is known of them, say which labels move. The page and the
     strips take the names from dimensions.json.
     """
     file, run = network, trained.Run(str(network), metrics.start(device, 64), data)

@@ -379,14 +379,14 @@ def known_labels(run, split: str) -> tuple[list[str], Tensor]:
 def readers_of(run, seed: int, steps: int) -> tuple[dict[str, Reader], dict[str, float]]:
     """Who names a run's dimensions, and how well the judge reads each of its labels (area under the ROC curve).
 
-    run: a trained.Run. The run's own classifier reads y; an independent judge, trained now on the real images, reads
-    all that is known of them, as far as it can.
+    run: a trained.Run. The run's own classifier reads y; an independent judge, trained on the real images, reads all
+    that is known of them, as far as it can.
     """
     from sklearn.metrics import roc_auc_score  # slow to import
 
     names, targets = known_labels(run, "train")
     groups = [("multi-label", names, targets)]
-    judge, _ = control.train_judge(run.train.images, groups, seed, run.world.device, steps, mirror=False)
+    judge, _ = control.kept_judge(run, groups, seed, steps, mirror=False)
     split, rows = "val", np.arange(len(run.images["val"]))
     if len(rows) < 100:  # too few to tell what the judge reads: those that it did not learn from
         split, rows = "train", np.sort(control.hold_out(np.random.default_rng([seed, 3]), len(targets))[0])

@@ -887,19 +887,20 @@ def all_finite(x: torch.Tensor) -> bool:
 
 
 def rebuild(build: Callable[[], torch.nn.Module], weights: dict[str, torch.Tensor]) -> torch.nn.Module:
-    """The network that `build` makes, with the weights of a checkpoint.
+    """The network that `build` makes, on the CPU, with the weights of a checkpoint, whose memory it shares.
 
-    Raises ValueError unless it has tensors of just their shapes. Only then it is built in memory: a few bytes in a file
-    can ask for a network of any size.
+    It is built without memory or first weights: a few bytes in a file can ask for a network of any size. Buffers that
+    checkpoints leave out are for `build` to put on the CPU. Raises ValueError unless the network has tensors of just
+    the shapes of `weights`.
     """
     with torch.device("meta"):
-        shapes = {name: tuple(value.shape) for name, value in build().state_dict().items()}
-    theirs = {name: tuple(value.shape) for name, value in weights.items()}
+        network = build()
+    own = network.state_dict()
+    shapes, theirs = ({name: tuple(value.shape) for name, value in state.items()} for state in (own, weights))
     for name in shapes | theirs:
         if theirs.get(name) != shapes.get(name):
             raise ValueError(f"{name} is {theirs.get(name, 'missing')} there, {shapes.get(name, 'missing')} here")
-    network = build()
-    network.load_state_dict(weights)
+    network.load_state_dict({name: weights[name].to(own[name].dtype) for name in own}, assign=True)
     return network
 
 

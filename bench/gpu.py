@@ -277,13 +277,13 @@ def waits(run: training.Run, quick: bool) -> Iterator[dict]:
     """16 iterations in which every wait for the device is an error."""
     for disc in ("global", "patch"):
         trainer, real, y = make_trainer(run, 32 if quick else 128, 8, disc, "resnet18")
-        for i in range(2):
+        for i in range(1 if quick else 2):
             trainer.iteration(i, real, y)
         if run.device.type == "cuda":
             torch.cuda.synchronize()
             torch.cuda.set_sync_debug_mode("error")
         try:
-            for i in range(2 if quick else 16):
+            for i in range(1 if quick else 16):
                 trainer.iteration(i, real, y)
         finally:
             if run.device.type == "cuda":
@@ -399,7 +399,7 @@ def short_runs(run: training.Run, quick: bool) -> Iterator[dict]:
     """Runs in bf16 and fp16 stay finite."""
     for dtype in (torch.bfloat16, torch.float16):
         own = training.Run(run.device, dtype, 0)
-        trainer, real, y = make_trainer(own, 32 if quick else 64, 4 if quick else 32, "global", "resnet18")
+        trainer, real, y = make_trainer(own, 16 if quick else 64, 4 if quick else 32, "global", "resnet18")
         iterations = 2 if quick else 200
         for i in range(iterations):
             stats = trainer.iteration(i, real, y)
@@ -502,7 +502,7 @@ def stage3_sides(run: training.Run, size: int, batch: int) -> dict[str, Callable
 
 def rates(run: training.Run, quick: bool) -> Iterator[dict]:
     """Images per second of each stage, and as a ratio to eager PyTorch and torch.compile, in the run's precision."""
-    for size, batch in [(32, 2)] if quick else [(64, 64), (128, 64), (256, 32)]:
+    for size, batch in [(16, 2)] if quick else [(64, 64), (128, 64), (256, 32)]:
         for stage, sides_of, images in (
             ("encoder step", stage1_sides, batch),
             ("embedding", stage2_sides, batch),

@@ -6,6 +6,7 @@ disappear into the convolutions before them. On the CPU, convolutions run by `co
 
 import collections
 import copy
+import itertools
 from collections.abc import Sequence
 
 import torch
@@ -127,13 +128,17 @@ class _MapLinear(nn.Module):
     def __init__(self, conv: nn.Conv2d, shape: torch.Size):
         super().__init__()
         C, H, W = self.shape = shape
-        # The columns of the matrix are the images of the unit vectors.
-        units = torch.eye(H * W * C, dtype=conv.weight.dtype).view(-1, H, W, C).permute(0, 3, 1, 2)
-        out = F.conv2d(units, conv.weight, None, conv.stride, conv.padding).permute(0, 2, 3, 1)
-        self.out_shape = out.shape[1:]
-        self.register_buffer("weight", out.flatten(1).T.contiguous())
+        k, stride, padding = conv.kernel_size[0], conv.stride[0], conv.padding[0]
+        rows, columns = ((side + 2 * padding - k) // stride + 1 for side in (H, W))
+        self.out_shape = rows, columns, conv.out_channels
+        matrix = conv.weight.new_zeros(*self.out_shape, H, W, C)
+        for row, column, i, j in itertools.product(range(rows), range(columns), range(H), range(W)):
+            down, right = i - stride * row + padding, j - stride * column + padding  # the tap that this place meets
+            if 0 <= down < k and 0 <= right < k:
+                matrix[row, column, :, i, j] = conv.weight[:, :, down, right]
+        self.register_buffer("weight", matrix.view(rows * columns * conv.out_channels, -1))
         bias = conv.weight.new_zeros(conv.out_channels) if conv.bias is None else conv.bias
-        self.register_buffer("bias", bias.repeat(out.shape[1] * out.shape[2]))
+        self.register_buffer("bias", bias.repeat(rows * columns))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if x.shape[1:] != self.shape:

@@ -6,7 +6,6 @@ import shutil
 import subprocess
 import sys
 
-import pytest
 from conftest import ROOT
 from sources import class_folders
 
@@ -37,58 +36,55 @@ def run(*commands: tuple, before: str = "", **environment) -> str:
     return text
 
 
-def test_an_ascii_terminal_ends_no_stage(tmp_path):
-    """Names of classes, of the data and of the output folder are beyond ASCII."""
-    root = class_folders(tmp_path / "été", {"Füchse": 12, "猫": 12})
-    common = ("--data", root, "--smoke", "--outdir", tmp_path / "läufe", "--device", "cpu")
-    ascii_only = dict(LC_ALL="C", PYTHONIOENCODING="ascii")
-    stages = [("encoder.py", *common), ("classifier.py", *common), ("gan.py", *common, "--kimg", 0.016)]
-    pictures = ("explore.py", "sample", "--network", tmp_path / "läufe")
-    assert "\\u732b" in run(("dataset.py", "--data", root), *stages, pictures, **ascii_only)
-
-
-def test_backends_of_notebooks_are_not_needed(tmp_path):
-    """As in every shell of Jupyter and Colab, here without the package that the variable names."""
-    root, folder = class_folders(tmp_path / "data", {"a": 60, "b": 60}), tmp_path / "run"
-    without = "import sys; sys.modules['matplotlib_inline'] = None"
-    common = ("--data", root, "--outdir", folder, "--smoke", "--device", "cpu")
-    run(
-        ("encoder.py", *common),
-        ("classifier.py", *common, "--attributes", "clusters:auto"),
-        ("explore.py", "embedding", "--network", folder / "encoder.pt"),
-        before=without,
-        MPLBACKEND="module://matplotlib_inline.backend_inline",
-    )
-    assert (folder / "clusters" / "k.png").exists() and (folder / "embedding.png").exists()
-
-
-# A user without a passwd entry, as `docker run --user 12345` makes one.
-NO_ENTRY = """
-import pwd
+# Without the package of notebooks, and without a passwd entry, as `docker run --user 12345` makes a user.
+BEFORE = """
+import pwd, sys
+sys.modules["matplotlib_inline"] = None
 def unknown(*arguments):
     raise KeyError("getpwuid(): uid not found")
 pwd.getpwuid = pwd.getpwnam = unknown
 """
 
 
-@pytest.mark.parametrize("home", [None, "/proc/nowhere"], ids=["no home", "a home that cannot be written"])
-def test_users_without_a_home(class_folder, tmp_path, home):
-    """Packs, the compiled ops and torch's caches go to the system's temporary folder, and a line says so."""
-    temporary = tmp_path / "tmp"
+def test_an_odd_shell_ends_no_stage(tmp_path):
+    """All at once: an ASCII terminal for names beyond it, the backend of notebooks without its package, no home.
+
+    Packs, the compiled ops and torch's caches go to the system's temporary folder, and a line says so.
+    """
+    data, folder, temporary = (
+        class_folders(tmp_path / "été", {"Füchse": 60, "猫": 60}),
+        tmp_path / "läufe",
+        tmp_path / "t",
+    )
     (ops := temporary / f"infoscc_ops_{os.getuid()}").mkdir(parents=True, mode=0o700)
     shutil.copy(build.library()._name, ops)  # compiling takes half a minute: tests/test_ops.py does it there
-    names = ("INFOSCC_CACHE", "TORCH_EXTENSIONS_DIR", "XDG_CACHE_HOME", "TORCH_HOME", "USER", "LOGNAME", "USERNAME")
-    common = ("--data", class_folder, "--outdir", tmp_path / "run", "--smoke", "--device", "cpu")
-    rest = [
-        ("classifier.py", *common),
+    shell = dict(LC_ALL="C", PYTHONIOENCODING="ascii", MPLBACKEND="module://matplotlib_inline.backend_inline")
+    names = ("HOME", "INFOSCC_CACHE", "TORCH_EXTENSIONS_DIR", "XDG_CACHE_HOME", "TORCH_HOME")
+    shell |= dict.fromkeys((*names, "USER", "LOGNAME", "USERNAME"))
+    common = ("--data", data, "--outdir", folder, "--smoke", "--device", "cpu")
+    output = run(
+        ("dataset.py", "--data", data),
+        ("encoder.py", *common),
+        ("classifier.py", *common, "--attributes", "clusters:auto"),
+        ("classifier.py", *common, "--no-resume"),
         ("gan.py", *common, "--kimg", 0.016),
-        ("explore.py", "traverse", "--network", tmp_path / "run"),
-        ("metrics.py", "--network", tmp_path / "run" / "gan.pt", "--smoke", "--device", "cpu"),
-    ]
-    how = dict(before=NO_ENTRY, HOME=home, TMPDIR=str(temporary), **dict.fromkeys(names))
-    output = run(("encoder.py", *common), *([] if home else rest), **how)
-    assert f"packs go to {temporary}/infoscc-gan-" in output
-    assert not (ROOT / "~").exists()
-    if not home:  # where a home is read-only, test_ops.py looks at the ops
-        assert f"using {temporary}/infoscc_ops_" in output and "fall back" not in output
-    assert {p.name.partition("-")[0].partition("_")[0] for p in temporary.iterdir()} >= {"infoscc"}
+        ("explore.py", "embedding", "--network", folder / "encoder.pt"),
+        ("explore.py", "traverse", "--network", folder),
+        ("metrics.py", "--network", folder / "gan.pt", "--smoke", "--device", "cpu"),
+        before=BEFORE,
+        TMPDIR=str(temporary),
+        **shell,
+    )
+    assert "\\u732b" in output and f"packs go to {temporary}/infoscc-gan-" in output
+    assert f"using {temporary}/infoscc_ops_" in output and "fall back" not in output
+    assert (folder / "clusters" / "k.png").exists() and (folder / "embedding.png").exists()
+    assert (folder / "traverse.png").exists() and not (ROOT / "~").exists()
+
+
+def test_a_home_that_cannot_be_written(class_folder, tmp_path):
+    """Packs go to the system's temporary folder; test_ops.py looks at the ops."""
+    temporary = tmp_path / "tmp"
+    temporary.mkdir()
+    where = dict(HOME="/proc/nowhere", TMPDIR=str(temporary), INFOSCC_CACHE=None, XDG_CACHE_HOME=None)
+    output = run(("dataset.py", "--data", class_folder), **where)
+    assert f"packs go to {temporary}/infoscc-gan-" in output and any(temporary.glob("infoscc-gan-*"))

@@ -610,7 +610,7 @@ cases = {  # kernel, warps, constants, how many large tensors are read and writt
 }
 big = {"x", "y", "g", "dx", "h", "dh", "maps", "p", "part_maps"}
 numbers = {"rows", "cols", "C", "S", "B", "P", "n", "loops"}
-for arch, dtype, size in ((80, "fp32", 4), (90, "fp32", 4), (90, "bf16", 2), (100, "bf16", 2)):
+for arch, dtype, size in ((80, "fp32", 4), (90, "bf16", 2), (100, "fp32", 4)):
     for name, (kernel, warps, constants, reads, writes) in cases.items():
         if kernel is tsne._forces_kernel and dtype == "bf16":
             continue
@@ -660,7 +660,7 @@ def test_triton_ahead_of_time_for_sm_80_90_and_100(tmp_path):
     run = subprocess.run([sys.executable, str(script)], env=env, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr[-3000:]
     results = [json.loads(line) for line in run.stdout.splitlines()]
-    assert len(results) == 54
+    assert len(results) == 41
     triton_version = tuple(map(int, ops.build.triton.__version__.split(".")[:2]))
     for r in results:
         registers, barriers = next(budget for kind, budget in BUDGETS.items() if r["name"].startswith(kind))

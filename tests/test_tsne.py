@@ -45,7 +45,7 @@ def definition(p, y, dims):
 @pytest.mark.parametrize("dims", [2, 3])
 def test_matches_the_definition(impl, dims):
     """For numbers of points around the sizes of vectors and tiles (C++ has tiles of 512); near points, and far ones."""
-    for n in (1, 2, 15, 16, 17, 131, 257) + (513, 1030) * (impl == "cpp"):
+    for n in (1, 2, 15, 16, 17, 131) + (257,) * (not ops.build.INTERPRET) + (513, 1030) * (impl == "cpp"):
         for scale in (1e-4, 3.0, 100.0):
             p, y = cloud(n, dims, n, scale)
             got, want = tsne_forces(p, y, dims, impl), definition(p, y, dims)
@@ -123,7 +123,7 @@ def test_nothing_of_n_times_n_is_made(impl, monkeypatch):
 
 @impls
 def test_same_bits_again(impl):
-    p, y = cloud(300, 3)
+    p, y = cloud(150, 3)
     for a, b in zip(tsne_forces(p, y, impl=impl), tsne_forces(p, y, impl=impl), strict=True):
         assert torch.equal(a, b)
 
