@@ -46,16 +46,17 @@ LOG_EVERY = 2_000  # images: a minute on a CPU, a second on a GPU
 PRESETS = {
     "":              dict(width=None, batch=None, lr=None, lr_decay=0.5, beta1=None, kimg=None, snap=None, projection=True, r1=None,
                           augment="color,translation,cutout", reg_clip=True, reg_stretch=2.0, penalty=None, draw_y="data",
-                          reg_over="sum", reg_augment="crop", blur=True, start="he", squash=False, train_on_all=False),
-    "critters":      dict(augment="none", reg_augment="none", reg_stretch=1.0, blur=False),
-    "fashion-mnist": dict(augment="none", reg_augment="none", reg_stretch=1.0, blur=False),
+                          reg_over="sum", reg_augment="crop", blur=True, tanh_slope=0.05, start="he", squash=False,
+                          train_on_all=False),
+    "critters":      dict(augment="none", reg_augment="none", reg_stretch=1.0, blur=False, tanh_slope=0.0),
+    "fashion-mnist": dict(augment="none", reg_augment="none", reg_stretch=1.0, blur=False, tanh_slope=0.0),
 }  # fmt: skip
 
 # --protocol paper: the published settings, for AFHQ at 256 px and CelebA at 128 px; 200,000 iterations each.
 PAPER = {
     "":       dict(width=16, batch=32, lr=1e-4, lr_decay=0.0, beta1=0.5, kimg=6400.0, snap=200.0, projection=False, r1=10.0,
                    augment="color,translation,cutout", reg_clip=False, reg_stretch=1.0, penalty="r1", draw_y="uniform",
-                   reg_over="mean", reg_augment="none", blur=False, start="torch"),
+                   reg_over="mean", reg_augment="none", blur=False, tanh_slope=0.0, start="torch"),
     "celeba": dict(batch=64, kimg=12800.0, squash=True, train_on_all=True),
 }  # fmt: skip
 
@@ -134,7 +135,7 @@ class Double(nn.ConvTranspose2d):
 
     def __init__(self, in_channels: int, out_channels: int, blurred: bool):
         super().__init__(in_channels, out_channels, 3, stride=2, padding=1, output_padding=1)
-        tent = torch.tensor([0.25, 0.5, 0.25])
+        tent = torch.tensor([0.25, 0.5, 0.25], device="cpu")  # `training.rebuild` makes all else without memory
         blur = (tent[:, None] * tent).expand(out_channels, 1, 3, 3).contiguous() if blurred else None
         self.register_buffer("blur", blur, persistent=False)
 
@@ -182,8 +183,30 @@ class EigenBlock(nn.Module):
         return conv2d(h, self.feature_conv2.weight, None if self.last else self.feature_conv2.bias, padding=1)
 
 
+class TanhWithReturn(torch.autograd.Function):
+    """tanh, with a gradient that counts its slope as at least `slope` where descent leads out of saturation.
+
+    A slope of nearly 0 holds in both directions: what the regularisation drives to full black or to a full colour in the
+    first iterations, no discriminator can bring back.
+    """
+
+    @staticmethod
+    def forward(ctx, a: Tensor, slope: float) -> Tensor:
+        x = torch.tanh(a)
+        ctx.save_for_backward(x)
+        ctx.slope = slope
+        return x
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
+        (x,) = ctx.saved_tensors
+        return grad * torch.maximum(1 - x * x, ctx.slope * (grad * x > 0)), None
+
+
 class Generator(nn.Module):
     """G(eps [B, 512], z [B, layers, 6]) -> x [B, 3, size, size] float32 in [-1, 1] (EigenGAN, He et al. 2021)."""
+
+    tanh_slope = 0.0  # of TanhWithReturn, where it is trained
 
     def __init__(self, size: int, orthonormal: bool = False, width: int = 16, blurred: bool = False):
         super().__init__()
@@ -207,7 +230,8 @@ class Generator(nn.Module):
         for i, block in enumerate(self.blocks):
             h = block(h, z[:, i], convolved[i] if convolved else None)
         h = bias_lrelu(h, self.blocks[-1].feature_conv2.bias, inplace=True)
-        return torch.tanh(training.full(conv2d(h, self.last.weight, self.last.bias, padding=3)))
+        a = training.full(conv2d(h, self.last.weight, self.last.bias, padding=3))
+        return TanhWithReturn.apply(a, self.tanh_slope)
 
 
 class Decoder(nn.Module):
@@ -555,6 +579,7 @@ class Trainer:
         torch.manual_seed(run.seed)  # the same weights in every process
         width, classes = (0, 0) if labels is None else (labels.shape[1], labels.shape[1] * options["per_class"])
         decoder = Decoder(*decoder_shape(options, options["size"], width))
+        decoder.generator.tanh_slope = options["tanh_slope"]
         if options["start"] == "he":
             he_init(decoder)
             decoder.generator.last.weight.data.mul_(0.5)  # keeps the first images out of tanh's saturation
@@ -965,6 +990,7 @@ OPTIONS = [
     click.option("--augment",       metavar="LIST|none", help="Augmentation of the discriminator's inputs: color,translation,cutout,crop or some of them.  [default: color,translation,cutout; none for critters and fashion-mnist, but under --protocol paper]"),
     click.option("--draw-y",        type=click.Choice(["data", "uniform"]), help="Labels of generated images: as they occur in the data, or classes alike and fair coins.  [default: data; --protocol paper: uniform]"),
     click.option("--blur/--no-blur", default=None, help="Blur the decoder's maps where their size has doubled, against patterns of dots.  [default: on; off for critters, fashion-mnist and --protocol paper]"),
+    click.option("--tanh-slope",    metavar="S", type=click.FloatRange(0, 1), help="Least slope of the decoder's tanh in its gradient, where that leads out of saturation.  [default: 0.05; 0 for critters, fashion-mnist and --protocol paper]"),
     click.option("--start",         type=click.Choice(["he", "torch"]), help="First weights: at He et al.'s scale, with smooth upsampling, or PyTorch's.  [default: he; --protocol paper: torch]"),
     click.option("--unconditional", is_flag=True, help="Vanilla EigenGAN: no labels, no regularisation; needs no earlier stage."),
     click.option("--lr",            metavar="RATE", type=click.FloatRange(0, 1e6, min_open=True), help="Learning rate of both Adams.  [default: 5e-4 up to 64 px, then 1e-4; --protocol paper: 1e-4]"),
@@ -1064,7 +1090,7 @@ def main(**options):
     import layouts
 
     # Resolve the options.
-    smoke = {"batch": 8, "width": 16, "kimg": 0.256, "snap": 0.128} if options["smoke"] else {}
+    smoke = {"batch": 8, "width": 16, "kimg": 0.128, "snap": 0.064} if options["smoke"] else {}
     options |= {name: value for name, value in smoke.items() if options[name] is None}
     given = dict(options)
     preset = layouts.preset_of(options["data"], options["preset"])

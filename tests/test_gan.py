@@ -107,6 +107,22 @@ def test_the_blur_leaves_no_dots():
     assert dots[0] < 1e-6 < 0.01 < dots[1]
 
 
+def test_the_way_out_of_saturation():
+    """The values are tanh's; so is the gradient, but that it does not vanish where descent leads back."""
+    a = torch.tensor([-9.0, -9.0, -0.5, -0.5, 0.5, 9.0, 9.0], dtype=torch.float64, requires_grad=True)
+    grad = torch.tensor([-1.0, 1.0, -1.0, 1.0, 1.0, 1.0, -1.0], dtype=torch.float64)  # descent goes the other way
+    for slope in (0.0, 0.125):
+        x = gan.TanhWithReturn.apply(a, slope)
+        assert torch.equal(x, a.tanh())
+        (found,) = torch.autograd.grad(x, a, grad)
+        expected = grad * (1 - a.tanh() ** 2)
+        expected[[0, 5]] = torch.where(expected[[0, 5]].abs() < slope, slope * grad[[0, 5]], expected[[0, 5]])
+        torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-15)
+    inside = torch.linspace(-1, 1, 7, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda a: gan.TanhWithReturn.apply(a, 0.125), inside)
+    assert torch.autograd.gradgradcheck(lambda a: gan.TanhWithReturn.apply(a, 0.125), inside)
+
+
 def test_every_z_and_the_label_change_the_image():
     decoder = gan.Decoder(32, 3)
     latents = torch.randn(1, decoder.latent_width)
@@ -470,7 +486,7 @@ OTHERS = [
     dict(reg_mode="joint"), dict(orth="exact"), dict(orth="none"), dict(r1=0.0), dict(r1=1.0), dict(augment="none"),
     dict(augment="cutout"), dict(reg_clip=True), dict(lr=0.01), dict(beta1=0.5), dict(batch=6), dict(penalty="r1r2"),
     dict(start="torch"), dict(reg_augment="none"), dict(loss="lsgan-published"), dict(loss="hinge-v1"),
-    dict(blur=False),
+    dict(blur=False), dict(tanh_slope=1.0),
 ]  # fmt: skip
 
 
@@ -529,19 +545,19 @@ def digest(path):
 
 def test_command_writes_what_it_says(command, class_folder, run_folder):
     command("gan", "--data", class_folder, "--outdir", run_folder, "--smoke")
-    for name in ("gan.pt", "gan.json", "stats.jsonl", "samples/00000256.png"):
+    for name in ("gan.pt", "gan.json", "stats.jsonl", "samples/00000128.png"):
         assert (run_folder / name).exists(), name
     assert list((run_folder / "tensorboard" / "gan").iterdir()) and list((run_folder / "snapshots").iterdir())
     lines = [json.loads(line) for line in (run_folder / "stats.jsonl").read_text().splitlines()]
     last = [line for line in lines if line["stage"] == "gan"][-1]
-    assert last["images"] == 256 and all(math.isfinite(v) for v in last.values() if not isinstance(v, str))
+    assert last["images"] == 128 and all(math.isfinite(v) for v in last.values() if not isinstance(v, str))
     assert last["mi_bits"] <= math.log2(3) + 1e-6
     assert json.loads((run_folder / "gan.json").read_text())["size"] == 32
-    assert Image.open(run_folder / "samples/00000256.png").size == (256, 96)
+    assert Image.open(run_folder / "samples/00000128.png").size == (256, 96)
 
     network = gan.load(run_folder / "gan.pt")
     assert network.label_names == ["high", "low", "middle"] and network.labels == 3
-    assert network.images_seen == 256 and network.real_labels.shape == (network.data["splits"]["train"], 3)
+    assert network.images_seen == 128 and network.real_labels.shape == (network.data["splits"]["train"], 3)
     assert network.classifier(network.encoder(torch.zeros(2, 3, 32, 32))).shape == (2, 3)
     y = torch.eye(3)
     together = network.generate(y, [5, 6, 7])
@@ -665,6 +681,7 @@ def test_dry_run_touches_nothing(command, tmp_path, monkeypatch):
         ema_half_life=10_000, augment="color,translation,cutout", reg_clip=False, draw_y="uniform", start="torch"
     )
     published |= dict(width=16, lr_decay=0, projection=False, reg_augment="none", reg_stretch=1, blur=False)
+    published |= dict(tanh_slope=0)
     assert options["protocol"] == "paper" and {key: options[key] for key in published} == published
     celeba = json.loads(command("gan", "--data", "celeba", "--dry-run").output)
     published |= dict(size=128, batch=64, kimg=12_800, disc_layers=None, reg_over="mean")
