@@ -40,6 +40,8 @@ ORTH = 100.0  # weight of the penalty that keeps the bases orthonormal
 R1_EVERY = 16  # iterations between R1 penalties (lazy regularisation, Karras et al. 2020)
 EMA_HALF_LIFE = 10_000  # images
 
+BEFORE = dict(blur=False, reg_stretch=1.0, tanh_slope=0.0)  # what runs did that are older than these options
+
 LOG_EVERY = 2_000  # images: a minute on a CPU, a second on a GPU
 
 # Settings by data, '' for any. None: by size, see `set_by_size`. squash, train_on_all: where no encoder.pt says so.
@@ -186,8 +188,8 @@ class EigenBlock(nn.Module):
 class TanhWithReturn(torch.autograd.Function):
     """tanh, with a gradient that counts its slope as at least `slope` where descent leads out of saturation.
 
-    A slope of nearly 0 holds in both directions: what the regularisation drives to full black or to a full colour in the
-    first iterations, no discriminator can bring back.
+    There tanh's own slope is nearly 0 both ways: pixels that the regularisation drove to black or to a full colour stay
+    there, whatever D says.
     """
 
     @staticmethod
@@ -206,7 +208,7 @@ class TanhWithReturn(torch.autograd.Function):
 class Generator(nn.Module):
     """G(eps [B, 512], z [B, layers, 6]) -> x [B, 3, size, size] float32 in [-1, 1] (EigenGAN, He et al. 2021)."""
 
-    tanh_slope = 0.0  # of TanhWithReturn, where it is trained
+    tanh_slope = 0.0  # least slope of tanh in its gradient; `Trainer` sets it
 
     def __init__(self, size: int, orthonormal: bool = False, width: int = 16, blurred: bool = False):
         super().__init__()
@@ -231,7 +233,7 @@ class Generator(nn.Module):
             h = block(h, z[:, i], convolved[i] if convolved else None)
         h = bias_lrelu(h, self.blocks[-1].feature_conv2.bias, inplace=True)
         a = training.full(conv2d(h, self.last.weight, self.last.bias, padding=3))
-        return TanhWithReturn.apply(a, self.tanh_slope)
+        return TanhWithReturn.apply(a, self.tanh_slope) if self.tanh_slope else torch.tanh(a)
 
 
 class Decoder(nn.Module):
@@ -262,8 +264,9 @@ class Decoder(nn.Module):
 
 
 def decoder_shape(options: dict, size: int, labels: int) -> tuple:
-    """What `Decoder` takes, from the options of a run. Those of old runs say nothing of a blur, and have none."""
-    return size, labels, options["orth"] == "exact", options["width"], options.get("blur", False)
+    """What `Decoder` takes, from the options of a run."""
+    options = BEFORE | options
+    return size, labels, options["orth"] == "exact", options["width"], options["blur"]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -990,7 +993,7 @@ OPTIONS = [
     click.option("--augment",       metavar="LIST|none", help="Augmentation of the discriminator's inputs: color,translation,cutout,crop or some of them.  [default: color,translation,cutout; none for critters and fashion-mnist, but under --protocol paper]"),
     click.option("--draw-y",        type=click.Choice(["data", "uniform"]), help="Labels of generated images: as they occur in the data, or classes alike and fair coins.  [default: data; --protocol paper: uniform]"),
     click.option("--blur/--no-blur", default=None, help="Blur the decoder's maps where their size has doubled, against patterns of dots.  [default: on; off for critters, fashion-mnist and --protocol paper]"),
-    click.option("--tanh-slope",    metavar="S", type=click.FloatRange(0, 1), help="Least slope of the decoder's tanh in its gradient, where that leads out of saturation.  [default: 0.05; 0 for critters, fashion-mnist and --protocol paper]"),
+    click.option("--tanh-slope",    metavar="S", type=click.FloatRange(0, 1), help="In its gradient, count the slope of the decoder's tanh as at least S where that leads out of saturation; 0: its own.  [default: 0.05; 0 for critters, fashion-mnist and --protocol paper]"),
     click.option("--start",         type=click.Choice(["he", "torch"]), help="First weights: at He et al.'s scale, with smooth upsampling, or PyTorch's.  [default: he; --protocol paper: torch]"),
     click.option("--unconditional", is_flag=True, help="Vanilla EigenGAN: no labels, no regularisation; needs no earlier stage."),
     click.option("--lr",            metavar="RATE", type=click.FloatRange(0, 1e6, min_open=True), help="Learning rate of both Adams.  [default: 5e-4 up to 64 px, then 1e-4; --protocol paper: 1e-4]"),
@@ -1161,7 +1164,7 @@ def main(**options):
         if same and "trainer" in start:  # numbered snapshots leave the discriminator out
             training.init_weights(trainer.D, start["trainer"]["D"], options["init"])
     keys = sorted(options.keys() - FREE)
-    state = run.first(lambda: training.resume(checkpoint, "gan", options, data, keys))
+    state = run.first(lambda: training.resume(checkpoint, "gan", options, data, keys, BEFORE))
     run.agree({"images": data.fingerprint, "options": {name: options[name] for name in keys}})
     if state:
         remedy = "start over with --no-resume, or give another --outdir"

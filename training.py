@@ -887,7 +887,7 @@ def all_finite(x: torch.Tensor) -> bool:
 
 
 def rebuild(build: Callable[[], torch.nn.Module], weights: dict[str, torch.Tensor]) -> torch.nn.Module:
-    """The network that `build` makes, on the CPU, with the weights of a checkpoint, whose memory it shares.
+    """The network that `build` makes, on the CPU, with the weights of a checkpoint: those very tensors, not copies.
 
     It is built without memory or first weights: a few bytes in a file can ask for a network of any size. Buffers that
     checkpoints leave out are for `build` to put on the CPU. Raises ValueError unless the network has tensors of just
@@ -900,7 +900,7 @@ def rebuild(build: Callable[[], torch.nn.Module], weights: dict[str, torch.Tenso
     for name in shapes | theirs:
         if theirs.get(name) != shapes.get(name):
             raise ValueError(f"{name} is {theirs.get(name, 'missing')} there, {shapes.get(name, 'missing')} here")
-    network.load_state_dict({name: weights[name].to(own[name].dtype) for name in own}, assign=True)
+    network.load_state_dict({name: weights[name].detach().to(own[name].dtype) for name in own}, assign=True)
     return network
 
 
@@ -925,11 +925,11 @@ def reading(file: Path | str) -> Iterator[None]:
         raise click.ClickException(f"{file} is incomplete or does not fit this code: {what}") from None
 
 
-def resume(path: Path, stage: str, options: dict, data, keys: Iterable[str]) -> dict:
+def resume(path: Path, stage: str, options: dict, data, keys: Iterable[str], before: dict | None = None) -> dict:
     """The stage's own checkpoint to go on from; {} if there is none, or with --no-resume.
 
     A damaged checkpoint is reported, and the one before is taken if that is whole. data: the Dataset. keys: the options
-    that a resumed run may not change. Raises click.ClickException where the checkpoint was made from other images or
+    that a resumed run may not change. before: what a checkpoint means that is older than these options. Raises click.ClickException where the checkpoint was made from other images or
     with other options.
     """
     if not options["resume"] or not path.exists():
@@ -946,7 +946,7 @@ def resume(path: Path, stage: str, options: dict, data, keys: Iterable[str]) -> 
     check_images(state["data"], data, path, RESUME_REMEDY)
     # Weights to start from do not matter to a run that has started, unless other ones are asked for.
     keys = [*keys, "init"] if options["init"] else keys
-    check_same(state["options"], options, keys, path, RESUME_REMEDY)
+    check_same((before or {}) | state["options"], options, keys, path, RESUME_REMEDY)
     return state
 
 

@@ -58,8 +58,9 @@ class PlainBlock(nn.Module):
 
 # Options of our side that make it train what the plain side trains.
 PLAIN = dict(
-    width=16, projection=False, lr_decay=0.0, beta1=0.5, reg_clip=False, penalty="r1", reg_augment="none", blur=False
-)
+    width=16, projection=False, lr_decay=0.0, beta1=0.5, reg_clip=False, penalty="r1", reg_augment="none", blur=False,
+    tanh_slope=0.0,
+)  # fmt: skip
 
 
 class PlainDecoder(nn.Module):

@@ -19,6 +19,7 @@ import click
 import numpy as np
 import torch
 
+import control
 import gan
 import latents
 import training
@@ -48,17 +49,17 @@ def alive(network: gan.Network, images: int = 64, least: float = 0.02) -> int:
 
 
 def measured(run: Path, row: str, seed: int, kimg: float) -> dict:
-    """The metrics of a variant, trained and measured now unless its folder has them, of the same earlier stages."""
+    """The metrics of a variant, trained and measured now unless its folder has them, of the same stages, recipe and judge."""
     encoder, classifier = (training.load(run / f"{stage}.pt", stage) for stage in ("encoder", "classifier"))
     folder = run / "ablations" / f"{row.strip('-') or 'recipe'}-{kimg:g}-{seed}"
-    stages = [training.fingerprint(stage["model"]) for stage in (encoder, classifier)]
-    done, begun = folder / "metrics.json", folder / "stages.json"
-    if begun.exists() and json.loads(begun.read_text()) != stages:
+    made_of = [training.fingerprint(stage["model"]) for stage in (encoder, classifier)] + [gan.PRESETS, control.JUDGE]
+    done, begun = folder / "metrics.json", folder / "made_of.json"
+    if folder.exists() and not (begun.exists() and json.loads(begun.read_text()) == made_of):
         shutil.rmtree(folder)
-    if done.exists() and begun.exists():
+    if done.exists():
         return json.loads(done.read_text())
     folder.mkdir(parents=True, exist_ok=True)
-    begun.write_text(json.dumps(stages))
+    begun.write_text(json.dumps(made_of))
     for name in ("encoder.pt", "classifier.pt"):
         shutil.copy(run / name, folder)
     data = encoder["data"]

@@ -45,6 +45,9 @@ def unknown(*arguments):
 pwd.getpwuid = pwd.getpwnam = unknown
 """
 
+# Where else a home, a cache or a user could be named.
+NAMES = ("INFOSCC_CACHE", "TORCH_EXTENSIONS_DIR", "XDG_CACHE_HOME", "TORCH_HOME", "USER", "LOGNAME", "USERNAME")
+
 
 def test_an_odd_shell_ends_no_stage(tmp_path):
     """All at once: an ASCII terminal for names beyond it, the backend of notebooks without its package, no home.
@@ -59,8 +62,7 @@ def test_an_odd_shell_ends_no_stage(tmp_path):
     (ops := temporary / f"infoscc_ops_{os.getuid()}").mkdir(parents=True, mode=0o700)
     shutil.copy(build.library()._name, ops)  # compiling takes half a minute: tests/test_ops.py does it there
     shell = dict(LC_ALL="C", PYTHONIOENCODING="ascii", MPLBACKEND="module://matplotlib_inline.backend_inline")
-    names = ("HOME", "INFOSCC_CACHE", "TORCH_EXTENSIONS_DIR", "XDG_CACHE_HOME", "TORCH_HOME")
-    shell |= dict.fromkeys((*names, "USER", "LOGNAME", "USERNAME"))
+    shell |= dict.fromkeys((*NAMES, "HOME"))
     common = ("--data", data, "--outdir", folder, "--smoke", "--device", "cpu")
     output = run(
         ("dataset.py", "--data", data),
@@ -69,6 +71,7 @@ def test_an_odd_shell_ends_no_stage(tmp_path):
         ("classifier.py", *common, "--no-resume"),
         ("gan.py", *common, "--kimg", 0.016),
         ("explore.py", "embedding", "--network", folder / "encoder.pt"),
+        ("explore.py", "sample", "--network", folder),
         ("explore.py", "traverse", "--network", folder),
         ("metrics.py", "--network", folder / "gan.pt", "--smoke", "--device", "cpu"),
         before=BEFORE,
@@ -82,9 +85,10 @@ def test_an_odd_shell_ends_no_stage(tmp_path):
 
 
 def test_a_home_that_cannot_be_written(class_folder, tmp_path):
-    """Packs go to the system's temporary folder; test_ops.py looks at the ops."""
+    """Packs and torch's caches go to the system's temporary folder; test_ops.py looks at the ops."""
     temporary = tmp_path / "tmp"
     temporary.mkdir()
-    where = dict(HOME="/proc/nowhere", TMPDIR=str(temporary), INFOSCC_CACHE=None, XDG_CACHE_HOME=None)
-    output = run(("dataset.py", "--data", class_folder), **where)
+    where = dict(HOME="/proc/nowhere", TMPDIR=str(temporary)) | dict.fromkeys(NAMES)
+    common = ("--data", class_folder, "--outdir", tmp_path / "run", "--smoke", "--device", "cpu")
+    output = run(("encoder.py", *common), before=BEFORE, **where)
     assert f"packs go to {temporary}/infoscc-gan-" in output and any(temporary.glob("infoscc-gan-*"))

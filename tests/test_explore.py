@@ -12,6 +12,7 @@ import torch
 from conftest import ROOT, copy_run
 from PIL import Image
 
+import control
 import explore
 import gan
 import latents
@@ -99,7 +100,7 @@ def rig(decoder: gan.Decoder) -> None:
     subspace.L.data[0] = 18  # large, but of an empty basis: |L| says nothing
 
 
-def test_dimensions_of_a_rigged_generator(command, attribute_folder, attribute_run, tmp_path):
+def test_dimensions_of_a_rigged_generator(command, attribute_folder, attribute_run, tmp_path, monkeypatch):
     folder = copy_run(attribute_run, tmp_path / "run")
     data = ("--data", attribute_folder, "--outdir", folder)
     command("classifier", *data, "--no-resume", "--epochs", 300)
@@ -132,7 +133,8 @@ def test_dimensions_of_a_rigged_generator(command, attribute_folder, attribute_r
     moved = np.abs(strips[:, :, 2] - strips[:, :, 0]).mean((1, 2, 3))
     assert moved[0] > 10 > moved[1] > 1 and (moved[2:] == 0).all()
 
-    # An export takes the names along; without its encoder, the judge alone finds them.
+    # An export takes the names along; without its encoder, the judge alone finds them: the one trained before.
+    monkeypatch.setattr(control, "train_judge", lambda *a, **k: pytest.fail("another judge"))
     command("explore", "export", "--network", folder, "--out", tmp_path / "small.pt")
     assert {d["name"] for d in gan.load(tmp_path / "small.pt").dimensions} == {names[3, 4], "no attribute"}
     again = ("--num", 8, "--steps", 60, "--json", tmp_path / "again.json", "--data", attribute_folder)

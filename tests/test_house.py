@@ -20,7 +20,7 @@ MAY_IMPORT = {
     "download": {"files", "layouts"},
     "clusters": set(),
     "dataset": {"training", "files", "layouts", "download", "critters"},
-    "control": {"training"},
+    "control": {"ops", "training"},
     "encoder": {"training", "layouts", "dataset"},
     "classifier": {"training", "layouts", "dataset", "encoder", "clusters"},
     "gan": {"ops", "training", "layouts", "dataset", "encoder", "classifier"},
