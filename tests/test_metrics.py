@@ -62,7 +62,7 @@ def fails(*arguments, text: str, code: int = 1) -> str:
 def space(tmp_path_factory) -> SimpleNamespace:
     """Two folders of pictures, and Inception weights that are random but keep activations at a sane scale."""
     root = tmp_path_factory.mktemp("metrics")
-    a, b = write_pictures(root / "a", 11, 0), write_pictures(root / "b", 11, 1, shift=30)
+    a, b = write_pictures(root / "a", 12, 0), write_pictures(root / "b", 12, 1, shift=30)
     torch.manual_seed(0)
     net = torchvision.models.inception_v3(num_classes=1008, aux_logits=False, weights=None, init_weights=False)
     for module in net.modules():
@@ -408,7 +408,7 @@ def test_alone_in_a_folder_and_any_mix_of_images(space, tmp_path):
     shutil.copy(ROOT / "metrics.py", tmp_path)
     mixed = tmp_path / "mixed"
     (mixed / "deeper").mkdir(parents=True)
-    for i, name in enumerate(["a.png", "b.jpg", "deeper/c.webp", "d.bmp", *(f"{i}.png" for i in range(7))]):
+    for i, name in enumerate(["a.png", "b.jpg", "deeper/c.webp", "d.bmp", *(f"{i}.png" for i in range(8))]):
         picture = Image.open(space.a / f"{i:03d}.png").resize((40 + 4 * i, 40))
         if name == "a.png":
             picture.putalpha(Image.linear_gradient("L").resize(picture.size))
@@ -420,12 +420,12 @@ def test_alone_in_a_folder_and_any_mix_of_images(space, tmp_path):
                           cwd=tmp_path, env=environment, capture_output=True, text=True)  # fmt: skip
     assert done.returncode == 0, done.stderr
     results = json.loads((tmp_path / "out.json").read_text())
-    assert results["fid"] == pytest.approx(0, abs=1e-3) and results["n"] == 11 and results["resize"] == "torch"
+    assert results["fid"] == pytest.approx(0, abs=1e-3) and results["n"] == 12 and results["resize"] == "torch"
     assert results["kid"] <= 0 and results["is"] >= 1 and results["precision"] == results["recall"] == 1
-    assert "kid_std" not in results and "of all 11" in done.stdout and "chamfer" not in results
+    assert "kid_std" not in results and "of all 12" in done.stdout and "chamfer" not in results
     notes = " ".join(results["notes"])
-    assert "images of 11 sizes" in notes and "11 images for 2,048 features" in notes
-    assert "no Chamfer distance: its t-SNE needs at least 64 images a side, there are 11" in notes
+    assert "images of 12 sizes" in notes and "12 images for 2,048 features" in notes
+    assert "no Chamfer distance: its t-SNE needs at least 64 images a side, there are 12" in notes
     assert "FID" in done.stdout and "resize: torch" in done.stdout
 
     # What only a run has needs the file beside it.
@@ -481,23 +481,23 @@ def test_published_chamfer_is_scikit_learns():
 def test_folders_as_a_command_and_statistics(space, tmp_path):
     """One pass gives FID, IS and KID; statistics stand in for the folder; another resize refuses them."""
     stats, out = tmp_path / "b.npz", tmp_path / "out.json"
-    options = ("--inception", space.weights, "--num", 10, "--resize", "tf", "--json", out)
+    options = ("--inception", space.weights, "--num", 11, "--resize", "tf", "--json", out)
     result = command("--images", space.a, "--reference", space.b, *options, "--save-stats", stats, "--kid-subset", 6)
     assert result.exit_code == 0 and "not the published weight file" in result.output, result.output
     first = json.loads(out.read_text())
-    folders = metrics.Folder(str(space.a), 10), metrics.Folder(str(space.b), 10)
+    folders = metrics.Folder(str(space.a), 11), metrics.Folder(str(space.b), 11)
     rows = [[int(Path(f).stem) for f in folder.files] for folder in folders]
-    assert rows[0] == rows[1] == sorted(rows[0]) and rows[0] != list(range(10))  # drawn, not the first
-    assert metrics.Folder(str(space.a), 10, seed=2).files != folders[0].files
+    assert rows[0] == rows[1] == sorted(rows[0]) and rows[0] != list(range(11))  # drawn, not the first
+    assert metrics.Folder(str(space.a), 11, seed=2).files != folders[0].files
     x, y = (f[rows[0]] for f in (ours(space, "tf").x, ours(space, "tf").y))
     assert first["fid"] == pytest.approx(gram_frechet(x, y), rel=1e-4)
     assert (first["kid"], first["kid_std"]) == pytest.approx(metrics.kernel_distance(x, y, 6), rel=1e-4)
     alone = command("--images", space.a, "--metrics", "is", *options)
     assert alone.exit_code == 0 and json.loads(out.read_text())["is"] == pytest.approx(first["is"])
-    assert first["kid_subset"] == 6 and first["n"] == first["n_reference"] == 10 and first["is"] > 1
+    assert first["kid_subset"] == 6 and first["n"] == first["n_reference"] == 11 and first["is"] > 1
     network = SimpleNamespace(name="inception", dims=2048, hash=metrics.file_hash(space.weights)[:16], resize="tf")
     moments, named = metrics.load_stats(stats, network)
-    assert named and moments.n == 10
+    assert named and moments.n == 11
     np.testing.assert_allclose(moments.gaussian()[1], np.cov(y.double().numpy(), rowvar=False), atol=1e-3)
     np.savez(tmp_path / "theirs.npz", mu=y.mean(0), sigma=np.cov(y.numpy(), rowvar=False))  # as pytorch-fid saves them
     assert not metrics.load_stats(tmp_path / "theirs.npz", network)[1]
