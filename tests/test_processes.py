@@ -29,8 +29,9 @@ def note(case, network, *scalars):
     found[case] |= {n: b.to("cpu", torch.float64, copy=True) for n, b in network.named_buffers()}
 
 def train_gan(case, disc, per_class):
+    few = {"disc_layers": 2} if disc == "patch" else {}
     options = gan.default_options(32, batch=B, disc=disc, per_class=per_class, lr=1e-30, augment="none", r1=1.0,
-                                  width=8)
+                                  width=8, **few)
     trainer = gan.Trainer(options, run, torch.eye(4), "one-hot")
     for network in (trainer.decoder, trainer.D):
         network.double()
