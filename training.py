@@ -929,8 +929,8 @@ def resume(path: Path, stage: str, options: dict, data, keys: Iterable[str], bef
     """The stage's own checkpoint to go on from; {} if there is none, or with --no-resume.
 
     A damaged checkpoint is reported, and the one before is taken if that is whole. data: the Dataset. keys: the options
-    that a resumed run may not change. before: what a checkpoint means that is older than these options. Raises click.ClickException where the checkpoint was made from other images or
-    with other options.
+    that a resumed run may not change. before: values of those that older checkpoints do not name. Raises
+    click.ClickException where the checkpoint was made from other images or with other options.
     """
     if not options["resume"] or not path.exists():
         return {}
