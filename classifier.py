@@ -253,7 +253,7 @@ def main(**options):
     if options["size"]:
         training.check_same(checkpoint["data"], options, ["size"], outdir / "encoder.pt", remedy)
     options["size"] = checkpoint["data"]["size"]
-    how = {name: checkpoint["data"][name] for name in ("squash", "train_on_all")} | {"preset": options["preset"]}
+    how = dataset.same_images(checkpoint["data"]) | {"preset": options["preset"]}
     ds = dataset.open_dataset(options["data"], options["size"], "train", None if internal else spec, **how)
     sets = {"train": ds, "val": ds.part("val")}
     training.check_images(checkpoint["data"], ds, outdir / "encoder.pt", remedy)

@@ -623,6 +623,11 @@ def open_dataset(
     return Dataset(pack, data, split, attributes, preset)
 
 
+def same_images(info: dict) -> dict:
+    """The arguments of `open_dataset` that find the images of a checkpoint again, from its 'data' (`Dataset.info`)."""
+    return {"preset": info["preset"] or "none", "squash": info["squash"], "train_on_all": info["train_on_all"]}
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 
 

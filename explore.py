@@ -487,10 +487,9 @@ def embedding_command(network, data, seed, device, out):
     # Embed validation images, and as many generated ones where there is a generator.
     if state:
         run = training.start(device, seed=seed)
-        how = {"preset": state["data"]["preset"] or "none"}
-        how |= {name: state["data"][name] for name in ("squash", "train_on_all")}
-        ds = dataset.open_dataset(data or state["data"]["data"], state["data"]["size"], "val", **how)
-        training.check_images(state["data"], ds, network, "give --data")
+        info = state["data"]
+        ds = dataset.open_dataset(data or info["data"], info["size"], "val", **dataset.same_images(info))
+        training.check_images(info, ds, network, "give --data")
         index = np.linspace(0, len(ds) - 1, min(POINTS, len(ds))).astype(int)
         images = (torch.from_numpy(ds.images[part]) for part in np.array_split(index, max(1, len(index) // 256)))
         h = stage1.embed(stage1.build(state).to(run.device), images, len(index), run)

@@ -623,7 +623,10 @@ class Trainer:
         return torch.randint(2, (n, Y), device=device).float()
 
     def fake(self, how: str | None = None) -> tuple[Tensor, Tensor | None]:
-        """A batch of generated images, and the labels they were generated for, by default as --draw-y says."""
+        """A batch of generated images, and the labels they were generated for, by default as --draw-y says.
+
+        Where eqs. 4-5 follow they are of the data, whatever --draw-y says: eq. 4 has the real distribution of y.
+        """
         y = self.draw_y(how or self.options["draw_y"])
         latents = torch.randn(self.batch, self.decoder.latent_width, device=self.run.device)
         with self.run.autocast():
@@ -667,7 +670,7 @@ class Trainer:
     def generate(self, joint: bool = False) -> dict[str, Tensor]:
         """One adversarial step of the decoder, eqs. 6-7, with the orthogonality penalty; joint: with eqs. 4-5 too."""
         self.drop_gradients()
-        x, y = self.fake()
+        x, y = self.fake("data" if joint else None)
         augmented = augment(x, self.options["augment"])
         with frozen(self.D):
             with self.run.autocast():
@@ -691,7 +694,7 @@ class Trainer:
         can also become smaller, and then images cease to follow y.
         """
         self.drop_gradients()
-        loss = self.classification(*self.fake("data"))  # whatever --draw-y says: eq. 4 has the real distribution of y
+        loss = self.classification(*self.fake("data"))
         self.step_g.step(self.weighed(loss), norm, self.options["reg_stretch"])
         return self.information(loss)
 
@@ -1120,7 +1123,7 @@ def main(**options):
     run.first(lambda: training.check_size(outdir / "gan.pt", "gan", options))
     how = {"preset": options["preset"], "squash": options.pop("squash"), "train_on_all": options.pop("train_on_all")}
     if encoder_pt:  # all stages see the same images
-        how |= {name: encoder_pt["data"][name] for name in ("squash", "train_on_all")}
+        how = dataset.same_images(encoder_pt["data"]) | {"preset": options["preset"]}
     size = options["size"] or (encoder_pt["data"]["size"] if encoder_pt else None)
     attributes = classifier_pt["data"]["attributes"] if classifier_pt else None
     data = dataset.open_dataset(options["data"], size, "train", most=dataset.most_by_default(run.device), **how)

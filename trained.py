@@ -159,8 +159,8 @@ class Run:
         self.judges: dict[tuple[int, int], tuple] = {}  # what control.load_judge found, by seed and steps
         self.clusters = bool(self.names) and str(data["attributes"]).startswith("clusters")
         attributes = None if self.clusters or not self.names else data["attributes"]
-        how = {"preset": data["preset"] or "none"} | {name: data[name] for name in ("squash", "train_on_all")}
-        self.train = dataset.open_dataset(moved or data["data"], data["size"], "train", attributes, **how)
+        source = moved or data["data"]
+        self.train = dataset.open_dataset(source, data["size"], "train", attributes, **dataset.same_images(data))
         self.images = {"train": self.train, "val": self.train.part("val")}
         info = dataset.read_info(self.train.pack)
         self.all_labels = info["classes"], info["attributes"]  # what the images have, whatever the run took

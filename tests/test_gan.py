@@ -469,6 +469,18 @@ def test_labels_are_drawn_uniformly(kind):
     assert t.draw_y("data")[:, 0].mean() > 0.9
 
 
+@pytest.mark.parametrize("mode", ["separate", "joint"])
+def test_regularisation_has_the_labels_of_the_data(mode, monkeypatch):
+    """Whatever --draw-y says: eq. 4 has the real distribution of y, whose H(Y) the log compares with."""
+    encoder, classifier = frozen_stages()
+    t = trainer(encoder=encoder, classifier=classifier, draw_y="uniform", reg_mode=mode, reg_every=1)
+    t.labels[:] = torch.eye(3)[0]  # no image has another class
+    asked, classification = [], t.classification
+    monkeypatch.setattr(t, "classification", lambda x, y: asked.append(y) or classification(x, y))
+    t.iteration(0, torch.rand(8, 3, 32, 32) * 2 - 1, torch.eye(3)[[0] * 8])
+    assert len(asked) == 1 and (asked[0].argmax(1) == 0).all()
+
+
 def test_regularisation_over_attributes():
     """--reg-over mean: the step takes the loss divided by the number of attributes; the log shows the sum."""
     encoder, classifier = frozen_stages()
