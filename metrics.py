@@ -886,10 +886,12 @@ def start(device: str, batch: int) -> World:
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
         chosen = torch.device(device)
+        if chosen.type not in ("cpu", "cuda"):
+            raise RuntimeError("neither a CPU nor a CUDA device")
         if chosen.type == "cuda" and chosen.index is None:
             chosen = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.empty(1, device=chosen)
-    except (RuntimeError, AssertionError) as error:
+    except (RuntimeError, AssertionError, ValueError, OverflowError) as error:
         raise click.ClickException(f"--device {device}: {str(error).splitlines()[0]}") from None
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
@@ -958,9 +960,10 @@ def draw_clouds(real: Tensor, images: Tensor, points: int, seed: int) -> tuple[T
 # ---------------------------------------------------------------------------------------------------------------------
 # The command.
 
-# How much is looked at by default: on a GPU as is usual, on a CPU what takes some minutes. num: images a side for FID, IS and KID, with Inception `inception`; points: images a
-# side for chamfer, seeds: of it; control: images for attribute control and information; each: images of one y for
-# diversity; judge: its training steps; imagenet: images for is_published.
+# How much is looked at by default: on a GPU what is usual, on a CPU what takes some minutes. num: images a side for FID,
+# IS and KID, with Inception `inception`; points: images a side for chamfer, seeds: of it; control: images for attribute
+# control and information; each: images of one y for diversity; judge: its training steps; imagenet: images for
+# is_published.
 AMOUNTS = {
     "gpu": dict(num=50_000, inception=50_000, points=6400, seeds=5, control=20_000, each=500, judge=4000, imagenet=100_000),
     "cpu": dict(num=5000, inception=1000, points=500, seeds=3, control=1500, each=100, judge=1500, imagenet=100_000),
@@ -1122,12 +1125,9 @@ def evaluate(options: dict, world: World) -> dict:
     if options["network"]:
         run = import_trained("--network").Run(options["network"], world, options["data"])
         run.protocol = options["protocol"] or run.protocol
-    wanted = [m.strip() for m in options["metrics"].split(",")] if options["metrics"] else []
-    wanted = [{"fd": "fid", "kd": "kid"}.get(m, m) for m in wanted]
+    wanted = options["metrics"]
     possible = run.possible(METRICS) if run else OF_FOLDERS
     for name in wanted:
-        if name not in METRICS:
-            raise click.UsageError(f"--metrics: no {name!r}; choose from {', '.join(METRICS)}")
         if name not in possible:
             raise click.UsageError(f"--metrics {name} needs {'a run with labels and encoder' if run else '--network'}")
     need = set(wanted or possible)
@@ -1211,12 +1211,22 @@ def report(r: dict) -> str:
 
 
 # fmt: off
+def metric_names(context: click.Context, option: click.Parameter, text: str | None) -> list[str]:
+    """'fd, is' -> ['fid', 'is'], '' -> []. Raises click.UsageError for a name that there is not."""
+    names = [name.strip() for name in text.split(",")] if text else []
+    names = [{"fd": "fid", "kd": "kid"}.get(name, name) for name in names]
+    for name in names:
+        if name not in METRICS:
+            raise click.UsageError(f"--metrics: no {name!r}; choose from {', '.join(METRICS)}")
+    return names
+
+
 OPTIONS = [
     click.option("--network", metavar="FILE", multiple=True, help="A run's gan.pt, scored against its training images; several times: a table of runs."),
     click.option("--data", metavar="PATH", help="The run's images, if they have moved."),
     click.option("--images", metavar="DIR", help="Folder of images to score without a run."),
     click.option("--reference", metavar="DIR|NPZ", help="What to score --images against: a folder, or statistics."),
-    click.option("--metrics", metavar="A,B,...", help=f"Some of {', '.join(METRICS)}.  [default: those that apply, is_published and chamfer_sum with --protocol paper only]"),
+    click.option("--metrics", metavar="A,B,...", callback=metric_names, help=f"Some of {', '.join(METRICS)}.  [default: those that apply, is_published and chamfer_sum with --protocol paper only]"),
     click.option("--json", "json_file", metavar="FILE", help="Write the results as one JSON object (several runs: keyed by file)."),
     click.option("--features", metavar="auto|inception|judge|encoder|FILE", default="auto", help="Network of FID, IS, KID and pr. judge: trained on the real images alone; encoder: the run's own, which the generator was trained through; FILE: of that encoder.pt or gan.pt. auto: Inception if its weights are there or can be fetched, else the judge, else the encoder."),
     click.option("--inception", metavar="FILE", help="The Inception weights, if not to be downloaded."),
@@ -1243,28 +1253,34 @@ def with_options(command: Callable) -> Callable:
     return command
 
 
-class OneLine(click.Command):
-    """A command whose errors about options and files are one line, without the usage that click prints above them."""
-
-    def make_context(self, *arguments, **options) -> click.Context:
+@contextlib.contextmanager
+def one_line() -> Iterator[None]:
+    """Within it, errors about options and files become one line, without the usage that click prints above them."""
+    try:
         try:
-            return super().make_context(*arguments, **options)
+            yield
         except click.UsageError as error:
-            raise self.alone(error) from None
-
-    def invoke(self, context: click.Context) -> object:
-        try:
-            return super().invoke(context)
-        except click.UsageError as error:
-            raise self.alone(error) from None
+            raise click.UsageError(error.format_message()) from None
         except OSError as error:
             where = f"{error.filename}: " if error.filename else ""
             raise click.ClickException(f"{where}{error.strerror or error}") from None
+    except click.ClickException as error:
+        # Names come from anywhere, and may hold control characters, or be as long as a page.
+        text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in error.message)
+        error.message = text if len(text) < 500 else f"{text[:250]} ... {text[-200:]}"
+        raise
 
-    @staticmethod
-    def alone(error: click.UsageError) -> click.UsageError:
-        message = error.format_message()
-        return click.UsageError(message if len(message) < 500 else f"{message[:250]} ... {message[-200:]}")
+
+class OneLine(click.Command):
+    """A command that reports errors by `one_line`."""
+
+    def make_context(self, *arguments, **options) -> click.Context:
+        with one_line():
+            return super().make_context(*arguments, **options)
+
+    def invoke(self, context: click.Context) -> object:
+        with one_line():
+            return super().invoke(context)
 
 
 @click.command(
@@ -1284,12 +1300,9 @@ def main(network: tuple[str, ...], json_file: str | None, **options) -> None:
             raise click.UsageError(f"--{name} goes with --network")
     if len(network) > 1 and options["save_stats"]:
         raise click.UsageError("--save-stats takes one --network")
-    if options["images"] and not options["reference"] and options["metrics"] != "is":
+    if options["images"] and not options["reference"] and options["metrics"] != ["is"]:
         raise click.UsageError("--images needs a --reference, except for --metrics is")
-    if options["save_stats"] and (
-        is_stats(options["reference"] or "")
-        or "fid" not in (options["metrics"] or "fid").replace("fd", "fid").split(",")
-    ):
+    if options["save_stats"] and (is_stats(options["reference"] or "") or "fid" not in (options["metrics"] or ["fid"])):
         raise click.UsageError("--save-stats keeps the statistics of a folder or a run that FID is measured against")
     for name, file in (("--json", json_file), ("--save-stats", options["save_stats"])):
         if file and not os.path.isdir(os.path.dirname(os.path.abspath(file))):

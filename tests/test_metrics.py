@@ -478,6 +478,18 @@ def test_published_chamfer_is_scikit_learns():
         metrics.tsne_chamfer(real, fake, 5, "cpu", published=True)
 
 
+def test_names_of_metrics_may_have_spaces(space, tmp_path, monkeypatch):
+    def evaluate(options, world):
+        raise click.ClickException(f"measures {options['metrics']}")
+
+    monkeypatch.setattr(metrics, "evaluate", evaluate)
+    fails("--images", space.a, "--metrics", " is", text="measures ['is']")
+    folders = ("--images", space.a, "--reference", space.b)
+    fails(*folders, "--metrics", "is, fd", "--save-stats", tmp_path / "s.npz", text="measures ['is', 'fid']")
+    fails(*folders, text="measures []")
+    fails(*folders, "--metrics", "is,,fid", text="--metrics: no ''", code=2)
+
+
 def test_folders_as_a_command_and_statistics(space, tmp_path):
     """One pass gives FID, IS and KID; statistics stand in for the folder; another resize refuses them."""
     stats, out = tmp_path / "b.npz", tmp_path / "out.json"
@@ -635,6 +647,9 @@ FAKES = {
 
         def read_info(pack):
             return dict(classes=[], attributes=[])
+
+        def same_images(info):
+            return dict()
 
         class Dataset:
             fingerprint, size, name = "f", 16, "fake"

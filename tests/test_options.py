@@ -1,6 +1,8 @@
 """Every option of every command, given odd values: one line, no traceback, nothing written but where it should be."""
 
 import functools
+import sys
+from types import SimpleNamespace
 
 import click
 import pytest
@@ -13,6 +15,7 @@ import dataset
 import encoder
 import explore
 import gan
+import metrics
 import trained
 import training
 
@@ -22,7 +25,7 @@ ODD = (
     *("/dev/null", "/dev/full", "/proc/self/mem", "/proc/1/root"),
     *("cuda:99", "cuda:-1", "cuda:" + "9" * 30, "meta", "mps"),
 )
-COMMANDS = {(module.__name__,): module.main for module in (encoder, classifier, gan, dataset, critters)}
+COMMANDS = {(module.__name__,): module.main for module in (encoder, classifier, gan, metrics, dataset, critters)}
 COMMANDS |= {("explore", name): command for name, command in explore.main.commands.items()}
 CASES = [
     (name, parameter.opts[0])
@@ -58,9 +61,7 @@ def test_odd_values(class_folder, folder, tmp_path, monkeypatch, name, option):
         (explore.latents, "project"),
     ):
         monkeypatch.setattr(module, work, accept)
-    import page
-
-    monkeypatch.setattr(page, "serve", accept)
+    monkeypatch.setitem(sys.modules, "page", SimpleNamespace(serve=accept))  # without gradio, slow to import
     for module in (training, gan):  # every value would read the same files again
         monkeypatch.setattr(module, "load", functools.cache(module.load))
     monkeypatch.chdir(tmp_path)
@@ -69,6 +70,7 @@ def test_odd_values(class_folder, folder, tmp_path, monkeypatch, name, option):
         "explore": ["--network", run / "export.pt"],
         "dataset": ["--data", class_folder],
         "critters": ["--num", 1],
+        "metrics": ["--network", run / "gan.pt", "--device", "cpu"],
     }.get(name[0], ["--data", class_folder, "--outdir", run, "--device", "cpu"])
     if name[-1] == "project":
         common = [next(class_folder.glob("*/*.png")), *common]
