@@ -12,6 +12,7 @@ Plain functions around torch. A stage calls them in this order:
     training.save(path, state)          a checkpoint: written aside, then renamed
 """
 
+import atexit
 import contextlib
 import ctypes
 import errno
@@ -153,6 +154,7 @@ class Screen:
 
     def __init__(self, stream):
         self.stream = stream
+        atexit.register(self.end)
 
     def __getattr__(self, name: str) -> object:
         return getattr(self.stream, name)
@@ -164,6 +166,15 @@ class Screen:
     def flush(self) -> None:
         with contextlib.suppress(OSError):
             self.stream.flush()
+
+    def end(self) -> None:
+        """Drop what could not be written: Python would try it again, and end with 120 for that alone."""
+        with contextlib.suppress(OSError, ValueError):
+            try:
+                self.stream.flush()
+            except OSError:
+                with open(os.devnull, "w") as nowhere:
+                    os.dup2(nowhere.fileno(), self.stream.fileno())
 
 
 def with_options(own: list[Callable]) -> Callable:

@@ -259,7 +259,8 @@ def test_a_terminal_that_cannot_be_written_ends_no_run(class_folder, class_run, 
     (folder / f"{stage}.pt").unlink(missing_ok=True)
     command = [sys.executable, ROOT / f"{stage}.py", *options, *(["--kimg", 0.016] if stage == "gan" else [])]
     with open("/dev/full", "w") as full:
-        done = subprocess.run([*map(str, command)], stdout=full, stderr=full, timeout=300)
+        environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+        done = subprocess.run([*map(str, command)], stdout=full, stderr=full, timeout=300, env=environment)
     assert done.returncode == 0
     training.load(folder / f"{stage}.pt", stage, finished=stage != "gan")
 
