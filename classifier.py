@@ -286,7 +286,9 @@ def main(**options):
     results, assignments = {}, {}
     if internal:
         if state:
-            found, names = {split: v.numpy() for split, v in state["assignments"].items()}, state["data"]["label_names"]
+            with training.reading(path):
+                found = {split: v.numpy() for split, v in state["assignments"].items()}
+            names = state["data"]["label_names"]
         else:
             with training.lock(outdir, "classifier"):  # a run that reads there has these clusters
                 if tables:
@@ -298,7 +300,7 @@ def main(**options):
         results["clusters"] = clusters.agreements(found["train"], ds)
         k = len(names)
         labels = {split: torch.eye(k)[torch.from_numpy(v).long()].to(run.device) for split, v in found.items()}
-        assignments = {"assignments": {split: torch.from_numpy(v).to(torch.uint8) for split, v in found.items()}}
+        assignments = {"assignments": {split: torch.from_numpy(v).long() for split, v in found.items()}}
         data |= dict(attributes=f"clusters:{k}", label_names=names, label_kind="one-hot")
     one_hot, names = data["label_kind"] == "one-hot", data["label_names"]
     config = dict(features=h["train"].shape[1], labels=len(names))

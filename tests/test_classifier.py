@@ -197,7 +197,7 @@ def test_attributes_are_chosen_by_name(command, attribute_run, attribute_folder,
     common = ("--data", attribute_folder, "--outdir", out)
     line = command("classifier", *common, "--attributes", "Top,Left", "--smoke", code=1).output.splitlines()[-1]
     assert "made with attributes" in line and "--no-resume" in line
-    output = command("classifier", *common, "--attributes", "Top,Left", "--no-resume").output
+    output = command("classifier", *common, "--attributes", "Top,Left", "--no-resume", "--smoke").output
     state = state_of(out)
     assert state["data"]["label_names"] == ["Top", "Left"] and state["data"]["label_kind"] == "multi-label"
     assert list(state["results"]["labels"]) == ["Top", "Left"] and len(state["balance"]) == 2
@@ -220,7 +220,8 @@ def test_clusters_become_the_labels(command, class_run, class_folder, tmp_path):
     state = state_of(out)
     assert state["data"]["attributes"] == "clusters:4" and state["data"]["label_kind"] == "one-hot"
     assert state["data"]["label_names"] == [f"cluster{i}" for i in range(4)] and state["config"]["labels"] == 4
-    assert state["assignments"]["train"].dtype == torch.uint8 and "purity" in output and "NMI" in output
+    assert state["assignments"]["train"].dtype == torch.int64  # there may be more than 256
+    assert "purity" in output and "NMI" in output
     for split, value in state["assignments"].items():
         rows = list(csv.DictReader((out / "clusters" / f"{split}.csv").read_text().splitlines()))
         assert [int(r["cluster"]) for r in rows] == value.tolist()
