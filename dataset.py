@@ -173,6 +173,10 @@ def prepare(
         # Stages compare fingerprints, so packs of other pixels or another split need another one.
         return hash_of([content, squash, train_on_all]) if squash or train_on_all else content
 
+    def check(classes: list[str]) -> None:
+        if data == "afhq" and not {"cat", "dog", "wild"}.issuperset(classes):
+            fail(f"{root} is not AFHQ: its classes are {', '.join(classes)}, not cat, dog, wild")
+
     def find(content: str, size: int) -> Path | None:
         return next(cache.glob(f"*-{size}-{fingerprint_for(content)[:16]}-v{FORMAT}"), None)
 
@@ -185,8 +189,7 @@ def prepare(
 
     def make(alone: bool) -> tuple[dict, Path]:
         source = layouts.scan(root, files, folders) if root else scan_critters()
-        if data == "afhq" and not {"cat", "dog", "wild"}.issuperset(source.classes):
-            fail(f"{root} is not AFHQ: its classes are {', '.join(source.classes)}, not cat, dog, wild")
+        check(source.classes)
         if strict and source.absent:
             fail(f"{root}: {source.notes[0]}")
         seen = {"content": content_of(root, source) if root else state, "size": usual_size(root, source.keys)}
@@ -231,7 +234,9 @@ def prepare(
             fail(f"cannot write the cache in {cache}: {error.strerror}; {remedy}")
     if strict and seen["absent"]:
         fail(f"{root}: {seen['notes'][0]}")
-    skipped = read_info(pack)["skipped"]
+    info = read_info(pack)
+    check(info["classes"])  # it may have been packed under another name
+    skipped = info["skipped"]
     if skipped and max_pixels > MAX_PIXELS and not skip_broken:
         fail(f"{pack} was packed without {skipped} unreadable images: delete it to pack it with --max-pixels")
     if skipped and not skip_broken:

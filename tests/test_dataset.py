@@ -554,3 +554,12 @@ def test_options_of_the_command(tmp_path):
     assert "6, multi-label" in run.output and re.search("preset +none", run.output) and "128 px" in run.output
     run = run_main("--data", tmp_path / "c", "--preset", "other")
     assert run.exit_code == 1 and "no such preset" in run.output
+
+
+def test_another_folder_is_not_taken_for_afhq(tmp_path):
+    folder = class_folders(tmp_path / "data" / "afhq", {"cat": 12, "dog": 12, "horse": 12})
+    assert "is not AFHQ" in error_of("afhq", 32)
+    pack = Path(open_dataset(str(folder), 32, preset="afhq").pack)
+    with pytest.raises(click.ClickException, match="is not AFHQ: its classes are cat, dog, horse"):
+        open_dataset("afhq", 32)  # though its pack is there
+    assert pack.exists()
