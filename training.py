@@ -19,6 +19,7 @@ import errno
 import fcntl
 import functools
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -780,14 +781,16 @@ def save_snapshot(path: Path, state: dict, keep: int, every: int) -> None:
     they go too. A full disk is reported and ends nothing.
     """
     save(path, state, must=False, keep_previous=False)
-    found = sorted(path.parent.glob(f"{path.stem.rpartition('-')[0]}-*.pt"))
-    for p in found[found.index(path) + 1 :] if path in found else ():
-        p.unlink(missing_ok=True)
-        found.remove(p)
-    images = [int(p.stem.rpartition("-")[2]) for p in found]
-    for p, n, before in zip(found[:-keep], images, [0, *images], strict=False):
-        if n // every == before // every:
-            p.unlink(missing_ok=True)
+    found = {}  # by images, beside whatever else the user has put there
+    for p in path.parent.glob(f"{path.stem.rpartition('-')[0]}-*.pt"):
+        if re.fullmatch(r"[0-9]{8,}", number := p.stem.rpartition("-")[2]):
+            found[int(number)] = p
+    if path not in found.values():  # the disk is full
+        return
+    images = sorted(n for n in found if n <= int(path.stem.rpartition("-")[2]))
+    at_round = {n for before, n in itertools.pairwise([0, *images]) if n // every > before // every}
+    for n in found.keys() - at_round - {*images[-keep:]}:
+        found[n].unlink(missing_ok=True)
 
 
 def run_folder(path: str | Path) -> Path:

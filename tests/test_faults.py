@@ -420,11 +420,20 @@ def test_a_snapshot_is_the_decoder_alone_and_works_in_its_place(command, gan_run
 
 
 def test_snapshots_that_are_kept(tmp_path):
-    state = {"stage": "gan", "images_seen": 0}
-    for images in range(1000, 26000, 1000):
-        training.save_snapshot(tmp_path / f"gan-{images:08d}.pt", state, keep=3, every=10_000)
-    kept = sorted(int(p.stem[4:]) for p in tmp_path.iterdir())
-    assert kept == [10_000, 20_000, 23_000, 24_000, 25_000]
+    state, others = {"stage": "gan", "images_seen": 0}, ("gan-copy.pt", "gan-7.pt", "gan-best of 3.pt")
+    for name in others:  # a user's own
+        (tmp_path / name).touch()
+
+    def kept(*images: int) -> list[int]:
+        for n in images:
+            training.save_snapshot(tmp_path / f"gan-{n:08d}.pt", state, keep=3, every=10_000)
+        assert all((tmp_path / name).exists() for name in others)
+        return sorted(int(p.stem[4:]) for p in tmp_path.iterdir() if p.name not in others)
+
+    assert kept(*range(1000, 26000, 1000)) == [10_000, 20_000, 23_000, 24_000, 25_000]
+    assert kept(21_000) == [10_000, 20_000, 21_000]  # a run that was started over
+    millions = [99_999_000, 100_000_000, 100_001_000]  # of nine digits, which names do not sort
+    assert kept(*millions) == [10_000, 20_000, *millions]
 
 
 # One run at a time.
