@@ -297,7 +297,7 @@ class Run:
         return value
 
     def agree(self, facts: dict) -> None:
-        """Raise click.ClickException where a process has other facts than the first one: it would train another run."""
+        """Raise click.ClickException unless all processes have the same facts: else they would train different runs."""
         everyone = [facts] * self.world
         if self.world > 1:
             dist.all_gather_object(everyone, facts, self.group)
