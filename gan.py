@@ -40,7 +40,7 @@ ORTH = 100.0  # weight of the penalty that keeps the bases orthonormal
 R1_EVERY = 16  # iterations between R1 penalties (lazy regularisation, Karras et al. 2020)
 EMA_HALF_LIFE = 10_000  # images
 
-BEFORE = dict(blur=False, reg_stretch=1.0, tanh_slope=0.0)  # what runs did that are older than these options
+BEFORE = dict(blur=False, reg_stretch=1.0, tanh_slope=0.0)  # for checkpoints from before these options
 
 LOG_EVERY = 2_000  # images: a minute on a CPU, a second on a GPU
 
@@ -625,7 +625,7 @@ class Trainer:
     def fake(self, how: str | None = None) -> tuple[Tensor, Tensor | None]:
         """A batch of generated images, and the labels they were generated for, by default as --draw-y says.
 
-        Where eqs. 4-5 follow they are of the data, whatever --draw-y says: eq. 4 has the real distribution of y.
+        how: in place of --draw-y; what regularises gives 'data', since eq. 4 has the real distribution of y.
         """
         y = self.draw_y(how or self.options["draw_y"])
         latents = torch.randn(self.batch, self.decoder.latent_width, device=self.run.device)

@@ -781,16 +781,23 @@ def save_snapshot(path: Path, state: dict, keep: int, every: int) -> None:
     they go too. A full disk is reported and ends nothing.
     """
     save(path, state, must=False, keep_previous=False)
-    found = {}  # by images, beside whatever else the user has put there
-    for p in path.parent.glob(f"{path.stem.rpartition('-')[0]}-*.pt"):
-        if re.fullmatch(r"[0-9]{8,}", number := p.stem.rpartition("-")[2]):
-            found[int(number)] = p
-    if path not in found.values():  # the disk is full
+    stage, _, now = path.stem.rpartition("-")
+    found = snapshots(path.parent, stage)
+    if int(now) not in found:  # the disk is full
         return
-    images = sorted(n for n in found if n <= int(path.stem.rpartition("-")[2]))
+    images = [n for n in found if n <= int(now)]
     at_round = {n for before, n in itertools.pairwise([0, *images]) if n // every > before // every}
     for n in found.keys() - at_round - {*images[-keep:]}:
         found[n].unlink(missing_ok=True)
+
+
+def snapshots(folder: Path, stage: str) -> dict[int, Path]:
+    """The numbered checkpoints in a folder by the images they have seen, fewest first; other files there are a user's."""
+    found = {}
+    for path in folder.glob(f"{stage}-*.pt"):
+        if re.fullmatch(r"[0-9]{8,}", number := path.stem.rpartition("-")[2]):
+            found[int(number)] = path
+    return dict(sorted(found.items()))
 
 
 def run_folder(path: str | Path) -> Path:
@@ -920,8 +927,7 @@ def rebuild(build: Callable[[], torch.nn.Module], weights: dict[str, torch.Tenso
 
 def instead(path: Path, stage: str) -> str:
     """What to say about the newest checkpoint that is whole, beside a damaged one, if there is any."""
-    snapshots = sorted(path.parent.glob(f"snapshots/{stage}-*.pt"), reverse=True)
-    for other in (previous(path), *snapshots):
+    for other in (previous(path), *reversed(snapshots(path.parent / "snapshots", stage).values())):
         with contextlib.suppress(click.ClickException):
             load(other, stage, others=False)
             return f"; the newest whole one is {other}"

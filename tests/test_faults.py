@@ -419,21 +419,30 @@ def test_a_snapshot_is_the_decoder_alone_and_works_in_its_place(command, gan_run
     assert gan.load(folder / "gan.pt").encoder is None
 
 
-def test_snapshots_that_are_kept(tmp_path):
+def test_snapshots_that_are_kept(tmp_path, monkeypatch):
     state, others = {"stage": "gan", "images_seen": 0}, ("gan-copy.pt", "gan-7.pt", "gan-best of 3.pt")
+    folder = tmp_path / "snapshots"
+    folder.mkdir()
     for name in others:  # a user's own
-        (tmp_path / name).touch()
+        (folder / name).touch()
 
     def kept(*images: int) -> list[int]:
         for n in images:
-            training.save_snapshot(tmp_path / f"gan-{n:08d}.pt", state, keep=3, every=10_000)
-        assert all((tmp_path / name).exists() for name in others)
-        return sorted(int(p.stem[4:]) for p in tmp_path.iterdir() if p.name not in others)
+            training.save_snapshot(folder / f"gan-{n:08d}.pt", state, keep=3, every=10_000)
+        assert all((folder / name).exists() for name in others)
+        return sorted(int(p.stem[4:]) for p in folder.iterdir() if p.name not in others)
 
     assert kept(*range(1000, 26000, 1000)) == [10_000, 20_000, 23_000, 24_000, 25_000]
     assert kept(21_000) == [10_000, 20_000, 21_000]  # a run that was started over
     millions = [99_999_000, 100_000_000, 100_001_000]  # of nine digits, which names do not sort
     assert kept(*millions) == [10_000, 20_000, *millions]
+
+    def load(path, *arguments, **options):
+        if not path.exists():
+            raise click.ClickException("not there")
+
+    monkeypatch.setattr(training, "load", load)
+    assert training.instead(tmp_path / "gan.pt", "gan").endswith("gan-100001000.pt")  # the newest
 
 
 # One run at a time.
