@@ -168,11 +168,19 @@ def run_script(
     return subprocess.CompletedProcess(arguments, next((c for c in codes if c != 0), 0), *texts)
 
 
+WRITTEN: dict[str, int] = {}  # when each checkpoint was written that copy_run linked
+
+
 def copy_run(source: Path, target: Path) -> Path:
     """Copy a run folder; checkpoints (135 MB each) are linked: commands replace them and never write into them."""
 
     def copy(source: str, target: str) -> None:
-        (os.link if source.endswith(".pt") else shutil.copy)(source, target)
+        if not source.endswith(".pt"):
+            shutil.copy(source, target)
+        else:
+            written = os.stat(source).st_mtime_ns
+            assert WRITTEN.setdefault(source, written) == written, f"an earlier test wrote into {source}"
+            os.link(source, target)
 
     return shutil.copytree(source, target, copy_function=copy)
 

@@ -3,7 +3,6 @@
 import json
 import math
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -413,7 +412,7 @@ def test_a_snapshot_is_the_decoder_alone_and_works_in_its_place(command, gan_run
     assert snapshot.stat().st_size < (folder / "gan.pt").stat().st_size / 5
     network = gan.load(snapshot)
     assert network.encoder is not None and network.classifier is not None
-    shutil.copy(snapshot, folder / "gan.pt")
+    snapshot.replace(folder / "gan.pt")
     options = ("--data", class_folder, "--outdir", folder, "--smoke", "--width", 4, "--kimg", 0.032)
     assert "is a snapshot" in last_line(command("gan", *options, code=1))
     assert gan.load(folder / "gan.pt").encoder is None
