@@ -502,7 +502,7 @@ def main(**options):
     preset = layouts.preset_of(options["data"], options["preset"])
     options = training.resolve(PRESETS, PAPER, preset, options)
     if options["smoke"]:
-        options["batch"] = given["batch"] or 16
+        options["batch"] = given["batch"] or 8
     options["size"] = options["size"] or layouts.PRESETS.get(preset)
     if options["dry_run"]:
         print(json.dumps(options, indent=2))

@@ -20,7 +20,7 @@ import re
 import shutil
 import subprocess
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 os.environ["MPLBACKEND"] = "agg"  # read when matplotlib is imported; notebooks' shells name one that may not be there
@@ -223,67 +223,56 @@ def find(context: click.Context, option: click.Parameter, value: str | None) -> 
 
 # fmt: off
 Y = "A class, or attributes to turn on (A,B,...; none: all off)"
-NETWORK = click.option("--network", metavar="FILE|DIR", type=training.FilePath(), required=True, callback=find, help="gan.pt, a snapshot or an export; or a run's folder.")
-DEVICE = click.option("--device", metavar="DEVICE", default="auto", help="cpu, cuda, cuda:1; auto: cuda if there is one.")
-SEED = click.option("--seed", metavar="N", type=click.IntRange(0, 2**31), default=0, help="Seed of what is random.")
-DATA = click.option("--data", metavar="PATH", type=training.FilePath(), help="The run's images, if they have moved.")
-OUT = click.option("--out", metavar="FILE", type=training.FilePath(path_type=Path), help="What to write.  [default: beside the network]")
-TILE = click.option("--tile", metavar="PIXELS", type=click.IntRange(8, 1024), default=64, help="Size of an image in the picture.")
-TRUNCATION = click.option("--truncation", metavar="T", type=click.FloatRange(0, 100), default=1.0, help="Scale of the latents: below 1 more typical, less varied.")
+NETWORK = click.Option(["--network"], metavar="FILE|DIR", type=training.FilePath(), required=True, callback=find, help="gan.pt, a snapshot or an export; or a run's folder.")
+DEVICE = click.Option(["--device"], metavar="DEVICE", default="auto", help="cpu, cuda, cuda:1; auto: cuda if there is one.")
+SEED = click.Option(["--seed"], metavar="N", type=click.IntRange(0, 2**31), default=0, help="Seed of what is random.")
+DATA = click.Option(["--data"], metavar="PATH", type=training.FilePath(), help="The run's images, if they have moved.")
+OUT = click.Option(["--out"], metavar="FILE", type=training.FilePath(path_type=Path), help="What to write.  [default: beside the network]")
+TILE = click.Option(["--tile"], metavar="PIXELS", type=click.IntRange(8, 1024), default=64, help="Size of an image in the picture.")
+TRUNCATION = click.Option(["--truncation"], metavar="T", type=click.FloatRange(0, 100), default=1.0, help="Scale of the latents: below 1 more typical, less varied.")
 
 SAMPLE = [
     NETWORK,
-    click.option("--y", metavar="NAMES", multiple=True, help=f"{Y}; may be repeated.  [default: each in turn]"),
-    click.option("--seeds", metavar="LIST", help="Seeds, such as 0-63 or 1,5,9-11.  [default: 0-7]"),
-    click.option("--vary", type=click.Choice(["eps,z", "eps", "z", "y"]), help="What differs within a row; the rest is held as in the first seed.  [default: eps,z]"),
-    click.option("--latent", metavar="JSON", type=training.FilePath(), multiple=True, help="A latent that the page saved, in place of --y, --seeds and --vary; may be repeated."),
-    click.option("--separate", is_flag=True, help="A PNG for each image, at its own size, in the folder --out.  [default: images]"),
+    click.Option(["--y"], metavar="NAMES", multiple=True, help=f"{Y}; may be repeated.  [default: each in turn]"),
+    click.Option(["--seeds"], metavar="LIST", help="Seeds, such as 0-63 or 1,5,9-11.  [default: 0-7]"),
+    click.Option(["--vary"], type=click.Choice(["eps,z", "eps", "z", "y"]), help="What differs within a row; the rest is held as in the first seed.  [default: eps,z]"),
+    click.Option(["--latent"], metavar="JSON", type=training.FilePath(), multiple=True, help="A latent that the page saved, in place of --y, --seeds and --vary; may be repeated."),
+    click.Option(["--separate"], is_flag=True, help="A PNG for each image, at its own size, in the folder --out.  [default: images]"),
     TRUNCATION, TILE, DEVICE, OUT,
 ]
 
 TRAVERSE = [
     NETWORK,
-    click.option("--y", metavar="NAMES", multiple=True, help=f"{Y}; --interpolate takes several.  [default: the first; --interpolate: each in turn]"),
-    click.option("--seeds", metavar="LIST", help="Seeds of the images to start from, a picture each; with --interpolate, to go through.  [default: 0; 0-3]"),
-    click.option("--dims", metavar="LIST", default="all", help="Dimensions: 3.2 is dimension 2 of layer 3, and 3 all of layer 3."),
-    click.option("--steps", metavar="N", type=click.IntRange(2, latents.MOST), default=9, help="Images in a strip."),
-    click.option("--interpolate", is_flag=True, help="Instead: a smooth loop through the seeds and ys, as a .gif or .mp4."),
-    click.option("--frames", metavar="N", type=click.IntRange(2, latents.MOST), default=25, help="With --interpolate: frames from one seed to the next, 25 a second."),
+    click.Option(["--y"], metavar="NAMES", multiple=True, help=f"{Y}; --interpolate takes several.  [default: the first; --interpolate: each in turn]"),
+    click.Option(["--seeds"], metavar="LIST", help="Seeds of the images to start from, a picture each; with --interpolate, to go through.  [default: 0; 0-3]"),
+    click.Option(["--dims"], metavar="LIST", default="all", help="Dimensions: 3.2 is dimension 2 of layer 3, and 3 all of layer 3."),
+    click.Option(["--steps"], metavar="N", type=click.IntRange(2, latents.MOST), default=9, help="Images in a strip."),
+    click.Option(["--interpolate"], is_flag=True, help="Instead: a smooth loop through the seeds and ys, as a .gif or .mp4."),
+    click.Option(["--frames"], metavar="N", type=click.IntRange(2, latents.MOST), default=25, help="With --interpolate: frames from one seed to the next, 25 a second."),
     TRUNCATION, TILE, DEVICE, OUT,
 ]
 
 DIMENSIONS = [
     NETWORK, DATA,
-    click.option("--num", metavar="N", type=click.IntRange(8, 10_000), default=64, help="Images to move each dimension of."),
-    click.option("--steps", metavar="N", type=click.IntRange(1, 10**6), default=600, help="Training steps of the judge, of 64 images."),
-    click.option("--json", "json_file", metavar="FILE", type=training.FilePath(path_type=Path), help="What to write.  [default: dimensions.json beside the network]"),
+    click.Option(["--num"], metavar="N", type=click.IntRange(8, 10_000), default=64, help="Images to move each dimension of."),
+    click.Option(["--steps"], metavar="N", type=click.IntRange(1, 10**6), default=600, help="Training steps of the judge, of 64 images."),
+    click.Option(["--json", "json_file"], metavar="FILE", type=training.FilePath(path_type=Path), help="What to write.  [default: dimensions.json beside the network]"),
     SEED, DEVICE, OUT,
 ]
 
 PROJECT = [
     NETWORK,
-    click.option("--steps", metavar="N", type=click.IntRange(2, 10**6), default=300, help="Steps of gradient descent."),
+    click.Option(["--steps"], metavar="N", type=click.IntRange(2, 10**6), default=300, help="Steps of gradient descent."),
     SEED, TILE, DEVICE, OUT,
 ]
 
 SERVE = [
-    click.option("--network", metavar="FILE|DIR", type=training.FilePath(), callback=find, help="gan.pt, a snapshot or an export; or a run's folder.  [default: pretrained/critters.pt]"),
-    click.option("--host", metavar="ADDRESS", default="127.0.0.1", help="Address to listen at; 0.0.0.0 lets other machines in."),
-    click.option("--port", metavar="N", type=click.IntRange(1, 65535), default=7860, help="Port to listen at."),
+    click.Option(["--network"], metavar="FILE|DIR", type=training.FilePath(), callback=find, help="gan.pt, a snapshot or an export; or a run's folder.  [default: pretrained/critters.pt]"),
+    click.Option(["--host"], metavar="ADDRESS", default="127.0.0.1", help="Address to listen at; 0.0.0.0 lets other machines in."),
+    click.Option(["--port"], metavar="N", type=click.IntRange(1, 65535), default=7860, help="Port to listen at."),
     DEVICE,
 ]
 # fmt: on
-
-
-def with_options(options: Sequence[Callable]) -> Callable:
-    """Decorator: gives a command these options."""
-
-    def decorate(command: Callable) -> Callable:
-        for option in reversed(options):
-            command = option(command)
-        return command
-
-    return decorate
 
 
 @click.group(cls=Commands, context_settings=dict(max_content_width=120, show_default=True))
@@ -291,8 +280,7 @@ def main():
     """Look at a trained run."""
 
 
-@main.command("sample")
-@with_options(SAMPLE)
+@main.command("sample", params=SAMPLE)
 def sample_command(network, y, seeds, vary, latent, separate, truncation, tile, device, out):
     """Images as a grid, or each on its own.
 
@@ -344,8 +332,7 @@ def sample_command(network, y, seeds, vary, latent, separate, truncation, tile, 
     click.echo(f"wrote {len(images)} images to {folder}")
 
 
-@main.command("traverse")
-@with_options(TRAVERSE)
+@main.command("traverse", params=TRAVERSE)
 def traverse_command(network, y, seeds, dims, steps, interpolate, frames, truncation, tile, device, out):
     """What each dimension does to an image, as strips.
 
@@ -397,8 +384,7 @@ def traverse_command(network, y, seeds, dims, steps, interpolate, frames, trunca
         write(pictures, path, latents.notes_of(network, y=names[0], seed=seed, truncation=truncation))
 
 
-@main.command("dimensions")
-@with_options(DIMENSIONS)
+@main.command("dimensions", params=DIMENSIONS)
 def dimensions_command(network, data, num, steps, json_file, seed, device, out):
     """What each dimension does, by name.
 
@@ -430,9 +416,8 @@ def dimensions_command(network, data, num, steps, json_file, seed, device, out):
         write_figure(heat_map(found), out or file.with_name("dimensions.png"))
 
 
-@main.command("project")
+@main.command("project", params=PROJECT)
 @click.argument("picture", metavar="FILE", type=training.FilePath(path_type=Path))
-@with_options(PROJECT)
 def project_command(picture, network, steps, seed, tile, device, out):
     """The latent of a given picture.
 
@@ -467,8 +452,7 @@ def project_command(picture, network, steps, seed, tile, device, out):
     click.echo(f"wrote {path.with_suffix('.json')}, {title.removeprefix('found, ')}" + f", y: {its}" * bool(its))
 
 
-@main.command("embedding")
-@with_options([NETWORK, DATA, SEED, DEVICE, OUT])
+@main.command("embedding", params=[NETWORK, DATA, SEED, DEVICE, OUT])
 def embedding_command(network, data, seed, device, out):
     """A t-SNE picture of encoder features, by label.
 
@@ -512,8 +496,7 @@ def embedding_command(network, data, seed, device, out):
     write_figure(scatter(points.numpy(), panels[:6], "t-SNE of embeddings"), out or network.with_name("embedding.png"))
 
 
-@main.command("export")
-@with_options([NETWORK, OUT])
+@main.command("export", params=[NETWORK, OUT])
 def export_command(network, out):
     """What pictures need, as one small file.
 
@@ -521,19 +504,20 @@ def export_command(network, out):
     metrics, and `project` compares pixels alone. The names of the dimensions go along, if `explore.py dimensions` has
     found them.
     """
-    state, path = training.load(network, "gan"), out or network.with_name("export.pt")
+    path = out or network.with_name("export.pt")
     if path.exists() and "exported" not in training.load(path, "gan"):
         raise click.ClickException(f"--out {path} is a checkpoint that training goes on from: give another --out")
 
     def half(weights: dict[str, Tensor]) -> dict[str, Tensor]:
         return {k: v.half() if v.is_floating_point() else v for k, v in weights.items()}
 
-    keys = ("stage", "labels", "entropy_bits", "images_seen", "iteration")
-    data, classifier = state["data"], state["classifier"]
     found = latents.found_names(gan.load(network, "cpu"), network)
     named = [d for d in found if d["name"] != latents.NAMELESS]
-    content = {key: state[key] for key in keys} | {
-        "exported": True, "ema": half(state["ema"]), "dimensions": found or None, "encoder": None,
+    state = gan.read(network)
+    data, classifier = state["data"], state.get("classifier")
+    content = {
+        "stage": "gan", "labels": state.get("labels"), "images_seen": state["images_seen"], "exported": True,
+        "ema": half(state["ema"]), "dimensions": found or None, "encoder": None,
         "classifier": classifier and {"config": classifier["config"], "model": half(classifier["model"]), "balance": classifier["balance"]},
         # Others need not know where files lay on this machine.
         "data": data | {"data": data["name"] if Path(data["data"]).is_absolute() else data["data"]},
@@ -543,8 +527,7 @@ def export_command(network, out):
     click.echo(f"wrote {path}, {path.stat().st_size / 1e6:.1f} MB, {len(named)} dimensions with a name")
 
 
-@main.command("serve")
-@with_options(SERVE)
+@main.command("serve", params=SERVE)
 def serve_command(network, host, port, device):
     """A page in the browser.
 

@@ -12,12 +12,11 @@ Symbols as in the paper: y attributes, eps = r(y, noise) the code given to the g
 vector per generator layer, phi = U (L * z_i) + mu the subspace of layer i, x images in [-1, 1].
 """
 
-import contextlib
 import copy
 import itertools
 import json
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -501,16 +500,6 @@ def scores_real_fake(D: nn.Module, real: Tensor, fake: Tensor, y_real: Tensor, y
     return D(torch.cat((real, fake)), y).chunk(2)
 
 
-@contextlib.contextmanager
-def frozen(network: nn.Module) -> Iterator[None]:
-    """Within it, no gradients are computed for a network's weights."""
-    network.requires_grad_(False)
-    try:
-        yield
-    finally:
-        network.requires_grad_(True)
-
-
 class Graphs:
     """Calls updates; from its third call on, an update is replayed as one CUDA graph: one launch in place of hundreds.
 
@@ -672,17 +661,18 @@ class Trainer:
         self.drop_gradients()
         x, y = self.fake("data" if joint else None)
         augmented = augment(x, self.options["augment"])
-        with frozen(self.D):
-            with self.run.autocast():
-                score = self.D(augmented, y)
-            adversarial = loss_g(self.options["loss"], score)
-            orthogonality = self.decoder.orthogonality()
-            loss = adversarial + (ORTH * orthogonality if self.options["orth"] == "penalty" else 0)
-            stats = {"loss_g": adversarial, "orthogonality": orthogonality}
-            if joint:
-                classification = self.classification(x, y)
-                loss, stats = loss + self.weighed(classification), stats | self.information(classification)
-            self.adversarial_norm = self.step_g.step(loss)
+        self.D.requires_grad_(False)
+        with self.run.autocast():
+            score = self.D(augmented, y)
+        adversarial = loss_g(self.options["loss"], score)
+        orthogonality = self.decoder.orthogonality()
+        loss = adversarial + (ORTH * orthogonality if self.options["orth"] == "penalty" else 0)
+        stats = {"loss_g": adversarial, "orthogonality": orthogonality}
+        if joint:
+            classification, more = self.classification(x, y)
+            loss, stats = loss + classification, stats | more
+        self.adversarial_norm = self.step_g.step(loss)
+        self.D.requires_grad_(True)
         return stats
 
     def regularise(self, norm: Tensor | None = None) -> dict[str, Tensor]:
@@ -694,29 +684,24 @@ class Trainer:
         can also become smaller, and then images cease to follow y.
         """
         self.drop_gradients()
-        loss = self.classification(*self.fake("data"))
-        self.step_g.step(self.weighed(loss), norm, self.options["reg_stretch"])
-        return self.information(loss)
+        loss, stats = self.classification(*self.fake("data"))
+        self.step_g.step(loss, norm, self.options["reg_stretch"])
+        return stats
 
-    def classification(self, x: Tensor, y: Tensor) -> Tensor:
-        """H(Y | E) of generated images under the frozen encoder and classifier, eq. 5, in nats.
+    def classification(self, x: Tensor, y: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss of eq. 5 for generated images under the frozen encoder and classifier, and what the log gets.
 
-        --reg-augment: of random views of them, which patterns that please only the encoder do not survive.
+        The loss is H(Y | E) in nats; --reg-over mean divides it by the number of attributes. --reg-augment: of random
+        views of the images, which patterns that please only the encoder do not survive. The log gets H(Y | E), and the
+        lower bound of eq. 4 on I(Y; E) in bits, at most H(Y).
         """
         x = augment(x, self.options["reg_augment"])
         with self.run.autocast():
             logits = self.classifier(self.encoder(x))
-        return loss_y(self.kind, logits, y)
-
-    def weighed(self, classification: Tensor) -> Tensor:
-        """The loss as a step takes it: --reg-over mean divides the sum over attributes by their number."""
+        h = loss_y(self.kind, logits, y)
         mean = self.kind == "multi-label" and self.options["reg_over"] == "mean"
-        return classification / self.labels.shape[1] if mean else classification
-
-    def information(self, classification: Tensor) -> dict[str, Tensor]:
-        """For the log: H(Y | E) in nats, and the lower bound of eq. 4 on I(Y; E) in bits, at most H(Y)."""
-        loss = classification.detach()
-        return {"H_y_given_e": loss, "mi_bits": self.entropy - loss / math.log(2)}
+        loss = h / self.labels.shape[1] if mean else h
+        return loss, {"H_y_given_e": h.detach(), "mi_bits": self.entropy - h.detach() / math.log(2)}
 
     @torch.no_grad()
     def average(self, images: int) -> None:
@@ -824,6 +809,13 @@ class Network:
         return self.decode(y, truncation * self.latents(seeds))
 
 
+def read(path: str | Path) -> dict:
+    """The content of gan.pt. A snapshot is the decoder alone: the rest comes from its run's gan.pt."""
+    path = Path(path).absolute()
+    run = training.run_folder(path)
+    return (training.load(run / "gan.pt", "gan") if run != path.parent else {}) | training.load(path, "gan")
+
+
 def load(path: str | Path, device: str | torch.device = "cpu") -> Network:
     """Rebuild a run's networks from its gan.pt, frozen and in eval mode, on `device`.
 
@@ -833,10 +825,7 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> Network:
     import classifier as stage2
     import encoder as stage1
 
-    device, path = training.choose_device(device), Path(path).absolute()
-    state = training.load(path, "gan")
-    if (run := training.run_folder(path)) != path.parent:  # snapshots are the decoder alone
-        state = training.load(run / "gan.pt", "gan") | state
+    device, state = training.choose_device(device), read(path)
     data, labels = state["data"], state.get("labels")
     with training.reading(path):
         names = data["label_names"] if labels else []
@@ -936,11 +925,8 @@ def control_accuracy(trainer: Trainer, n: int = 256) -> float:
 
 def introduction(trainer: Trainer, data, images: int, total: int) -> str:
     """What is trained, on what, in two lines."""
-    o, run, names = (
-        trainer.options,
-        trainer.run,
-        ", ".join(data.label_names[:5]) + ", ..." * (len(data.label_names) > 5),
-    )
+    o, run = trainer.options, trainer.run
+    names = ", ".join(data.label_names[:5]) + ", ..." * (len(data.label_names) > 5)
     labels = f"{len(data.label_names)} labels ({data.label_kind}: {names})" if trainer.kind != "none" else "no labels"
     millions = [f"{sum(p.numel() for p in net.parameters()) / 1e6:.2f} M" for net in (trainer.decoder, trainer.D)]
     precision = {None: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}[run.dtype]
@@ -1011,19 +997,8 @@ OPTIONS = [
 
 # Options that a resumed run may change.
 FREE = {
-    "data",
-    "kimg",
-    "snap",
-    "keep",
-    "graph",
-    "outdir",
-    "precision",
-    "tf32",
-    "device",
-    "workers",
-    "resume",
-    "init",
-    "dry_run",
+    *("data", "kimg", "snap", "keep", "graph", "outdir", "precision", "tf32", "device", "workers"),
+    *("resume", "init", "dry_run"),
 }
 
 
@@ -1096,7 +1071,7 @@ def main(**options):
     import layouts
 
     # Resolve the options.
-    smoke = {"batch": 8, "width": 16, "kimg": 0.128, "snap": 0.064} if options["smoke"] else {}
+    smoke = {"batch": 8, "width": 4, "kimg": 0.064, "snap": 0.032} if options["smoke"] else {}
     options |= {name: value for name, value in smoke.items() if options[name] is None}
     given = dict(options)
     preset = layouts.preset_of(options["data"], options["preset"])
@@ -1193,7 +1168,7 @@ def main(**options):
     # Train.
     rows, counts = torch.unique(labels, dim=0, return_counts=True) if conditional else (None, None)
     facts = {
-        "stage": "gan", "data": data.info(), "options": options, "entropy_bits": trainer.entropy,
+        "stage": "gan", "data": data.info(), "options": options,
         "labels": {"rows": rows.byte(), "counts": counts} if conditional else None,
     }  # fmt: skip
     stages = {

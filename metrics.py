@@ -1222,35 +1222,29 @@ def metric_names(context: click.Context, option: click.Parameter, text: str | No
 
 
 OPTIONS = [
-    click.option("--network", metavar="FILE", multiple=True, help="A run's gan.pt, scored against its training images; several times: a table of runs."),
-    click.option("--data", metavar="PATH", help="The run's images, if they have moved."),
-    click.option("--images", metavar="DIR", help="Folder of images to score without a run."),
-    click.option("--reference", metavar="DIR|NPZ", help="What to score --images against: a folder, or statistics."),
-    click.option("--metrics", metavar="A,B,...", callback=metric_names, help=f"Some of {', '.join(METRICS)}.  [default: those that apply, is_published and chamfer_sum with --protocol paper only]"),
-    click.option("--json", "json_file", metavar="FILE", help="Write the results as one JSON object (several runs: keyed by file)."),
-    click.option("--features", metavar="auto|inception|judge|encoder|FILE", default="auto", help="Network of FID, IS, KID and pr. judge: trained on the real images alone; encoder: the run's own, which the generator was trained through; FILE: of that encoder.pt or gan.pt. auto: Inception if its weights are there or can be fetched, else the judge, else the encoder."),
-    click.option("--inception", metavar="FILE", help="The Inception weights, if not to be downloaded."),
-    click.option("--imagenet-inception", metavar="FILE", help="Weights of torchvision's Inception v3, for is_published, if not to be downloaded."),
-    click.option("--protocol", type=click.Choice(["paper", "ours"]), help="paper: FID of as many generated as real images, IS, Chamfer and control accuracy as published.  [default: the run's]"),
-    click.option("--resize", type=click.Choice(["torch", "tf", "clean"]), default="torch", help="To 299 px as pytorch-fid, torch-fidelity or clean-fid does."),
-    click.option("--num", metavar="N", type=click.IntRange(2, 10**7), help="Images a side.  [default: folders all; runs 50,000, on CPUs 5,000, with Inception 1,000]"),
-    click.option("--points", metavar="N", type=click.IntRange(FEWEST, 25_000), help="Images a side for Chamfer, at most 25,000: t-SNE's affinities are 10 GB then.  [default: 6,400; chamfer on CPUs 500]"),
-    click.option("--kid-subset", metavar="N", type=click.IntRange(2, 10**5), help="Images in a subset of KID.  [default: 1,000, or all if fewer]"),
-    click.option("--max-pixels", metavar="N", type=click.IntRange(1), default=MAX_PIXELS, help="Largest picture that is read; memory grows with it."),
-    click.option("--save-stats", metavar="NPZ", help="Keep the statistics of the reference here."),
-    click.option("--seed", metavar="N", type=click.IntRange(0, 2**31), default=0, help="Seed of everything random."),
-    click.option("--seeds", metavar="N", type=click.IntRange(1, 1000), help="Seeds of Chamfer, from --seed on.  [default: 5, on CPUs 3]"),
-    click.option("--batch", metavar="N", type=click.IntRange(1, 2**16), default=64, help="Images at once; changes results by rounding only."),
-    click.option("--device", metavar="DEVICE", default="auto", help="cpu, cuda, cuda:1; auto: cuda if there is one."),
-    click.option("--smoke", is_flag=True, help="A run of seconds that takes every code path; its results mean nothing."),
+    click.Option(["--network"], metavar="FILE", multiple=True, help="A run's gan.pt, scored against its training images; several times: a table of runs."),
+    click.Option(["--data"], metavar="PATH", help="The run's images, if they have moved."),
+    click.Option(["--images"], metavar="DIR", help="Folder of images to score without a run."),
+    click.Option(["--reference"], metavar="DIR|NPZ", help="What to score --images against: a folder, or statistics."),
+    click.Option(["--metrics"], metavar="A,B,...", callback=metric_names, help=f"Some of {', '.join(METRICS)}.  [default: those that apply, is_published and chamfer_sum with --protocol paper only]"),
+    click.Option(["--json", "json_file"], metavar="FILE", help="Write the results as one JSON object (several runs: keyed by file)."),
+    click.Option(["--features"], metavar="auto|inception|judge|encoder|FILE", default="auto", help="Network of FID, IS, KID and pr. judge: trained on the real images alone; encoder: the run's own, which the generator was trained through; FILE: of that encoder.pt or gan.pt. auto: Inception if its weights are there or can be fetched, else the judge, else the encoder."),
+    click.Option(["--inception"], metavar="FILE", help="The Inception weights, if not to be downloaded."),
+    click.Option(["--imagenet-inception"], metavar="FILE", help="Weights of torchvision's Inception v3, for is_published, if not to be downloaded."),
+    click.Option(["--protocol"], type=click.Choice(["paper", "ours"]), help="paper: FID of as many generated as real images, IS, Chamfer and control accuracy as published.  [default: the run's]"),
+    click.Option(["--resize"], type=click.Choice(["torch", "tf", "clean"]), default="torch", help="To 299 px as pytorch-fid, torch-fidelity or clean-fid does."),
+    click.Option(["--num"], metavar="N", type=click.IntRange(2, 10**7), help="Images a side.  [default: folders all; runs 50,000, on CPUs 5,000, with Inception 1,000]"),
+    click.Option(["--points"], metavar="N", type=click.IntRange(FEWEST, 25_000), help="Images a side for Chamfer, at most 25,000: t-SNE's affinities are 10 GB then.  [default: 6,400; chamfer on CPUs 500]"),
+    click.Option(["--kid-subset"], metavar="N", type=click.IntRange(2, 10**5), help="Images in a subset of KID.  [default: 1,000, or all if fewer]"),
+    click.Option(["--max-pixels"], metavar="N", type=click.IntRange(1), default=MAX_PIXELS, help="Largest picture that is read; memory grows with it."),
+    click.Option(["--save-stats"], metavar="NPZ", help="Keep the statistics of the reference here."),
+    click.Option(["--seed"], metavar="N", type=click.IntRange(0, 2**31), default=0, help="Seed of everything random."),
+    click.Option(["--seeds"], metavar="N", type=click.IntRange(1, 1000), help="Seeds of Chamfer, from --seed on.  [default: 5, on CPUs 3]"),
+    click.Option(["--batch"], metavar="N", type=click.IntRange(1, 2**16), default=64, help="Images at once; changes results by rounding only."),
+    click.Option(["--device"], metavar="DEVICE", default="auto", help="cpu, cuda, cuda:1; auto: cuda if there is one."),
+    click.Option(["--smoke"], is_flag=True, help="A run of seconds that takes every code path; its results mean nothing."),
 ]
 # fmt: on
-
-
-def with_options(command: Callable) -> Callable:
-    for option in reversed(OPTIONS):
-        command = option(command)
-    return command
 
 
 @contextlib.contextmanager
@@ -1285,10 +1279,10 @@ class OneLine(click.Command):
 
 @click.command(
     cls=OneLine,
+    params=OPTIONS,
     help=__doc__.replace("\n\n", "\n\n\b\n", 1),
     context_settings=dict(max_content_width=120, show_default=True),
 )
-@with_options
 def main(network: tuple[str, ...], json_file: str | None, **options) -> None:
     for stream in (sys.stdout, sys.stderr):  # names of files must not end a run in an ASCII terminal
         with contextlib.suppress(AttributeError, ValueError):  # notebooks put streams of their own there

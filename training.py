@@ -99,8 +99,9 @@ class Stopped(click.ClickException):
         self.exit_code = 128 + signum
 
     def show(self, file=None) -> None:
-        with contextlib.suppress(OSError):  # the exit code is to come in any case
-            click.echo(self.message, err=True)
+        if int(os.environ.get("RANK", 0)) == 0:  # all processes stop together
+            with contextlib.suppress(OSError):  # the exit code is to come in any case
+                click.echo(self.message, err=True)
 
 
 @contextlib.contextmanager
@@ -126,7 +127,7 @@ def one_line() -> Iterator[None]:
         # Names come from anywhere, and may hold control characters, or be as long as a page.
         text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in error.message)
         error.message = text if len(text) < 2000 else f"{text[:1000]} ... {text[-900:]}"
-        if int(os.environ.get("RANK", 0)) > 0:
+        if int(os.environ.get("RANK", 0)) > 0 and not isinstance(error, Stopped):
             time.sleep(15)  # where the first process says the same, torchrun ends this one meanwhile
         raise
 
@@ -136,7 +137,7 @@ class OneLine(click.Command):
 
     def make_context(self, *arguments, **options) -> click.Context:
         for stream in (sys.stdout, sys.stderr):
-            with contextlib.suppress(AttributeError, ValueError):  # notebooks put streams of their own there
+            with contextlib.suppress(AttributeError, ValueError, OSError):  # notebooks put streams of their own there
                 stream.reconfigure(errors="backslashreplace")  # names may have letters that the terminal has not
         os.environ["MPLBACKEND"] = "agg"  # notebooks' shells name one that may not be installed
         with one_line():
@@ -337,11 +338,6 @@ class Run:
         torch._foreach_copy_(grads, parts)
 
 
-def gradient_norm(parameters: Iterable[torch.nn.Parameter]) -> torch.Tensor:
-    """Euclidean norm of the gradients that the last backward pass left."""
-    return torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-
-
 class Stepper:
     """An optimiser with its loss scaler. If a gradient is not finite, the update is skipped and counted.
 
@@ -373,10 +369,10 @@ class Stepper:
         self.scaler.scale(loss).backward()
         self.run.average_gradients(self.parameters)
         self.scaler.unscale_(self.optimizer)
-        own = gradient_norm(self.parameters)
+        gradients = [p.grad for p in self.parameters if p.grad is not None]
+        own = torch.nn.utils.get_total_norm(gradients)
         if norm is not None:
             norm = norm.nan_to_num(0.0, 0.0)  # fp16: an update that overflowed gives no measure
-            gradients = [p.grad for p in self.parameters if p.grad is not None]
             torch._foreach_mul_(gradients, (norm / own.clamp(min=1e-12)).clamp(max=stretch))
         skip = (~own.isfinite()).float()
         self.skipped += skip
@@ -734,23 +730,15 @@ ENTRIES = {
     "classifier": dict(config=dict, model=dict, data=dict, options=dict, encoder_hash=str, balance=list),
     "gan": dict(ema=dict, data=dict, options=dict, images_seen=int),
 }
-FURTHER = ("training", "trainer")  # entries of optimisers, discriminator and the like
-DTYPES = (
-    torch.bool,
-    torch.uint8,
-    torch.int32,
-    torch.int64,
-    torch.float16,
-    torch.bfloat16,
-    torch.float32,
-    torch.float64,
-)
-PLAIN = 2**24  # bytes of a checkpoint beside its tensors: names and settings take a thousandth of that
-RESUME_REMEDY = "give --no-resume to start over, or another --outdir"
 DATA = {
     **dict(data=str, name=str, preset=str, fingerprint=str, size=int, splits=dict, label_names=list, label_kind=str),
     **dict(squash=bool, train_on_all=bool),
 }
+FURTHER = ("training", "trainer")  # entries of optimisers, discriminator and the like
+NAMES = ("bool", "uint8", "int32", "int64", "float16", "bfloat16", "float32", "float64")
+DTYPES = {getattr(torch, name) for name in NAMES}
+PLAIN = 2**24  # bytes of a checkpoint beside its tensors: names and settings take a thousandth of that
+RESUME_REMEDY = "give --no-resume to start over, or another --outdir"
 
 
 def save(path: Path, state: dict, must: bool = True, keep_previous: bool = True) -> None:
@@ -1083,7 +1071,6 @@ class Log:
         stage: str,
         total: int,
         done: int = 0,
-        unit: str = "img",
         rank: int = 0,
         lengths: dict[str, int] | None = None,
     ):
@@ -1095,7 +1082,7 @@ class Log:
             initial=done,
             file=sys.stderr,
             desc=stage,
-            unit=unit,
+            unit="img",
             unit_scale=True,
             disable=rank != 0,
             dynamic_ncols=True,
@@ -1160,8 +1147,8 @@ class Log:
             )
             self.since = None
 
-    def write(self, images: int, **extra: float) -> dict[str, float]:
-        """Write the means since the last line, with `extra`, at `images` images seen; returns them."""
+    def write(self, images: int, **extra: float) -> None:
+        """Write the means since the last line, with `extra`, at `images` images seen."""
         means = torch.stack([*self.sums.values()]).tolist() if self.sums else []
         line = {name: mean / self.counts[name] for name, mean in zip(self.sums, means, strict=True)} | extra
         self.sums, self.counts = {}, {}
@@ -1179,7 +1166,6 @@ class Log:
                 for name, value in line.items() if self.board else ():
                     self.board.add_scalar(name, value, images)
             self.bar.set_postfix_str(" ".join(f"{n} {v:.3g}" for n, v in line.items()), refresh=False)
-        return line
 
     def picture(self, name: str, image, images: int) -> None:
         """Put a uint8 [H, W, 3] picture into TensorBoard."""

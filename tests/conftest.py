@@ -1,12 +1,13 @@
 """What the tests share: an own cache, small real image folders, and a way to run the commands."""
 
+import multiprocessing
 import os
 import tempfile
 
-os.environ["INFOSCC_CACHE"] = tempfile.mkdtemp(prefix="infoscc-test-")  # before anything packs
+if multiprocessing.parent_process() is None:  # before anything packs; run_script's processes have it from here
+    os.environ["INFOSCC_CACHE"] = tempfile.mkdtemp(prefix="infoscc-test-")
 
 import fcntl
-import multiprocessing
 import resource
 import runpy
 import shutil
@@ -32,10 +33,23 @@ import training
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--"]
 # Processes that begin with the large packages imported, which takes longer than most tests. They are forked from one
 # that has done nothing else, so they are as good as new.
+OPS = ROOT / "ops"
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(
     ["torch", "torch._dynamo", "torchvision", "torch.utils.tensorboard", "sklearn.linear_model", "matplotlib.figure"]
 )
+# Several commands in one process, whose start takes longer than their work.
+COMMANDS = """
+import json, os, runpy, sys
+sys.path.insert(0, sys.argv[1])
+for arguments in json.loads(sys.argv[2]):
+    sys.argv = arguments
+    try:
+        runpy.run_path(arguments[0], run_name="__main__")
+    except SystemExit as end:
+        if end.code:
+            raise
+"""
 OTHER_PRECISION = "fp32" if training.cpu_has_amx() else "bf16"  # than --precision auto takes on this CPU
 
 
@@ -134,7 +148,9 @@ def _run_script(script: str, arguments: list, cwd: str, environment: dict, out: 
         os.dup2(os.open(file, os.O_WRONLY), number)
     sys.stdout, sys.stderr = (open(number, "w", 1, closefd=False) for number in (1, 2))  # noqa: SIM115
     sys.argv = [script, *arguments]
-    sys.path.insert(0, str(Path(script).parent))
+    for name in [n for n, m in sys.modules.items() if Path(getattr(m, "__file__", None) or "/").parent in (ROOT, OPS)]:
+        del sys.modules[name]  # this file needs some of the project; the script shall find its own
+    sys.path[:] = [str(Path(script).parent), *(folder for folder in sys.path if folder not in ("", str(ROOT)))]
     runpy.run_path(script, run_name="__main__")
 
 

@@ -287,13 +287,13 @@ def same(a, b):
 
 def test_run_writes_everything_and_refuses_other_settings(command, class_run, class_folder, tmp_path):
     state = state_of(class_run)
-    assert state["config"]["backbone"] == "resnet18" and state["images_seen"] == 64
+    assert state["config"]["backbone"] == "resnet18" and state["images_seen"] == 32
     assert state["data"]["label_names"] == ["high", "low", "middle"] and state["data"]["size"] == 32
     results = json.loads((class_run / "encoder.json").read_text())["results"]
     assert 0 <= results["knn"] <= 1 and 0 <= results["pixel_knn"] <= 1 and results["rank"] > 1
     lines = [json.loads(line) for line in (class_run / "stats.jsonl").read_text().splitlines()]
     lines = [line for line in lines if line["stage"] == "encoder"]
-    assert lines and all(line["mi_bits"] <= math.log2(2 * 16 - 1) for line in lines)
+    assert lines and all(line["mi_bits"] <= math.log2(2 * 8 - 1) for line in lines)
 
     out = copy_run(class_run, tmp_path / "run")
     before = (out / "encoder.pt").read_bytes()
@@ -303,7 +303,7 @@ def test_run_writes_everything_and_refuses_other_settings(command, class_run, cl
         (("--method", "byol"), "method"),
         (("--backbone", "resnet34"), "backbone"),
         (("--stem", "small"), "stem"),
-        (("--batch", "8"), "batch"),
+        (("--batch", "16"), "batch"),
         (("--seed", "5"), "seed"),
         (("--lr", "0.1"), "lr"),
         (("--size", "16"), "size"),
@@ -312,7 +312,7 @@ def test_run_writes_everything_and_refuses_other_settings(command, class_run, cl
         assert line.startswith("Error: ") and f"made with {name} " in line and "--no-resume" in line
     assert (out / "encoder.pt").read_bytes() == before
     shorter = command("encoder", *common, "--epochs", 0.5, "--no-resume").output
-    assert "(0.5 epochs)" in shorter and state_of(out)["images_seen"] == 48  # three batches of 16
+    assert "(0.5 epochs)" in shorter and state_of(out)["images_seen"] == 40  # five batches of 8
 
 
 def test_other_images_are_refused_by_name(command, class_run, attribute_folder, tmp_path):
@@ -328,7 +328,7 @@ def test_other_images_are_refused_by_name(command, class_run, attribute_folder, 
         ("--method", "byol"),
         ("--method", "barlow"),
         ("--seed", "1"),
-        ("--batch", "8"),
+        ("--batch", "16"),
         ("--lr", "0.01"),
         ("--precision", "bf16"),
         ("--stem", "small"),
@@ -353,9 +353,9 @@ def test_each_option_changes_the_result(command, class_run, class_folder, tmp_pa
         assert {"predictor", "target"} <= set(state["training"])
 
 
-@pytest.mark.parametrize("method", ["simclr", "byol"])
-def test_an_interrupted_run_goes_on_exactly(command, class_folder, tmp_path, monkeypatch, method):
-    common = ("--data", class_folder, "--smoke", "--method", method, "--device", "cpu")
+def test_an_interrupted_run_goes_on_exactly(command, class_folder, tmp_path, monkeypatch):
+    """BYOL, which has most to remember; test_faults.py stops a run of SimCLR."""
+    common = ("--data", class_folder, "--smoke", "--method", "byol", "--device", "cpu")
     command("encoder", *common, "--outdir", tmp_path / "whole")
     save = training.save
 
@@ -367,10 +367,10 @@ def test_an_interrupted_run_goes_on_exactly(command, class_folder, tmp_path, mon
         m.setattr(training, "save", save_once)
         with pytest.raises(AssertionError, match="killed"):
             command("encoder", *common, "--outdir", tmp_path / "broken")
-    assert state_of(tmp_path / "broken")["images_seen"] == 32
+    assert state_of(tmp_path / "broken")["images_seen"] == 16
     assert "Resuming" in command("encoder", *common, "--outdir", tmp_path / "broken").output
     whole, resumed = state_of(tmp_path / "whole"), state_of(tmp_path / "broken")
-    assert whole["images_seen"] == resumed["images_seen"] == 64
+    assert whole["images_seen"] == resumed["images_seen"] == 32
     assert same(whole, resumed)
 
 

@@ -6,23 +6,10 @@ import shutil
 import subprocess
 import sys
 
-from conftest import ROOT
+from conftest import COMMANDS, ROOT
 from sources import class_folders
 
 from ops import build
-
-# Several commands in one process, whose start takes longer than their work.
-COMMANDS = """
-import json, os, runpy, sys
-sys.path.insert(0, sys.argv[1])
-for arguments in json.loads(sys.argv[2]):
-    sys.argv = arguments
-    try:
-        runpy.run_path(arguments[0], run_name="__main__")
-    except SystemExit as end:
-        if end.code:
-            raise
-"""
 
 
 def run(*commands: tuple, before: str = "", **environment) -> str:
@@ -85,10 +72,9 @@ def test_an_odd_shell_ends_no_stage(tmp_path):
 
 
 def test_a_home_that_cannot_be_written(class_folder, tmp_path):
-    """Packs and torch's caches go to the system's temporary folder; test_ops.py looks at the ops."""
+    """Packs go to the system's temporary folder; test_ops.py looks at the ops."""
     temporary = tmp_path / "tmp"
     temporary.mkdir()
     where = dict(HOME="/proc/nowhere", TMPDIR=str(temporary)) | dict.fromkeys(NAMES)
-    common = ("--data", class_folder, "--outdir", tmp_path / "run", "--smoke", "--device", "cpu")
-    output = run(("encoder.py", *common), before=BEFORE, **where)
+    output = run(("dataset.py", "--data", class_folder, "--size", 16), before=BEFORE, **where)
     assert f"packs go to {temporary}/infoscc-gan-" in output and any(temporary.glob("infoscc-gan-*"))

@@ -104,7 +104,7 @@ def test_dimensions_of_a_rigged_generator(command, attribute_folder, attribute_r
     folder = copy_run(attribute_run, tmp_path / "run")
     data = ("--data", attribute_folder, "--outdir", folder)
     command("classifier", *data, "--no-resume", "--epochs", 300)
-    command("gan", *data, "--smoke", "--kimg", 0.008)
+    command("gan", *data, "--smoke", "--kimg", 0.008, "--width", 16)
     state = training.load(folder / "gan.pt", "gan")
     decoder = gan.Decoder(32, 3)
     rig(decoder)
@@ -491,6 +491,9 @@ def test_export(command, trained, class_folder, tmp_path):
     torch.testing.assert_close(small.generate(y, [1, 2, 3]), full.generate(y, [1, 2, 3]), rtol=0, atol=0.01)
     command("explore", "sample", "--network", tmp_path / "small.pt")
     command("explore", "export", "--network", tmp_path / "small.pt", "--out", tmp_path / "small.pt")  # of an export too
+    (snapshot,) = (trained / "snapshots").iterdir()  # which has the decoder alone
+    command("explore", "export", "--network", snapshot, "--out", tmp_path / "snapshot.pt")
+    assert torch.equal(gan.load(tmp_path / "snapshot.pt").generate(y[:1], [1]), small.generate(y[:1], [1]))
 
     # What needs the images or the encoder says so.
     for code, stage, *args in ((1, "explore", "embedding"), (2, "metrics", "--metrics", "accuracy")):

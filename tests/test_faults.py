@@ -11,7 +11,7 @@ from pathlib import Path
 import click
 import pytest
 import torch
-from conftest import ROOT, TORCHRUN, copy_run, run_script
+from conftest import COMMANDS, ROOT, TORCHRUN, copy_run, run_script
 
 import classifier
 import encoder
@@ -99,7 +99,7 @@ def test_an_interrupt_before_training_is_one_line(command, class_folder, tmp_pat
     assert result.output.strip() == "stopped; the same command goes on"
 
 
-TORCHRUN_STOP = """
+STOP_ONE = """
 import os, signal, sys
 sys.path.insert(0, sys.argv.pop(1))
 import gan
@@ -116,11 +116,10 @@ gan.main()
 
 def test_a_signal_to_one_process_stops_all_of_them_together(class_folder, class_run, tmp_path):
     folder = copy_run(class_run, tmp_path / "run")
-    (tmp_path / "work.py").write_text(TORCHRUN_STOP)
-    options = ["--data", class_folder, "--outdir", folder, "--smoke", "--kimg", "0.4", "--device", "cpu"]
-    command = [*TORCHRUN, str(tmp_path / "work.py"), str(ROOT), *map(str, options)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert done.returncode != 0 and done.stderr.count("stopped and saved at 64 images") >= 1, done.stderr[-2000:]
+    (tmp_path / "work.py").write_text(STOP_ONE)
+    options = ("--data", class_folder, "--outdir", folder, "--smoke", "--kimg", 0.4, "--device", "cpu")
+    done = run_script(tmp_path / "work.py", ROOT, *options, processes=2)
+    assert done.returncode != 0 and done.stderr.count("stopped and saved at 64 images") == 1, done.stderr[-2000:]
     assert training.load(folder / "gan.pt", "gan")["images_seen"] == 64  # all look at every eighth iteration
 
 
@@ -250,18 +249,18 @@ def test_logs_that_cannot_be_written_end_no_run(tmp_path, capsys):
     assert said.count("Warning: TensorBoard's log cannot be written") == 1
 
 
-@pytest.mark.parametrize("stage", ["encoder", "classifier", "gan"])
-def test_a_terminal_that_cannot_be_written_ends_no_run(class_folder, class_run, tmp_path, stage):
+def test_a_terminal_that_cannot_be_written_ends_no_run(class_folder, tmp_path):
     """Its reader has gone, or it is a file on a full disk."""
-    folder = copy_run(class_run, tmp_path / "run")
-    options = ["--data", class_folder, "--outdir", folder, "--smoke", "--no-resume", "--device", "cpu"]
-    (folder / f"{stage}.pt").unlink(missing_ok=True)
-    command = [sys.executable, ROOT / f"{stage}.py", *options, *(["--kimg", 0.016] if stage == "gan" else [])]
+    stages, common = ("encoder", "classifier", "gan"), ["--data", str(class_folder), "--outdir", str(tmp_path / "run")]
+    commands = [[str(ROOT / f"{stage}.py"), *common, "--smoke", "--device", "cpu"] for stage in stages]
+    commands[-1] += ["--kimg", "0.016"]
     with open("/dev/full", "w") as full:
         environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
-        done = subprocess.run([*map(str, command)], stdout=full, stderr=full, timeout=300, env=environment)
+        command = [sys.executable, "-c", COMMANDS, str(ROOT), json.dumps(commands)]
+        done = subprocess.run(command, stdout=full, stderr=full, timeout=300, env=environment)
     assert done.returncode == 0
-    training.load(folder / f"{stage}.pt", stage, finished=stage != "gan")
+    for stage in stages:
+        training.load(tmp_path / "run" / f"{stage}.pt", stage, finished=stage != "gan")
 
 
 @pytest.mark.parametrize("left", [b"\xff\xfe\0\n", b"[" * 100_000, b"[1]\n{}\nnull\n"])
@@ -379,7 +378,7 @@ BROKEN = {
 @pytest.fixture(scope="module")
 def gan_run(command, class_folder, class_run, tmp_path_factory):
     folder = copy_run(class_run, tmp_path_factory.mktemp("faults") / "run")
-    command("gan", "--data", class_folder, "--outdir", folder, "--smoke", "--width", 4, "--kimg", 0.016)  # small files
+    command("gan", "--data", class_folder, "--outdir", folder, "--smoke", "--kimg", 0.016)
     return folder
 
 
@@ -392,7 +391,7 @@ def test_incomplete_checkpoints_are_one_line(command, class_folder, gan_run, tmp
         path.unlink()
     torch.save(state, folder / "gan.pt")
     before = (folder / "gan.pt").read_bytes()
-    options = ("--data", class_folder, "--outdir", folder, "--smoke", "--width", 4, "--kimg", 0.032)
+    options = ("--data", class_folder, "--outdir", folder, "--smoke", "--kimg", 0.032)
     anew = ("rows of another width", "no classifier", "another network in its place", "more labels than images")
     anew += ("a classifier larger than its weights", "a balance of NaN", "an encoder that divides by zero")
     anew += ("an encoder of pixels beyond white", "labels of NaN")
@@ -402,8 +401,9 @@ def test_incomplete_checkpoints_are_one_line(command, class_folder, gan_run, tmp
         assert (folder / "gan.pt").read_bytes() == before
     training_only = ("no trainer", "no Adam", "half an Adam", "an Adam of other shapes", "an Adam of NaN")
     training_only += ("other D", "no iteration")
-    result = command("explore", "sample", "--network", folder / "gan.pt", code=0 if what in training_only else 1)
-    assert what in training_only or "gan.pt" in last_line(result)
+    for work in ("sample", "export"):
+        result = command("explore", work, "--network", folder / "gan.pt", code=0 if what in training_only else 1)
+        assert what in training_only or "gan.pt" in last_line(result)
 
 
 def test_a_snapshot_is_the_decoder_alone_and_works_in_its_place(command, gan_run, tmp_path, class_folder):
@@ -413,7 +413,7 @@ def test_a_snapshot_is_the_decoder_alone_and_works_in_its_place(command, gan_run
     network = gan.load(snapshot)
     assert network.encoder is not None and network.classifier is not None
     snapshot.replace(folder / "gan.pt")
-    options = ("--data", class_folder, "--outdir", folder, "--smoke", "--width", 4, "--kimg", 0.032)
+    options = ("--data", class_folder, "--outdir", folder, "--smoke", "--kimg", 0.032)
     assert "is a snapshot" in last_line(command("gan", *options, code=1))
     assert gan.load(folder / "gan.pt").encoder is None
 

@@ -557,19 +557,19 @@ def digest(path):
 
 def test_command_writes_what_it_says(command, class_folder, run_folder):
     command("gan", "--data", class_folder, "--outdir", run_folder, "--smoke")
-    for name in ("gan.pt", "gan.json", "stats.jsonl", "samples/00000128.png"):
+    for name in ("gan.pt", "gan.json", "stats.jsonl", "samples/00000064.png"):
         assert (run_folder / name).exists(), name
     assert list((run_folder / "tensorboard" / "gan").iterdir()) and list((run_folder / "snapshots").iterdir())
     lines = [json.loads(line) for line in (run_folder / "stats.jsonl").read_text().splitlines()]
     last = [line for line in lines if line["stage"] == "gan"][-1]
-    assert last["images"] == 128 and all(math.isfinite(v) for v in last.values() if not isinstance(v, str))
+    assert last["images"] == 64 and all(math.isfinite(v) for v in last.values() if not isinstance(v, str))
     assert last["mi_bits"] <= math.log2(3) + 1e-6
     assert json.loads((run_folder / "gan.json").read_text())["size"] == 32
-    assert Image.open(run_folder / "samples/00000128.png").size == (256, 96)
+    assert Image.open(run_folder / "samples/00000064.png").size == (256, 96)
 
     network = gan.load(run_folder / "gan.pt")
     assert network.label_names == ["high", "low", "middle"] and network.labels == 3
-    assert network.images_seen == 128 and network.real_labels.shape == (network.data["splits"]["train"], 3)
+    assert network.images_seen == 64 and network.real_labels.shape == (network.data["splits"]["train"], 3)
     assert network.classifier(network.encoder(torch.zeros(2, 3, 32, 32))).shape == (2, 3)
     y = torch.eye(3)
     together = network.generate(y, [5, 6, 7])

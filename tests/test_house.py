@@ -1,13 +1,10 @@
 """The house: imports point one way, and what the README says can be copied works on its own."""
 
 import ast
-import os
 import shutil
-import subprocess
-import sys
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, run_script
 
 FILES = sorted(p.stem for p in ROOT.glob("*.py"))
 
@@ -116,6 +113,5 @@ def test_copies_work_alone(names, tmp_path):
     (tmp_path / "program.py").write_text(
         "import torch\n" + "\n".join(line[8:] if line[:8].isspace() else line for line in lines)
     )
-    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
-    done = subprocess.run([sys.executable, "program.py"], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    done = run_script(tmp_path / "program.py", cwd=tmp_path)
     assert done.returncode == 0 and "torch.Size" in done.stdout, done.stderr
