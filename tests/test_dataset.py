@@ -530,11 +530,10 @@ def test_command_prints_positives_of_attributes(tmp_path):
 
 def test_command_on_an_ascii_terminal(tmp_path):
     root = class_folders(tmp_path / "x", {"été": 4, "b": 4})
-    command = [sys.executable, ROOT / "dataset.py", "--data", root]
-    for change in ({"PYTHONIOENCODING": "ascii"}, {"LC_ALL": "POSIX"}):
-        run = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"} | change, capture_output=True)
-        assert run.returncode == 0 and b"Traceback" not in run.stderr, run.stderr
-        assert "été".encode() in run.stdout
+    ascii = os.environ | {"PYTHONIOENCODING": "ascii"}
+    run = subprocess.run([sys.executable, ROOT / "dataset.py", "--data", root], env=ascii, capture_output=True)
+    assert run.returncode == 0 and b"Traceback" not in run.stderr, run.stderr
+    assert "été".encode() in run.stdout
 
 
 def test_options_of_the_command(tmp_path):

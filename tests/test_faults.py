@@ -321,7 +321,6 @@ def test_damaged_checkpoints_are_found_and_the_one_before_is_taken(command, clas
         assert named in last_line(command(*arguments, code=1))
     damage(folder / "encoder.pt")
     assert "encoder.pt is" in last_line(command("classifier", *options, "--no-resume", code=1))
-    (folder / "encoder.previous.pt").unlink()
     assert "--no-resume" in last_line(command("encoder", *options, code=1))
 
 
@@ -401,9 +400,8 @@ def test_incomplete_checkpoints_are_one_line(command, class_folder, gan_run, tmp
         assert (folder / "gan.pt").read_bytes() == before
     training_only = ("no trainer", "no Adam", "half an Adam", "an Adam of other shapes", "an Adam of NaN")
     training_only += ("other D", "no iteration")
-    for work in ("sample", "export"):
-        result = command("explore", work, "--network", folder / "gan.pt", code=0 if what in training_only else 1)
-        assert what in training_only or "gan.pt" in last_line(result)
+    result = command("explore", "export", "--network", folder / "gan.pt", code=0 if what in training_only else 1)
+    assert what in training_only or "gan.pt" in last_line(result)
 
 
 def test_a_snapshot_is_the_decoder_alone_and_works_in_its_place(command, gan_run, tmp_path, class_folder):

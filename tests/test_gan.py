@@ -620,7 +620,7 @@ def test_options_of_the_command_reach_the_run(command, class_folder, class_run, 
     seen = set()
     for i, variant in enumerate(variants):
         outdir = copy_run(class_run, tmp_path / str(i))
-        command("gan", "--data", class_folder, "--outdir", outdir, "--smoke", "--kimg", 0.016, *variant)
+        command("gan", "--data", class_folder, "--outdir", outdir, "--smoke", "--kimg", 0.008, *variant)
         seen.add(digest(outdir / "gan.pt"))
         if i:
             shutil.rmtree(outdir)

@@ -1,5 +1,6 @@
 """metrics.py against closed forms, against the field's own libraries, and as a command."""
 
+import functools
 import json
 import math
 import shutil
@@ -8,6 +9,7 @@ import textwrap
 import time
 import warnings
 import zipfile
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -57,7 +59,7 @@ def fails(*arguments, text: str, code: int = 1) -> str:
 
 
 @pytest.fixture(scope="module")
-def space(tmp_path_factory) -> SimpleNamespace:
+def space(tmp_path_factory) -> Iterator[SimpleNamespace]:
     """Two folders of pictures, and Inception weights that are random but keep activations at a sane scale."""
     root = tmp_path_factory.mktemp("metrics")
     a, b = write_pictures(root / "a", 12, 0), write_pictures(root / "b", 12, 1, shift=30)
@@ -75,8 +77,11 @@ def space(tmp_path_factory) -> SimpleNamespace:
             nn.init.uniform_(module.running_var, 0.7, 1.3)
     nn.init.normal_(net.fc.weight, std=0.5)
     torch.save(net.state_dict(), root / "weights.pth")
-    weights = root / "weights.pth"
-    return SimpleNamespace(a=a, b=b, pictures=pictures, weights=weights, state=net.state_dict(), seen={})
+    weights, read = root / "weights.pth", metrics.inception_network
+    once = functools.cache(read)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(metrics, "inception_network", lambda file, *a: (once if file == str(weights) else read)(file, *a))
+        yield SimpleNamespace(a=a, b=b, pictures=pictures, weights=weights, state=net.state_dict(), seen={})
 
 
 def ours(space, how: str) -> SimpleNamespace:

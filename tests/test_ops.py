@@ -21,10 +21,8 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import ROOT
 from torch.autograd import grad, gradcheck, gradgradcheck
-
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
 
 import ops.build
 from ops import bias_lrelu, subspace_lrelu
@@ -435,7 +433,7 @@ def test_one_op_copied_alone_builds_after_a_killed_build_and_in_several_processe
     killed.send_signal(signal.SIGKILL)
     killed.communicate()
     assert not list(tmp_path.glob("cache/*/*.so"))
-    together = [process(tmp_path, tmp_path / "bin") for _ in range(3)]
+    together = [process(tmp_path, tmp_path / "bin") for _ in range(2)]
     results = [p.communicate(timeout=300) for p in together]
     assert all("cpp runs\nwarnings: []" in out for out, _ in results), results
     assert sum(err.count("Compiling") for _, err in results) == 1, results
@@ -578,13 +576,12 @@ def test_triton_under_its_interpreter():
 
 
 AHEAD = """
-import json, os, subprocess, sys, tempfile
+import contextlib, io, json, sys
 import triton, triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 import ops
 bias, subspace, tsne = (sys.modules[f"ops.{name}"] for name in ("bias_lrelu", "subspace_lrelu", "tsne"))
-tools = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin")
 tile = {"SLOPE": 0.2, "ROWS": 64, "COLS": 16, "LAST": True}
 wide = {"SLOPE": 0.2, "ROWS": 2, "COLS": 512, "LAST": True}
 flat = {"SLOPE": 0.2, "ROWS": 1, "COLS": 1024, "LAST": False}
@@ -610,10 +607,9 @@ cases = {  # kernel, warps, constants, how many large tensors are read and writt
 }
 big = {"x", "y", "g", "dx", "h", "dh", "maps", "p", "part_maps"}
 numbers = {"rows", "cols", "C", "S", "B", "P", "n", "loops"}
-for arch, dtype, size in ((80, "fp32", 4), (90, "fp32", 4), (90, "bf16", 2), (100, "bf16", 2)):
+for arch, *kind in ((80, "fp32", 4), (90, "bf16", 2), (100, "bf16", 2)):
     for name, (kernel, warps, constants, reads, writes) in cases.items():
-        if kernel is tsne._forces_kernel and dtype == "bf16":
-            continue
+        dtype, size = ("fp32", 4) if kernel is tsne._forces_kernel else kind
         if kernel is subspace._forward_kernel:
             shape = subspace._forward_tile(int(name.split()[-1]), 2**19, size)
             constants = constants | dict(zip(("IMAGES", "PLACES"), shape))
@@ -625,18 +621,13 @@ for arch, dtype, size in ((80, "fp32", 4), (90, "fp32", 4), (90, "bf16", 2), (10
             signature[argument] = "i32" if argument in numbers else "*" + (dtype if argument in big else "fp32")
             if argument not in ("B", "loops"):  # the rest are multiples of 16: Triton sees that itself
                 hints[(i,)] = [["tt.divisibility", 16]]
-        source, target = ASTSource(kernel, signature, values, hints), GPUTarget("cuda", arch, 32)
-        ptx = triton.compile(source, target=target, options={"num_warps": warps}).asm["ptx"]
-        with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
-            file.write(ptx)
-            file.flush()
-            ptxas = os.path.join(tools, "ptxas-blackwell" if arch >= 100 else "ptxas")
-            command = [ptxas, "-v", f"-arch=sm_{arch}" + "a" * (arch >= 90), file.name, "-o", "/dev/null"]
-            log = subprocess.run(command, capture_output=True, text=True)
+        source, target, log = ASTSource(kernel, signature, values, hints), GPUTarget("cuda", arch, 32), io.StringIO()
+        with contextlib.redirect_stdout(log):  # what ptxas -v says: TRITON_DUMP_PTXAS_LOG
+            ptx = triton.compile(source, target=target, options={"num_warps": warps}).asm["ptx"]
         elements = constants.get("IMAGES", constants.get("ROWS")) * constants.get("PLACES", constants.get("COLS"))
         vectors = elements * size // (32 * warps * 16)  # 16-byte accesses that a thread's share of a tile takes
         print(json.dumps({
-            "name": f"{name}, {dtype}, sm_{arch}", "rc": log.returncode, "log": log.stderr,
+            "name": f"{name}, {dtype}, sm_{arch}", "log": log.getvalue(),
             "loads": [ptx.count("ld.global.v4.b32"), reads * vectors],
             "stores": [ptx.count("st.global.v4.b32"), writes * vectors],
             "barriers": ptx.count("bar.sync"),
@@ -654,18 +645,18 @@ def test_triton_ahead_of_time_for_sm_80_90_and_100(tmp_path):
     thread's share of a tile takes. For single images and large batches, for few channels and many, for all gradients.
     """
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"PYTHONPATH": str(ROOT)}
-    env |= {"CUDA_VISIBLE_DEVICES": "", "TRITON_CACHE_DIR": str(tmp_path)}
+    env |= {"CUDA_VISIBLE_DEVICES": "", "TRITON_CACHE_DIR": str(tmp_path), "TRITON_DUMP_PTXAS_LOG": "1"}
     script = tmp_path / "ahead.py"
     script.write_text(AHEAD)
     run = subprocess.run([sys.executable, str(script)], env=env, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr[-3000:]
     results = [json.loads(line) for line in run.stdout.splitlines()]
-    assert len(results) == 54
+    assert len(results) == 42
     triton_version = tuple(map(int, ops.build.triton.__version__.split(".")[:2]))
     for r in results:
         registers, barriers = next(budget for kind, budget in BUDGETS.items() if r["name"].startswith(kind))
         registers += 10 * (triton_version < (3, 8))
-        assert r["rc"] == 0 and "0 bytes spill stores, 0 bytes spill loads" in r["log"], r
+        assert "0 bytes spill stores, 0 bytes spill loads" in r["log"], r
         assert int(re.search(r"Used (\d+) registers", r["log"])[1]) <= registers and r["barriers"] <= barriers, r
         assert r["loads"][0] >= r["loads"][1] > 0 and r["stores"][0] >= r["stores"][1], r
 

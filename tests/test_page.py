@@ -18,8 +18,6 @@ from conftest import ROOT
 from PIL import Image
 from test_explore import lively_decoder, pixels, save_network
 
-pytest.importorskip("gradio")
-
 import gan
 import latents
 
@@ -39,6 +37,7 @@ def wait_for(what, seconds: float = 30.0):
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
     """`explore.py serve` on a network of 64 px with three classes, one dimension of which has a name."""
+    pytest.importorskip("gradio")
     folder = tmp_path_factory.mktemp("page")
     network = save_network(folder / "gan.pt", lively_decoder(64, 3), ["cat", "dog", "wild"], "one-hot")
     with socket.socket() as free:
@@ -180,7 +179,7 @@ def test_without_gradio_one_line(command, server, monkeypatch):
 
 @pytest.mark.parametrize("kind", ["multi-label", "none"])
 def test_pages_of_other_labels(kind, tmp_path):
-    import page
+    page = pytest.importorskip("page", exc_type=ImportError)
 
     names = ["Hat", "Tie"] if kind == "multi-label" else []
     file = save_network(tmp_path / "gan.pt", lively_decoder(32, len(names)), names, kind)

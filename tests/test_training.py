@@ -118,8 +118,9 @@ def test_checkpoints_that_claim_more_than_they_hold(tmp_path, what):
         training.load(path, "gan")
 
 
-def test_what_only_further_training_needs_is_read_for_that_alone(class_run):
-    path = class_run / "encoder.pt"
+def test_what_only_further_training_needs_is_read_for_that_alone(class_run, tmp_path):
+    path, state = tmp_path / "encoder.pt", training.load(class_run / "encoder.pt", "encoder")
+    training.save(path, state | {"training": {"stepper": torch.zeros(3)}})
     to_use, to_go_on = (training.load(path, "encoder", go_on=go_on) for go_on in (False, True))
     assert to_go_on.keys() - to_use.keys() == {"training"}
     for name, value in to_go_on["model"].items():
