@@ -20,7 +20,8 @@ def cluster(h: dict, spec: str, seed: int, folder: Path) -> dict[str, np.ndarray
 
     h: {split: [N, features]} with a 'train', where the clusters are found; the other splits go to the nearest centre.
     spec: 'clusters:K', or 'clusters:auto', which takes the K of 3 to 15 with the highest mean silhouette (Rousseeuw
-    1987) and draws it as k.png in `folder`. Raises click.UsageError for fewer images than twice the clusters.
+    1987) and draws it as k.png in `folder`. Raises click.UsageError for fewer images than twice the clusters,
+    and for embeddings that are not finite or all but alike.
     """
     import click
     from sklearn.cluster import KMeans  # slow to import
@@ -28,19 +29,28 @@ def cluster(h: dict, spec: str, seed: int, folder: Path) -> dict[str, np.ndarray
     from sklearn.metrics import silhouette_score
     from sklearn.preprocessing import normalize
 
-    x = {split: normalize(np.asarray(v, np.float64)) for split, v in h.items()}
-    n, value = len(x["train"]), spec.removeprefix("clusters:")
-    if n < 2 * (KS[0] if value == "auto" else int(value)):
+    n, value = len(h["train"]), spec.removeprefix("clusters:")
+    least = KS[0] if value == "auto" else int(value)
+    if n < 2 * least:
         raise click.UsageError(f"--attributes {spec}: there are only {n} training images")
-    pca = PCA(min(DIMENSIONS, n, x["train"].shape[1]), random_state=seed).fit(x["train"])
+    if not all(np.isfinite(v).all() for v in h.values()):
+        raise click.UsageError(f"--attributes {spec}: the embeddings are no finite numbers: train the encoder again")
+    x = {split: normalize(np.asarray(v, np.float64)) for split, v in h.items()}
+    with np.errstate(invalid="ignore"):  # where all are alike
+        pca = PCA(min(DIMENSIONS, n, x["train"].shape[1]), random_state=seed).fit(x["train"])
     x = {split: pca.transform(v) for split, v in x.items()}
+    different = len(np.unique(x["train"].round(6), axis=0))
+    if different < least:
+        raise click.UsageError(
+            f"--attributes {spec}: only {different} of {n} embeddings differ: train the encoder longer"
+        )
 
     def fit(k: int) -> KMeans:
         return KMeans(k, n_init=4, random_state=seed).fit(x["train"])
 
     folder.mkdir(parents=True, exist_ok=True)
     if value == "auto":
-        found = {k: fit(k) for k in KS if 2 * k <= n}
+        found = {k: fit(k) for k in KS if k <= min(n // 2, different)}
         sample = dict(sample_size=min(SILHOUETTES, n), random_state=seed)
         silhouette = {k: silhouette_score(x["train"], model.labels_, **sample) for k, model in found.items()}
         best = max(silhouette, key=silhouette.get)
@@ -74,7 +84,8 @@ def write(found: dict[str, np.ndarray], h: np.ndarray, sets: dict, names: list[s
     for old in folder.glob("cluster*.png"):
         old.unlink()
     for split, v in found.items():
-        with open(folder / f"{split}.csv", "w", newline="", encoding="utf-8") as file:
+        # A name that is not UTF-8 is written with escapes.
+        with open(folder / f"{split}.csv", "w", newline="", encoding="utf-8", errors="backslashreplace") as file:
             table = csv.writer(file)
             table.writerow(["img", "cluster"])
             table.writerows(zip(sets[split].names, v.tolist(), strict=True))

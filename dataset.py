@@ -452,9 +452,12 @@ def select(
     if spec is None:  # celeba5 are the attributes of the paper's first experiment on CelebA
         five = preset == "celeba" and set(CELEBA["celeba5"].split(",")) <= set(attributes)
         spec = "celeba5" if five else "class" if classes else ",".join(attributes)
+    spec = spec.strip()
     if spec == "class" and classes:
         return spec, []
     names, there = [layouts.nfc(s.strip()) for s in CELEBA.get(spec, spec).split(",")], set(attributes)
+    if len(names) > 1 and "class" in names and classes:
+        fail(f"--attributes {spec}: class stands alone, it is no attribute")
     for name in names:
         if name not in there:
             known = ", ".join((["class"] if classes else []) + attributes)
@@ -505,7 +508,8 @@ class Dataset:
             columns = [column_of[name] for name in names]
             self.labels = np.ascontiguousarray(arrays[f"{split}.attributes"][:, columns], np.float32)
         else:
-            self.labels = np.eye(len(self.label_names), dtype=np.float32)[arrays[f"{split}.class"]]
+            self.labels = np.zeros((len(self.images), len(self.label_names)), np.float32)
+            self.labels[np.arange(len(self.images)), arrays[f"{split}.class"]] = 1
         self.hidden = {h: (arrays[f"{split}.hidden.{h}"], names) for h, names in info["hidden"].items()}
 
     @functools.cached_property

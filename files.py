@@ -86,7 +86,7 @@ def read_image(file: str | Path | BinaryIO, max_pixels: int = MAX_PIXELS) -> Ima
             grey = np.asarray(image)
             peak = np.fmax.reduce(grey, axis=None)  # the largest value, NaN aside
             ranges = (1, 255, 65535) if image.mode == "F" else (65535, 2**31 - 1)  # what the files of others use
-            white = next((r for r in ranges if peak <= r), ranges[-1])
+            white = next((r for r in ranges if peak <= 1.5 * r), ranges[-1])  # resizing and sharpening overshoot
             levels = np.empty(grey.shape, np.uint8)
             for i in range(0, len(grey), 64):  # a few rows at a time: all of them in float64 may be a gigabyte
                 rows = np.nan_to_num(grey[i : i + 64].astype(np.float64))
@@ -161,7 +161,7 @@ def list_files(root: Path) -> tuple[Path, list[str], list[str]]:
     except OSError as error:
         fail(f"{error.filename} cannot be read: {error.strerror}")
     whole = [f for f in files if not f.endswith(".part")]  # the others are downloads that have not ended
-    if len(whole) == 1 and whole[0].endswith(".zip"):
+    if len(whole) == 1 and whole[0].lower().endswith(".zip"):
         return list_files(root / whole[0])
     return root, files, folders
 
@@ -180,7 +180,10 @@ def list_zip(root: Path) -> tuple[list[str], list[str]]:
         if name.startswith("/") or ".." in parts or re.match("[A-Za-z]:", name):
             fail(f"{root}: member {name!r} points outside the archive, so it is refused")
         if not any(is_hidden(p) for p in parts):
-            (folders if name.endswith("/") else files).add("/".join(parts))
+            found, plain = folders if name.endswith("/") else files, "/".join(parts)
+            if found is files and plain in files:
+                fail(f"{root}: member {name!r} is there twice")
+            found.add(plain)
     folders |= {str(p) for n in files for p in PurePosixPath(n).parents}
     return sorted(files), sorted(folders - {".", ""})
 

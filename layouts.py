@@ -46,8 +46,13 @@ UNDERSTOOD = (
     "CelebAMask-HQ, StyleGAN's dataset.json, or Fashion-MNIST's idx files"
 )
 PICTURES = (".heic", ".heif", ".hif", ".jxl", ".svg", ".psd", ".ico", ".exr", ".hdr")  # which are not read, but named
+PICTURES += (".apng", ".dds", ".dib", ".icns", ".j2k", ".jpc", ".jpf", ".jpx", ".mpo", ".pcx", ".sgi", ".xbm")
 PICTURES += (".arw", ".cr2", ".cr3", ".dng", ".nef", ".orf", ".raf", ".raw", ".rw2")
 MAX_LINE = 2**20  # characters of a line in a table: room for thousands of attributes
+MAX_LABELS = 2**14  # label names: labels are rows of that many numbers
+MAX_LISTS = 4 * 10**6  # lists in a dataset.json, of which each takes 60 bytes or more: three times ImageNet's
+MAX_IMAGES = 2**21  # images in an IDX file: the largest known, EMNIST's, has 0.7 million
+IDX = [f"{part}-{what}-ubyte" for part in ("train", "t10k") for what in ("images-idx3", "labels-idx1")]
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Finding a source. `root` is a folder or a zip; names in it are relative, with forward slashes.
@@ -60,6 +65,8 @@ def data_folder(preset: str) -> Path:
 
 def locate(data: str) -> tuple[str, Path | None]:
     """Name (for runs/<name>) and root of a preset or path; critters, which are drawn, have the root None."""
+    if not data:
+        fail("--data is empty: give the name of a data set, or a path")
     if data == "critters":
         return data, None
     root = data_folder(data) if data in PRESETS else Path(os.path.expanduser(data))
@@ -94,7 +101,7 @@ def recognise(root: Path | None) -> str:
         return "critters"
     root, files, folders = list_files(root)
     base = base_names(files)
-    if idx_name("train-images-idx3-ubyte", base):
+    if idx_name(IDX[0], base):
         return "fashion-mnist" if idx_classes(root, base)[0] == FASHION else ""
     if found := find_celeba(base):
         folder, table = found
@@ -151,8 +158,8 @@ def scan(root: Path, files: list[str], folders: list[str]) -> Source:
     base = base_names(files)
     images = [name for name in files if name.lower().endswith(SUFFIXES)]
     unread = unread_pictures(files)
-    if idx_name("train-images-idx3-ubyte", base):
-        source = scan_idx(root, base)
+    if idx_name(IDX[0], base):
+        source = scan_idx(root, files, base)
     elif found := find_celeba(base):
         source = scan_celeba(root, images, base, *found)
     else:
@@ -162,7 +169,8 @@ def scan(root: Path, files: list[str], folders: list[str]) -> Source:
         elif top + "labels.csv" in files:
             source = scan_csv(root, images, top)
         else:
-            hints = [hint for hint in (unread, unused_tables(files, [])) if hint]
+            zips = [f"{name} is not unpacked: give it as --data" for name in files if name.lower().endswith(".zip")]
+            hints = [hint for hint in (unread, unused_tables(files, []), *zips[:1]) if hint]
             source = scan_folders(root, images, folders, top, "".join(f"; {hint}" for hint in hints))
     check_names(root, source)
     complete_splits(root, source)
@@ -175,7 +183,10 @@ def scan(root: Path, files: list[str], folders: list[str]) -> Source:
 def unread_pictures(files: list[str]) -> str:
     """What to say about pictures in formats that are not read, if there are any."""
     found = sorted({PurePosixPath(name).suffix.lower() for name in files if name.lower().endswith(PICTURES)})
-    return f"{', '.join(found)} files are not read: convert them to PNG or JPEG" if found else ""
+    if found:
+        return f"{', '.join(found)} files are not read: convert them to PNG or JPEG"
+    bare = [name for name in files if "/" in name and "." not in name.rpartition("/")[2]]
+    return f"{len(bare)} files without a suffix, like {bare[0]}, are not read" if bare else ""
 
 
 def unused_tables(files: list[str], used: list[str]) -> str:
@@ -212,7 +223,9 @@ def find_top(images: list[str], files: list[str], folders: list[str]) -> str:
 
 
 def check_names(root: Path, source: Source) -> None:
-    """Refuse label names that options and tables could not name."""
+    """Refuse label names that options and tables could not name, and more of them than anybody has."""
+    if (count := max(len(source.classes), len(source.attributes))) > MAX_LABELS:
+        fail(f"{root}: {count:,} label names are more than {MAX_LABELS:,}: is a column of numbers taken for classes?")
     for name, times in [*Counter(source.classes).items(), *Counter(source.attributes).items()]:
         if times > 1 or not name or (source.attributes and "," in name):
             fail(f"{root}: label name {name!r} is {'used twice' if times > 1 else 'empty or has a comma'}")
@@ -257,13 +270,19 @@ def scan_folders(root: Path, images: list[str], folders: list[str], top: str, hi
     # A class can be called "train" as well, so a name alone makes no split: it takes a train folder that is the only
     # folder or has another split beside it, or no folder but splits, all of them with folders in them.
     split = "train" in splits.values() and (len(splits) > 1 or len(first) == 1)
-    split = split or (0 < len(splits) == len(first) and all(inner.values()))
+    split = split or (0 < len(splits) == len(first))
     # A folder beside splits would be lost without a word, or its images be a class called "train".
     other = [f for f in first if f not in splits and (split or any(inner[f] & inner[s] for s in splits))]
     if other:
         fail(f"{root / top / min(other)} is neither train, val nor test: rename it or move it away")
     if not images:
         fail(f"{root} holds no images: expected {UNDERSTOOD}{hints}")
+    words = {f: [word for word in re.split("[^a-z]+", f.lower()) if word in SPLITS] for f in first}
+    if len(first) > 1 and not split and all(inner.values()) and all(words.values()):  # training_set/cats, test_set/cats
+        fail(f"{root / top / first[0]} looks like a split, not like a class: call it {SPLITS[words[first[0]][0]]}")
+    within = set.union(*inner.values()) if inner else set()
+    if not split and within and all(f.lower() in SPLITS for f in within):  # cats/train, dogs/train
+        fail(f"{root / top / first[0]} has the folders {', '.join(sorted(within))}: put the splits above the classes")
     at = 1 if split else 0  # the place of the class in a path
     parts = [tuple(nfc(name[len(top) :]).split("/")) for name in images]
     for name, p in zip(images, parts, strict=True):
@@ -278,7 +297,18 @@ def scan_folders(root: Path, images: list[str], folders: list[str], top: str, hi
     if set(classes) - train:
         fail(f"class {min(set(classes) - train)} of {root / top} has no folder in train/")
     index = {c: i for i, c in enumerate(classes)}
-    return Source(images, [splits[p[0]] for p in parts] if split else None, classes, [index[p[at]] for p in parts])
+    names = Counter(name for f in first for name in inner[f])
+    notes = []
+    if not split and (twice := sorted(name for name, times in names.items() if times > 1)):
+        notes = [f"several classes have a folder called {twice[0]}: folders within classes do not count"]
+    class_of = [index[p[at]] for p in parts]
+    return Source(images, [splits[p[0]] for p in parts] if split else None, classes, class_of, notes=notes)
+
+
+def splits_of(images: list[str], top: str) -> list[str] | None:
+    """The splits of the images of a table that names none: those of the folders, where all are in such ones."""
+    tops = [name[len(top) :].split("/")[0].lower() for name in images]
+    return [SPLITS[name] for name in tops] if set(tops) <= set(SPLITS) else None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -336,7 +366,9 @@ def matcher(images: list[str], top: str = "") -> Callable[[str], list[str]]:
         return result
 
     def find(name: str) -> list[str]:
-        name = nfc(name).replace("\\", "/").removeprefix("./")  # Windows and find(1) write them so
+        name = nfc(name)
+        if name not in paths:
+            name = name.replace("\\", "/").removeprefix("./")  # Windows and find(1) write them so
         return [paths[name]] if name in paths else ends().get(name, [])
 
     return find
@@ -416,7 +448,7 @@ def scan_csv(root: Path, images: list[str], top: str) -> Source:
         return SPLITS[split], cells[0] if len(names) == 1 else binary(cells, where)
 
     found, _ = by_image(place, rows, images, find, len(header) - 1, convert)
-    splits = [split for split, _ in found.values()] if split_at is not None else None
+    splits = splits_of([*found], top) if split_at is None else [split for split, _ in found.values()]
     labels = [label for _, label in found.values()]
     if len(names) > 1:
         return from_columns(table, list(found), splits, names, labels)
@@ -488,7 +520,10 @@ def scan_json(root: Path, images: list[str], top: str) -> Source:
     table = top + "dataset.json"
     place = root / table
     try:
-        content = json.loads(read(root, table, MAX_TABLE))
+        raw = read(root, table, MAX_TABLE)
+        if raw.count(b"[") + raw.count(b"{") > MAX_LISTS:
+            raise ValueError(f"it has more than {MAX_LISTS:,} lists")
+        content = json.loads(raw)
     except json.JSONDecodeError as error:
         fail(f"{place} line {error.lineno} column {error.colno}: this is not JSON ({error.msg})")
     except (*UNREADABLE, RecursionError) as error:
@@ -503,7 +538,7 @@ def scan_json(root: Path, images: list[str], top: str) -> Source:
     if not named:  # the names are the numbers of the classes, or of the places in the lists
         most = max(numbers) + 1 if kind is int else len(pairs[0][1]) if kind is list else 0
         names = [str(i) for i in range(min(most, 2**16))]  # more classes than that are a mistake, reported below
-    names = [nfc(name) for name in names]
+    names = [nfc(name).strip() for name in names]
     if kind is int and min(numbers) == 1 and (not named or max(numbers) == len(names)):
         fail(f"{place}: classes are counted from 1 to {max(numbers)}, but must be from 0: subtract 1 from each label")
 
@@ -520,9 +555,7 @@ def scan_json(root: Path, images: list[str], top: str) -> Source:
 
     rows = ((f"{place}: entry {i}", pair) for i, pair in enumerate(pairs))
     found, _ = by_image(place, rows, images, matcher(images, top), 1, convert)
-    # StyleGAN knows no splits, but where all images are in folders of such names, they are meant.
-    tops = {name[len(top) :].split("/")[0].lower() for name in found}
-    splits = [SPLITS[name[len(top) :].split("/")[0].lower()] for name in found] if tops <= set(SPLITS) else None
+    splits = splits_of([*found], top)
     if kind is list:
         return from_columns(table, list(found), splits, names, list(found.values()))
     if not named and (gaps := set(range(len(names))) - set(found.values())):
@@ -545,7 +578,7 @@ def idx_classes(root: Path, base: dict[str, str]) -> tuple[list[str], list[str]]
 
     Other sets come under the same file names: the innermost folder or zip called after one of them tells which it is.
     """
-    for part in reversed((root.resolve() / idx_name("train-images-idx3-ubyte", base)).parts):
+    for part in reversed((root.resolve() / idx_name(IDX[0], base)).parts):
         if "fashion" in part.lower() or "fmnist" in part.lower():
             return FASHION, []
         if "mnist" in part.lower():
@@ -553,12 +586,15 @@ def idx_classes(root: Path, base: dict[str, str]) -> tuple[list[str], list[str]]
     return FASHION, ["taken for Fashion-MNIST; if they are digits, rename the folder to mnist"]
 
 
-def scan_idx(root: Path, base: dict[str, str]) -> Source:
+def scan_idx(root: Path, files: list[str], base: dict[str, str]) -> Source:
     """The four IDX files of Fashion-MNIST, MNIST and their like; their test images become val."""
     read_idx.cache_clear()  # the files may have changed
+    for name in IDX:
+        places = sorted({f.rpartition("/")[0] for f in files if f.rpartition("/")[2] in (name, name + ".gz")})
+        if len(places) > 1:
+            fail(f"{root} has {name} in {places[0] or '.'} and in {places[1]}: give one of these folders as --data")
     keys, splits, labels, tables = [], [], [], []
-    for part, split in (("train", "train"), ("t10k", "val")):
-        names = (f"{part}-images-idx3-ubyte", f"{part}-labels-idx1-ubyte")
+    for names, split in ((IDX[:2], "train"), (IDX[2:], "val")):
         for name in names:
             if not idx_name(name, base):
                 fail(f"{root}: {name} is missing")
@@ -566,6 +602,8 @@ def scan_idx(root: Path, base: dict[str, str]) -> Source:
         x, y = read_idx(root, images), read_idx(root, numbers)
         if x.ndim != 3 or y.ndim != 1 or 0 in x.shape:
             fail(f"{root / images} and {numbers} hold no list of images and no list of labels")
+        if len(x) > MAX_IMAGES:
+            fail(f"{root / images}: {len(x):,} images are more than {MAX_IMAGES:,}")
         if len(x) != len(y):
             fail(f"{root / numbers}: {len(y)} labels, but {root / images} has {len(x)} images")
         if y.max(initial=0) > 9:

@@ -113,7 +113,7 @@ def read_image(file: str | Path | BinaryIO, max_pixels: int = MAX_PIXELS) -> Ima
             grey = np.asarray(image)
             peak = np.fmax.reduce(grey, axis=None)  # the largest value, NaN aside
             ranges = (1, 255, 65535) if image.mode == "F" else (65535, 2**31 - 1)  # what the files of others use
-            white = next((r for r in ranges if peak <= r), ranges[-1])
+            white = next((r for r in ranges if peak <= 1.5 * r), ranges[-1])  # resizing and sharpening overshoot
             levels = np.empty(grey.shape, np.uint8)
             for i in range(0, len(grey), 64):  # a few rows at a time: all of them in float64 may be a gigabyte
                 rows = np.nan_to_num(grey[i : i + 64].astype(np.float64))

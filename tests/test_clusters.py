@@ -29,6 +29,16 @@ def clumps(k: int, n: int = 600) -> tuple[np.ndarray, np.ndarray]:
     return x, which
 
 
+def test_embeddings_that_have_no_clusters(tmp_path):
+    x, _ = clumps(4)
+    for spec in ("clusters:auto", "clusters:3"):
+        for wrong, words in ((np.full_like(x, np.nan), "no finite numbers"), (np.ones_like(x), "only 1 of 600")):
+            with pytest.raises(click.UsageError, match=words):
+                clusters.cluster({"train": wrong}, spec, 0, tmp_path)
+    found = clusters.cluster({"train": x[[0, 200, 400, 599] * 10]}, "clusters:auto", 0, tmp_path)
+    assert found["train"].max() < 4  # no more clusters than different embeddings
+
+
 @pytest.mark.parametrize("k", [4, 6])
 def test_clumps_and_their_number_are_found(tmp_path, k):
     x, which = clumps(k)

@@ -110,6 +110,9 @@ def test_float_grey_of_other_ranges(tmp_path):
     for peak in (255, 65535):
         x = decoded(tmp_path, Image.fromarray(ramp * peak), f"{peak}.tif")
         assert np.abs(x[..., 0] - want).max() <= 1
+    for white in (1, 255):  # resizing and sharpening overshoot
+        x = decoded(tmp_path, Image.fromarray(ramp * (1.2 * white)), "over.tif")
+        assert np.abs(x[..., 0] - (ramp * 1.2 * 255).clip(0, 255)).max() <= 1
     ramp[0, :2] = np.nan, np.inf  # inf makes the range unknown, NaN does not
     assert decoded(tmp_path, Image.fromarray(ramp), "nan.tif")[0, 0, 0] == 0
     ramp[0, 1] = 0

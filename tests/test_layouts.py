@@ -6,6 +6,7 @@ import os
 import shutil
 import types
 import unicodedata
+import warnings
 import zipfile
 from pathlib import Path
 
@@ -91,6 +92,36 @@ def test_single_split_folder_and_classes_called_like_splits(tmp_path):
     class_folders(tmp_path / "c" / "wrapped", {"x": 4, "y": 4})
     (tmp_path / "c" / "mylabels.csv").write_text("x")
     assert scan(tmp_path / "c").classes == ["x", "y"]
+
+
+def test_folders_that_may_be_splits(tmp_path):
+    for name, folders, words in (
+        ("kaggle", ("training_set", "test_set"), "looks like a split, not like a class: call it t"),
+        ("inside", ("cat", "dog"), "put the splits above the classes"),
+    ):
+        for folder in folders:
+            class_folders(
+                tmp_path / name / folder, {"train": 3, "val": 2} if name == "inside" else {"cats": 3, "dogs": 3}
+            )
+        assert words in error_of(str(tmp_path / name))
+    for split in ("val", "test"):
+        for i in range(3):
+            paint(tmp_path / "flat" / split / f"{i}.png")
+    assert "is in no class folder" in error_of(str(tmp_path / "flat"))
+    for c in ("cats", "dogs"):
+        class_folders(tmp_path / "places" / c, {"indoors": 3, "outdoors": 3})
+    assert scan(tmp_path / "places").classes == ["cats", "dogs"]
+    assert notes_of(tmp_path / "places") == [
+        "several classes have a folder called indoors: folders within classes do not count"
+    ]
+    # A table that names no splits leaves them to the folders.
+    rows = [["file", "label"]]
+    for split, count in (("train", 8), ("val", 4)):
+        for i in range(count):
+            paint(tmp_path / "table" / split / f"{i}{split}.png")
+            rows.append([f"{split}/{i}{split}.png", "ab"[i % 2]])
+    write_csv(tmp_path / "table" / "labels.csv", rows)
+    assert scan(tmp_path / "table").splits == ["train"] * 8 + ["val"] * 4
 
 
 @pytest.mark.parametrize(("first", "second"), [("training", "testing"), ("train", "eval"), ("Train", "dev")])
@@ -374,6 +405,38 @@ def test_wrong_zips(tmp_path):
             archive.writestr(name, b"x")
         assert "evil.png" in error_of(str(tmp_path / "a.zip")) and "refused" in error_of(str(tmp_path / "a.zip"))
     assert not (tmp_path / "evil.png").exists()
+    for twice in (("a/0.png", "a/0.png"), ("a/0.png", "./a/0.png")):
+        with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive, warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            for name in twice:
+                archive.writestr(name, b"x")
+        assert "is there twice" in error_of(str(tmp_path / "a.zip"))
+    (tmp_path / "beside").mkdir()
+    (tmp_path / "a.zip").rename(tmp_path / "beside" / "A.ZIP")
+    assert "is there twice" in error_of(str(tmp_path / "beside"))
+    (tmp_path / "beside" / "README.md").touch()
+    assert "A.ZIP is not unpacked: give it as --data" in error_of(str(tmp_path / "beside"))
+    assert "--data is empty" in error_of("")
+
+
+def test_more_labels_lists_and_images_than_anybody_has(tmp_path, monkeypatch):
+    """Each takes memory out of proportion to its bytes in the file."""
+    for name in ("MAX_LABELS", "MAX_LISTS", "MAX_IMAGES"):
+        monkeypatch.setattr(layouts, name, 5)
+    names = [f"{i}.png" for i in range(6)]
+    stylegan_zip(tmp_path / "a.zip", [[n, i] for i, n in enumerate(names)])
+    assert "it has more than 5 lists" in error_of(str(tmp_path / "a.zip"))
+    class_folders(tmp_path / "many", dict.fromkeys("abcdef", 2))
+    assert "6 label names are more than 5" in error_of(str(tmp_path / "many"))
+    fashion(tmp_path / "idx", 6)
+    assert "6 images are more than 5" in error_of(str(tmp_path / "idx"))
+
+
+def test_two_idx_sets_in_one_folder(tmp_path):
+    fashion(tmp_path / "x" / "FashionMNIST" / "raw")
+    assert scan(tmp_path / "x").classes[0] == "T-shirt/top"
+    fashion(tmp_path / "x" / "MNIST" / "raw", suffix=".gz")
+    assert "in FashionMNIST/raw and in MNIST/raw: give one of these folders" in error_of(str(tmp_path / "x"))
 
 
 def test_damaged_idx(tmp_path):
@@ -635,6 +698,10 @@ def test_pictures_that_are_not_read_are_said(tmp_path):
     (tmp_path / "all").mkdir()
     (tmp_path / "all" / "1.heic").write_bytes(b"")
     assert "holds no images" in error_of(str(tmp_path / "all")) and ".heic files" in error_of(str(tmp_path / "all"))
+    root = class_folders(tmp_path / "bare", {"a": 3, "b": 3})
+    (root / "a" / "0f3c").write_bytes(b"")
+    (root / "README").touch()
+    assert notes_of(root) == ["1 files without a suffix, like a/0f3c, are not read"]
 
 
 def test_tables_are_regular_files_of_a_bounded_size(tmp_path, monkeypatch):
