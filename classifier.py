@@ -37,15 +37,20 @@ STEPS = 3000  # at least: 200 epochs of a small data set are too few steps to co
 
 
 class Classifier(nn.Linear):
-    """logits = W h + b. forward(h [B, features]) -> [B, labels]: log-odds of classes (softmax) or attributes (sigmoid)."""
+    """logits = W h + b. forward(h [B, features]) -> [B, labels]: log-odds of classes (softmax) or attributes (sigmoid).
+
+    balance [labels]: how much higher the logits are than log-odds since labels were balanced in training.
+    """
 
     def __init__(self, features: int, labels: int):
         super().__init__(features, labels)
+        self.register_buffer("balance", torch.zeros(labels), persistent=False)
 
 
 def build(checkpoint: dict) -> Classifier:
     """The frozen classifier in eval mode, from the content of `classifier.pt`."""
     classifier = training.rebuild(lambda: Classifier(**checkpoint["config"]), checkpoint["model"])
+    classifier.balance = torch.tensor(checkpoint["balance"], dtype=torch.float32)
     return classifier.eval().requires_grad_(False)
 
 
@@ -84,7 +89,8 @@ def fit(
     It is trained on standardised features, whatever their scale, and the standardisation is folded into W and b. A tenth
     of the images is held out to choose the epoch that is kept: the one with the least cross-entropy there, for each
     attribute its own. With options['balance'], labels are balanced by `weights_of`. `first` gives the first weights;
-    `state` is what `save(classifier, state)` was given before. Raises training.Stopped, after a save, where `stopping()`
+    `state` is what `save(classifier, state, must)` was given before; must: it may not fail, since a signal asked for
+    the end. Raises training.Stopped, after a save, where `stopping()`
     gives the number of a signal.
     """
     state = state or {}
@@ -120,26 +126,32 @@ def fit(
     for epoch in range(done, epochs):
         # One pass in an order that depends on the epoch alone: a resumed run goes on exactly.
         order = torch.randperm(len(kept), generator=generator.manual_seed(options["seed"] + epoch + 1)).to(h.device)
+        total = torch.zeros((), device=h.device)
         for rows in kept[order].split(batch):
             loss = loss_of(layer(x[rows]), y[rows], one_hot, weight).sum()
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             optimizer.step()
+            total += loss.detach() * len(rows)
 
         # Keep what is best on the images held out, label by label.
         with torch.no_grad():
-            test = loss_of(layer(x[held]), y[held], one_hot, weight) if len(held) else loss[None]
+            tested = held if len(held) else kept  # of fewer than ten images none is held out
+            test = loss_of(layer(x[tested]), y[tested], one_hot, weight)
             for name, value in layer.state_dict().items():
                 better = (test < least).view(-1, *[1] * (value.ndim - 1))
                 best[name] = torch.where(better, value, best[name])
             least = torch.minimum(test, least)
-        if log:
-            log.add(loss=loss, held_out_loss=test.sum())
-            log.step(n)
         signum = stopping()
-        if save and ((epoch + 1) % max(1, epochs // 10) == 0 or epoch + 1 == epochs or signum):
+        due = (epoch + 1) % max(1, epochs // 10) == 0 or epoch + 1 == epochs or signum
+        if log:
+            log.add(loss=total / len(kept), **({"held_out_loss": test.sum()} if len(held) else {}))
+            log.step(n)
+            if due and epoch + 1 < epochs:  # the last line has the results as well
+                log.write((epoch + 1) * n)
+        if save and due:
             extra = dict(layer=layer.state_dict(), optimizer=optimizer.state_dict(), best=best, least=least)
-            save(folded(), extra | {"epochs": epoch + 1})
+            save(folded(), extra | {"epochs": epoch + 1}, bool(signum))
         if signum:
             raise training.Stopped(signum, f"stopped and saved after {epoch + 1} epochs; the same command goes on")
     return folded()
@@ -269,7 +281,13 @@ def main(**options):
     # Embed every image once.
     steps = -(-len(ds) * 9 // 10 // options["batch"])
     epochs = max(options["epochs"], 0 if given else math.ceil(STEPS / max(1, steps)))
-    epochs = 2 if options["smoke"] and not given else int(epochs)
+    epochs = options["epochs"] = 2 if options["smoke"] and not given else int(epochs)
+    if state and tables:
+        now, _ = layouts.read_clusters(spec, ds)
+        with training.reading(path):
+            same = all(np.array_equal(now[split], v.numpy()) for split, v in state["assignments"].items())
+        if not same:
+            raise click.ClickException(f"{path} was made from other clusters than {spec}: {training.RESUME_REMEDY}")
     if state.get("training", {}).get("epochs", 0) >= epochs and "results" in state:
         print(f"{path} is finished: {epochs} epochs. --epochs for more, --no-resume to start over.")
         return
@@ -306,12 +324,12 @@ def main(**options):
     config = dict(features=h["train"].shape[1], labels=len(names))
     balance = weights_of(labels["train"], one_hot).log().cpu() if options["balance"] else torch.zeros(len(names))
 
-    def save(classifier: Classifier, extra: dict, **more) -> None:
+    def save(classifier: Classifier, extra: dict, must: bool) -> None:
         content = dict(stage="classifier", config=config, model=classifier.state_dict(), data=data, options=options)
         content |= dict(encoder_hash=options["encoder"], balance=balance.tolist(), training=extra) | assignments
         nonlocal saved
-        saved = content | more
-        training.save(path, saved, must=False)  # the last save, with the results, must be
+        saved = content
+        training.save(path, saved, must)  # the last save, with the results, must be
 
     # Train.
     first, saved = None, state  # a run that was stopped after its last epoch saves no more: it has its state

@@ -273,6 +273,8 @@ def score(scores: np.ndarray, labels: np.ndarray, one_hot: bool, threshold: np.n
         return float((scores.argmax(1) == labels.argmax(1)).mean())
     on, off = labels == 1, labels == 0
     both = on.any(0) & off.any(0)
+    if not both.any():
+        return math.nan
     guess, on, off = (scores > threshold)[:, both], on[:, both], off[:, both]
     return float(((guess & on).sum(0) / on.sum(0) + (~guess & off).sum(0) / off.sum(0)).mean() / 2)
 
@@ -341,7 +343,8 @@ def rate(schedule: str, images: int, total: int, epoch: int, half_cosine: int) -
 
     cosine: a linear warm-up over the first twentieth of the run, times half a cosine to 0 over all of it. published: the
     full rate for ten epochs, then one step each epoch along half a cosine that `half_cosine` steps would bring to 0. A
-    run of 200 epochs ends long before, at 0.54 (AFHQ) and 0.95 (CelebA) of the full rate.
+    run of 200 epochs ends long before, at 0.54 (AFHQ) and 0.95 (CelebA) of the full rate; beyond that many steps it rises
+    again, as published.
     """
     if schedule == "published":
         return 0.5 * (1 + math.cos(math.pi * max(0, images // epoch - 9) / half_cosine))
@@ -353,9 +356,10 @@ def train(
 ) -> dict:
     """Train `encoder` in place until `total` images are seen, from images_seen = state['images_seen'].
 
-    `save(images_seen, extra)` is called about 50 times a run, at least 5,000 images apart, and at the end. All random
-    numbers follow from the images seen, so that a run resumed from any save does what an unbroken one would. Raises
-    training.Stopped, after a save, where a signal asked for the end.
+    `save(images_seen, extra, must)` is called about 50 times a run, about 5,000 images apart or more, and at the end;
+    must: it may not fail, since a signal asked for the end. All random numbers follow from the images seen, so that a
+    run resumed from any save does what an unbroken one would. Raises training.Stopped, after a save, where a signal
+    asked for the end.
     """
     # Build what training needs beside the encoder, and take its state from the checkpoint.
     method, batch = options["method"], options["batch"]
@@ -374,7 +378,7 @@ def train(
     stepper = training.Stepper(run, optimizer)
     stateful = {"stepper": stepper} | {k: m for k, m in modules.items() if k != "encoder"}
     if state:
-        with training.reading("the checkpoint"):
+        with training.reading("encoder.pt"):
             for name, value in stateful.items():
                 value.load_state_dict(state["training"][name])
     encoder.train()
@@ -432,7 +436,7 @@ def train(
             training.check_finite([stepper], seen, options)
         stopping = run.stopping(seen // batch)
         if seen // every != (seen - batch) // every or seen >= total or stopping:
-            save(seen, extra())
+            save(seen, extra(), bool(stopping))
             run.wait()
         if stopping:
             raise training.Stopped(stopping, f"stopped and saved at {seen:,} images; the same command goes on")
@@ -460,8 +464,16 @@ def first_weights(file: str, options: dict) -> tuple[dict, dict]:
         state = training.load(file, "encoder")
         stem = state["config"]["stem"] if options["stem"] == "auto" else options["stem"]
         return state["config"] | dict(backbone=options["backbone"], stem=stem), state["model"]
-    if not isinstance(weights, dict) or "conv1.weight" not in weights:
-        raise click.ClickException(f"--init {file} holds neither an encoder.pt nor torchvision's weights of a ResNet")
+    if (
+        not isinstance(weights, dict)
+        or "conv1.weight" not in weights
+        or not all(
+            isinstance(k, str) and isinstance(v, torch.Tensor) and training.all_finite(v) for k, v in weights.items()
+        )
+    ):
+        raise click.ClickException(
+            f"--init {file} holds neither an encoder.pt nor torchvision's weights of a ResNet, all finite"
+        )
     stem = "imagenet" if options["stem"] == "auto" else options["stem"]
     config = dict(backbone=options["backbone"], stem=stem)
     config.update(mean=tuple(2 * m - 1 for m in IMAGENET_MEAN), std=tuple(2 * s for s in IMAGENET_STD))
@@ -530,6 +542,7 @@ def main(**options):
         total = min(total, options["cpu_images"])
     if options["smoke"] and given["epochs"] is None:
         total = 4 * options["batch"]
+    options["epochs"] = total / len(ds)
 
     # Go on from a checkpoint, or build the network.
     config, weights = dict(backbone=options["backbone"], stem=options["stem"]), None
@@ -562,13 +575,15 @@ def main(**options):
         if run.rank == 0:
             print(f"{path} is finished: {done:,} images seen. --epochs for more, --no-resume to start over.")
         return
+    if state and not isinstance(state.get("training"), dict):
+        raise click.ClickException(f"{path} has no entry 'training' to go on from: {training.RESUME_REMEDY}")
     encoder.to(run.device, memory_format=torch.channels_last)
 
-    def save(seen: int, extra: dict, **more) -> None:
+    def save(seen: int, extra: dict, must: bool = False, **more) -> None:
         if run.rank == 0:
             content = dict(stage="encoder", config=encoder.config, model=encoder.state_dict(), data=ds.info())
             content |= dict(options=options, images_seen=seen, training=extra) | more
-            training.save(path, content, must=seen >= total)
+            training.save(path, content, must=must or seen >= total)
 
     with training.lock(outdir, "encoder", run.rank):
         # Train.
@@ -587,7 +602,7 @@ def main(**options):
         if run.rank == 0:
             results = evaluate(encoder, ds, val, run, 200 if options["smoke"] else EVALUATED)
             steps = max(0, math.ceil((total - done) / options["batch"]))
-            save(done + steps * options["batch"], extra, results=results)
+            save(done + steps * options["batch"], extra, must=True, results=results)
             training.write_options(outdir / "encoder.json", options | {"results": results})
     if run.rank == 0:
         report(results, ds.label_kind)

@@ -89,20 +89,20 @@ def he_init(network: nn.Module) -> None:
 
 
 class Subspace(nn.Module):
-    """phi = U (L * z) + mu (EigenGAN, eq. 1): `basis` orthonormal maps U of [r * r, C], importances L, origin mu.
+    """phi = U (L * z) + mu (EigenGAN, eq. 1): BASIS orthonormal maps U of [r * r, C], importances L, origin mu.
 
     U starts random, orthonormal and smooth (no finer than 4x4). orthonormal: keep U orthonormal by construction
     (Gram-Schmidt, differentiable) instead of by a penalty.
     """
 
-    def __init__(self, channels: int, resolution: int, basis: int = BASIS, orthonormal: bool = False):
+    def __init__(self, channels: int, resolution: int, orthonormal: bool = False):
         super().__init__()
         # Channels last in memory. Not four dimensions: .to(memory_format=channels_last) would change their order.
-        self.U = nn.Parameter(torch.empty(basis, resolution**2, channels))
-        self.L = nn.Parameter(3.0 * torch.arange(basis, 0, -1))  # 18, 15, .. 3, as published
+        self.U = nn.Parameter(torch.empty(BASIS, resolution**2, channels))
+        self.L = nn.Parameter(3.0 * torch.arange(BASIS, 0, -1))  # 18, 15, .. 3, as published
         self.mu = nn.Parameter(torch.zeros(resolution, resolution, channels))
         self.orthonormal = orthonormal
-        smooth = F.interpolate(torch.randn(basis, channels, 4, 4), size=resolution, mode="bilinear")
+        smooth = F.interpolate(torch.randn(BASIS, channels, 4, 4), size=resolution, mode="bilinear")
         U = torch.linalg.qr(smooth.permute(0, 2, 3, 1).flatten(1).T)[0].T
         self.U.data.copy_(U.reshape(self.U.shape))
 
@@ -334,7 +334,7 @@ class PatchDiscriminator(nn.Module):
 
     batch_statistics = True
 
-    def __init__(self, size: int, layers: int):
+    def __init__(self, layers: int):
         super().__init__()
         widths = [64 * min(2**i, 8) for i in range(layers + 1)]
         blocks: list[nn.Module] = [ConvLrelu(3, widths[0], 4, 2, padding=1)]
@@ -382,7 +382,7 @@ def build_discriminator(
 
     def make() -> nn.Module:
         if kind == "patch":
-            return PatchDiscriminator(size, layers or patch_layers(size))
+            return PatchDiscriminator(layers or patch_layers(size))
         return GlobalDiscriminator(size, width, 0 if classes else labels)
 
     return PerClass([make() for _ in range(classes)]) if classes else make()
@@ -404,7 +404,7 @@ def augment(x: Tensor, policy: str, p: float = 0.6) -> Tensor:
     """
     names = [] if policy == "none" else policy.split(",")
     if "crop" in names:
-        x = training.random_crop(x, 0.6)  # as the encoder was shown real images of other data
+        x = training.random_crop(x, 0.6)  # as the encoder's own views, where the data have no preset
     B, _, H, W = x.shape
     coins = torch.rand(5, device=x.device) < p
     u = torch.rand(7, B, 1, 1, 1, device=x.device, dtype=x.dtype)
@@ -572,6 +572,9 @@ class Trainer:
         width, classes = (0, 0) if labels is None else (labels.shape[1], labels.shape[1] * options["per_class"])
         decoder = Decoder(*decoder_shape(options, options["size"], width))
         decoder.generator.tanh_slope = options["tanh_slope"]
+        if options["start"] == "torch":  # as published: white, not smooth
+            for block in decoder.generator.blocks:
+                nn.init.orthogonal_(block.subspace.U.data.flatten(1))
         if options["start"] == "he":
             he_init(decoder)
             decoder.generator.last.weight.data.mul_(0.5)  # keeps the first images out of tanh's saturation
@@ -692,16 +695,18 @@ class Trainer:
         """The loss of eq. 5 for generated images under the frozen encoder and classifier, and what the log gets.
 
         The loss is H(Y | E) in nats; --reg-over mean divides it by the number of attributes. --reg-augment: of random
-        views of the images, which patterns that please only the encoder do not survive. The log gets H(Y | E), and the
-        lower bound of eq. 4 on I(Y; E) in bits, at most H(Y).
+        views of the images, which patterns that please only the encoder do not survive. Where stage 2 balanced the
+        labels, so does the loss. The log gets H(Y | E) without that balance, and the lower bound of eq. 4 on I(Y; E) in
+        bits, at most H(Y).
         """
         x = augment(x, self.options["reg_augment"])
         with self.run.autocast():
             logits = self.classifier(self.encoder(x))
-        h = loss_y(self.kind, logits, y)
+        loss = loss_y(self.kind, logits, y)
+        h = loss_y(self.kind, logits.detach() - getattr(self.classifier, "balance", 0), y)
         mean = self.kind == "multi-label" and self.options["reg_over"] == "mean"
-        loss = h / self.labels.shape[1] if mean else h
-        return loss, {"H_y_given_e": h.detach(), "mi_bits": self.entropy - h.detach() / math.log(2)}
+        loss = loss / self.labels.shape[1] if mean else loss
+        return loss, {"H_y_given_e": h, "mi_bits": self.entropy - h / math.log(2)}
 
     @torch.no_grad()
     def average(self, images: int) -> None:
@@ -885,7 +890,10 @@ def grid(images: Tensor, columns: int) -> np.ndarray:
 
 
 def grid_inputs(trainer: Trainer, seed: int) -> tuple[Tensor | None, Tensor]:
-    """Labels and latents of the 64 images of the grid: a row has one label, a column one latent where y is one-hot."""
+    """Labels and latents of the grid, at most 64 images: a row has one label, a column one latent where y is one-hot.
+
+    Of more than eight classes the first eight are drawn.
+    """
     draw = torch.Generator().manual_seed(seed)
     latents = torch.randn(64, trainer.decoder.latent_width, generator=draw)
     y = None
@@ -938,10 +946,10 @@ def introduction(trainer: Trainer, data, images: int, total: int) -> str:
     )
 
 
-def lengths(preset: str, size: int) -> dict[str, int]:
+def lengths(options: dict, size: int) -> dict[str, int]:
     """Images that runs see by default and as published, for comparison with the length that is asked for."""
-    named = {"the published": (PAPER[""] | PAPER.get(preset, {}))["kimg"]}
-    if preset not in ("afhq", "celeba"):  # whose default is the published one
+    named = {"the published": (PAPER[""] | PAPER.get(options["preset"], {}))["kimg"]}
+    if options["protocol"] != "paper":
         named = {"the default": default_kimg(size)} | named
     return {f"{name} --kimg {kimg:g}": round(1000 * kimg) for name, kimg in named.items()}
 
@@ -949,10 +957,11 @@ def lengths(preset: str, size: int) -> dict[str, int]:
 def earlier_stages(outdir: Path, conditional: bool) -> tuple[dict | None, dict | None]:
     """The checkpoints of stages 1 and 2 in the run's folder, checked to belong together.
 
-    An unconditional run takes the encoder along if there is one, for its metrics.
+    An unconditional run takes the encoder along if there is a finished one, for its metrics.
     """
     if not conditional:
-        return training.load(outdir / "encoder.pt", "encoder") if (outdir / "encoder.pt").exists() else None, None
+        encoder = training.load(outdir / "encoder.pt", "encoder") if (outdir / "encoder.pt").exists() else {}
+        return encoder if "results" in encoder else None, None
     encoder = training.load(outdir / "encoder.pt", "encoder")
     classifier = training.load(outdir / "classifier.pt", "classifier", finished=True)
     if classifier["encoder_hash"] != training.fingerprint(encoder["model"]):
@@ -974,7 +983,7 @@ OPTIONS = [
     click.option("--reg-mode",      type=click.Choice(["separate", "joint"]), default="separate", help="Regularise by an update of its own, or in the adversarial one."),
     click.option("--reg-over",      type=click.Choice(["sum", "mean"]), help="Add up an image's attributes in the regularisation, or average them.  [default: sum; --protocol paper: mean]"),
     click.option("--reg-augment",   metavar="LIST|none", help="Augmentation of generated images before the encoder sees them: color,translation,cutout,crop or some of them.  [default: crop; none for critters, fashion-mnist and --protocol paper]"),
-    click.option("--reg-clip/--no-reg-clip", default=None, help="Limit a regularisation's gradient to N times the adversarial one's norm.  [default: on; --protocol paper: off]"),
+    click.option("--reg-clip/--no-reg-clip", default=None, help="Limit a regularisation's gradient to --reg-every times the adversarial one's norm.  [default: on; --protocol paper: off]"),
     click.option("--reg-stretch",   metavar="X", type=click.FloatRange(1, 1e6), help="Scale a smaller gradient up to --reg-clip's limit, X times at most.  [default: 2; 1 for critters, fashion-mnist and --protocol paper]"),
     click.option("--orth",          type=click.Choice(["penalty", "exact", "none"]), default="penalty", help="How the bases U are kept orthonormal."),
     click.option("--r1",            metavar="W", type=click.FloatRange(0, 1e6), help="Weight of the gradient penalty; 0: none.  [default: by --penalty; r1r2: 0.5 up to 32 px, then 0.25; r1: 10, for patches 10 (size/256)^2]"),
@@ -1037,7 +1046,7 @@ def default_options(size: int, **given) -> dict:
 def check_options(options: dict, given: dict) -> None:
     """Raise click.UsageError for options that contradict each other; given: as the user gave them."""
     size, most = options["size"], patch_layers(options["size"]) if options["size"] else 8
-    patch = options["disc"] == "patch"
+    patch, never = options["disc"] == "patch", options["unconditional"] or options["reg_every"] == 0
     for bad, why in (
         (patch and most < 3, f"--disc patch needs images of at least 32 px, not {size}: use --disc global"),
         (patch and (options["disc_layers"] or 1) > most, f"--disc-layers: images of {size} px are enough for {most}"),
@@ -1046,10 +1055,14 @@ def check_options(options: dict, given: dict) -> None:
          "--projection goes with --disc global, without --per-class or --unconditional"),
         (options["per_class"] and options["unconditional"], "--per-class needs labels, --unconditional has none"),
         (options["unconditional"] and options["reg_mode"] == "joint", "--reg-mode joint needs labels"),
+        (options["unconditional"] and given["draw_y"], "--draw-y needs labels, --unconditional has none"),
+        (options["reg_every"] == 0 and options["reg_mode"] == "joint", "--reg-mode joint goes with --reg-every of at least 1"),
+        *((never and given[name], f"--{name.replace('_', '-')} is for the regularisation: not with --unconditional or --reg-every 0")
+          for name in ("reg_over", "reg_augment", "reg_clip", "reg_stretch")),
         (given["reg_clip"] and options["reg_mode"] == "joint", "--reg-clip limits a regularisation of its own, not a joint one"),
         (given["reg_stretch"] and (options["reg_mode"] == "joint" or not options["reg_clip"]),
          "--reg-stretch goes with --reg-clip and --reg-mode separate"),
-        *((set(options[name].split(",")) - {"color", "translation", "cutout", "crop", "none"},
+        *((options[name] != "none" and set(options[name].split(",")) - {"color", "translation", "cutout", "crop"},
            f"--{name.replace('_', '-')} {options[name]}: choose from color, translation, cutout, crop, separated by commas, or none")
           for name in ("augment", "reg_augment")),
     ):  # fmt: skip
@@ -1151,7 +1164,7 @@ def main(**options):
             raise click.ClickException(f"{checkpoint} is a snapshot, without what training goes on from: {remedy}")
         for name, stage in (("encoder", encoder_pt), ("classifier", classifier_pt)):
             theirs, ours = (s and training.fingerprint(s["model"]) for s in (state.get(name), stage))
-            if theirs and ours and theirs != ours:
+            if conditional and theirs and ours and theirs != ours:
                 raise click.ClickException(f"{checkpoint} was trained with another {name}.pt: {remedy}")
         with training.reading(checkpoint):
             trainer.load_state(state["trainer"], state["ema"])
@@ -1160,8 +1173,8 @@ def main(**options):
     if images >= total:
         if run.rank == 0:
             click.echo(
-                f"{checkpoint} has seen {images} images already: --no-resume starts over; --kimg goes on, at a learning rate that "
-                "--lr-decay makes begin higher again"
+                f"{checkpoint} has seen {images} images already: --no-resume starts over; --kimg goes on"
+                + ", at a learning rate that --lr-decay makes begin higher again" * (options["lr_decay"] > 0)
             )
         return
 
@@ -1172,13 +1185,13 @@ def main(**options):
         "labels": {"rows": rows.byte(), "counts": counts} if conditional else None,
     }  # fmt: skip
     stages = {
-        "encoder": {key: encoder_pt[key] for key in ("config", "model", "data")} if encoder_pt else None,
+        "encoder": {key: encoder_pt[key] for key in ("config", "model", "data")} if encoder_pt else state.get("encoder"),
         "classifier": {key: classifier_pt[key] for key in ("config", "model", "data", "balance")} if classifier_pt else None,
     }  # fmt: skip
     with (
         training.lock(outdir, "gan", run.rank),
         training.signals(run),
-        training.Log(outdir, "gan", total, images, rank=run.rank, lengths=lengths(preset, data.size)) as log,
+        training.Log(outdir, "gan", total, images, rank=run.rank, lengths=lengths(options, data.size)) as log,
     ):
         if run.rank == 0:
             training.write_options(outdir / "gan.json", options)
@@ -1215,7 +1228,7 @@ def main(**options):
                         checkpoint, state | stages | {"trainer": trainer.state()}, must=bool(done or stopping)
                     )
                 run.wait()
-            if stopping:
+            if stopping and not done:
                 raise training.Stopped(stopping, f"stopped and saved at {images:,} images; the same command goes on")
             if done:
                 break

@@ -19,7 +19,6 @@ import errno
 import fcntl
 import functools
 import hashlib
-import itertools
 import json
 import math
 import os
@@ -147,7 +146,7 @@ class OneLine(click.Command):
         with one_line():
             for name, value in context.params.items():
                 if isinstance(value, float) and not math.isfinite(value):
-                    raise BadOption(f"--{name} {value}: give a finite number")
+                    raise BadOption(f"--{name.replace('_', '-')} {value}: give a finite number")
             return super().invoke(context)
 
 
@@ -463,7 +462,7 @@ def start(device: str = "auto", precision: str = "auto", seed: int = 0, tf32: bo
     gradient penalties') multiply in TF32 unless it is refused: no less exact than the rest, and 1.2 to 1.7 times the
     images a second on an H200. Both of PyTorch's switches are set, whatever they were.
 
-    Raises click.ClickException for a device or precision that this machine does not have.
+    Raises click.ClickException for a device that this machine does not have.
     """
     keep_memory()
     torch.set_flush_denormal(True)  # Adam's second moments decay into denormals, which are slow on CPUs
@@ -774,8 +773,11 @@ def save_snapshot(path: Path, state: dict, keep: int, every: int) -> None:
     if int(now) not in found:  # the disk is full
         return
     images = [n for n in found if n <= int(now)]
-    at_round = {n for before, n in itertools.pairwise([0, *images]) if n // every > before // every}
-    for n in found.keys() - at_round - {*images[-keep:]}:
+    drop = found.keys() - {*images}
+    if len(images) > keep:  # one leaves the last ones; those before it were judged when they did
+        before, n = [0, *images][-keep - 2 : -keep]
+        drop |= {n} if n // every == before // every else set()
+    for n in drop:
         found[n].unlink(missing_ok=True)
 
 

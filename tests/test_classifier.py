@@ -1,11 +1,13 @@
 """classifier.py: training on channels of known information, scores against scikit-learn, the command."""
 
+import copy
 import csv
 import json
 import math
 import shutil
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -206,6 +208,17 @@ def test_attributes_are_chosen_by_name(command, attribute_run, attribute_folder,
     assert "Bald" in line and "Left" in line
 
 
+def test_a_few_images_go_on():
+    """Of fewer than ten none is held out; the log has a line for each save, with the mean over its epochs."""
+    torch.manual_seed(0)
+    h, y, states, values, lines = torch.randn(9, 5), torch.randint(2, (9, 3)).float(), [], [], []
+    log = SimpleNamespace(add=lambda **given: values.append(given), step=int, write=lines.append)
+    whole = classifier.fit(h, y, False, OPTIONS, 20, None, {}, log, lambda *s: states.append(copy.deepcopy(s[1])))
+    assert lines == [n * 9 for n in range(2, 20, 2)] and "held_out_loss" not in values[0]
+    again = classifier.fit(h, y, False, OPTIONS, 20, None, states[4])
+    assert torch.equal(whole.weight, again.weight)
+
+
 def test_clusters_of_several_attributes(command, attribute_folder, attribute_run, tmp_path):
     out = copy_run(attribute_run, tmp_path / "run")
     options = ("--data", attribute_folder, "--outdir", out, "--smoke", "--no-resume", "--attributes", "clusters:3")
@@ -226,6 +239,15 @@ def test_clusters_become_the_labels(command, class_run, class_folder, tmp_path):
         rows = list(csv.DictReader((out / "clusters" / f"{split}.csv").read_text().splitlines()))
         assert [int(r["cluster"]) for r in rows] == value.tolist()
     assert len(list((out / "clusters").glob("cluster*.png"))) == 4
+    table = tmp_path / "mine.csv"
+    rows = (out / "clusters" / "train.csv").read_text() + (out / "clusters" / "val.csv").read_text().partition("\n")[2]
+    table.write_text(rows)
+    command("classifier", *common, "--attributes", table)
+    table.write_text(rows.replace(",3", ",2"))
+    changed = command("classifier", *common[:-1], "--attributes", table, code=1).output
+    assert "was made from other clusters than" in changed and "--no-resume" in changed
+    command("classifier", *common, "--attributes", "clusters:4")
+    state = state_of(out)
     agreement = state["results"]["clusters"]["label"]
     assert 0 <= agreement["nmi"] <= 1
     del state["results"]  # as if killed before the end

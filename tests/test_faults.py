@@ -286,6 +286,28 @@ def test_a_save_that_fails_underway_is_tried_again(command, class_folder, class_
     assert training.load(folder / "gan.pt", "gan")["images_seen"] == 32
 
 
+@pytest.mark.parametrize("stage", ["encoder", "classifier", "gan"])
+def test_a_stop_that_cannot_be_saved_does_not_say_that_it_was(
+    command, class_folder, class_run, tmp_path, monkeypatch, stage
+):
+    def full(state, file):
+        raise RuntimeError("unexpected pos 64 vs 0")  # as torch.save reports a full disk
+
+    folder = copy_run(class_run, tmp_path / "run")
+    options = ("--data", class_folder, "--outdir", folder, "--smoke", "--no-resume")
+    ask_after(monkeypatch, signal.SIGTERM, 1)
+    monkeypatch.setattr(torch, "save", full)
+    line = last_line(command(stage, *options, code=1))
+    assert line.startswith(f"Error: cannot write {folder / stage}.pt")
+
+
+def test_a_stop_in_the_last_iteration_is_the_end(command, class_folder, class_run, tmp_path, monkeypatch):
+    folder = copy_run(class_run, tmp_path / "run")
+    ask_after(monkeypatch, signal.SIGTERM, 2)
+    options = ("--data", class_folder, "--outdir", folder, "--smoke", "--kimg", 0.016)
+    assert "wrote " in last_line(command("gan", *options))
+
+
 # Checkpoints.
 
 
@@ -430,6 +452,8 @@ def test_snapshots_that_are_kept(tmp_path, monkeypatch):
         return sorted(int(p.stem[4:]) for p in folder.iterdir() if p.name not in others)
 
     assert kept(*range(1000, 26000, 1000)) == [10_000, 20_000, 23_000, 24_000, 25_000]
+    training.save_snapshot(folder / "gan-00026000.pt", state, keep=3, every=7_000)  # other rounds leave those kept
+    assert 10_000 in training.snapshots(folder, "gan") and 20_000 in training.snapshots(folder, "gan")
     assert kept(21_000) == [10_000, 20_000, 21_000]  # a run that was started over
     millions = [99_999_000, 100_000_000, 100_001_000]  # of nine digits, which names do not sort
     assert kept(*millions) == [10_000, 20_000, *millions]

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from conftest import OTHER_PRECISION, ROOT, copy_run, run_script
 from PIL import Image
 
+import classifier as stage2
 import gan
 import training
 
@@ -54,10 +55,7 @@ def parameters(network) -> int:
 
 def test_patch_discriminator_by_depth():
     """pix2pix's, of 3 layers, and the published one, of 6."""
-    assert (
-        parameters(gan.PatchDiscriminator(256, 3)) == 2_765_633
-        and parameters(gan.PatchDiscriminator(256, 6)) == 15_351_617
-    )
+    assert parameters(gan.PatchDiscriminator(3)) == 2_765_633 and parameters(gan.PatchDiscriminator(6)) == 15_351_617
     for size, layers, scores in ((256, 3, 30), (256, 6, 2), (128, 5, 2), (64, 4, 2), (32, 3, 2)):
         D = gan.build_discriminator("patch", size, layers)
         assert D(torch.zeros(2, 3, size, size)).shape == (2, 1, scores, scores)
@@ -123,6 +121,20 @@ def test_the_way_out_of_saturation():
     assert torch.autograd.gradgradcheck(lambda a: gan.TanhWithReturn.apply(a, 0.125), inside)
 
 
+def test_the_log_has_the_information_without_the_balance():
+    """Noise says nothing about a rare label: logits that only balance it must not count against it."""
+    y = (torch.arange(200) % 20 == 0).float()[:, None]
+    balanced = stage2.Classifier(3, 1)
+    balanced.balance = stage2.weights_of(y, False).log()
+    with torch.no_grad():
+        balanced.weight.zero_()
+        balanced.bias.copy_(y.mean().logit() + balanced.balance)
+    t = trainer(1, kind="multi-label", reg_augment="none", encoder=lambda x: x[:, :, 0, 0], classifier=balanced)
+    t.entropy = training.entropy_bits(y)
+    loss, stats = t.classification(torch.randn(200, 3, 32, 32), y)
+    assert stats["mi_bits"].item() == pytest.approx(0, abs=1e-3) and loss > stats["H_y_given_e"] + 0.1
+
+
 def test_every_z_and_the_label_change_the_image():
     decoder = gan.Decoder(32, 3)
     latents = torch.randn(1, decoder.latent_width)
@@ -132,6 +144,15 @@ def test_every_z_and_the_label_change_the_image():
         moved = latents.clone()
         moved[0, k] += 3
         assert (decoder(y[:1], latents) - decoder(y[:1], moved)).abs().max() > 1e-7, k
+
+
+def test_bases_start_smooth_or_as_published():
+    def roughness(**options):
+        U = trainer(0, kind="none", size=64, **options).decoder.generator.blocks[-1].subspace.U.detach()
+        torch.testing.assert_close(U.flatten(1) @ U.flatten(1).T, torch.eye(len(U)), atol=1e-4, rtol=0)
+        return (U.unflatten(1, (32, 32)).diff(dim=1).std() / U.std()).item()
+
+    assert roughness() < 0.3 and roughness(start="torch") == pytest.approx(2**0.5, rel=0.05)
 
 
 def test_orthogonality():
@@ -678,6 +699,17 @@ def test_refusals(command, class_folder, attribute_folder, run_folder, tmp_path)
     assert "--projection" in refused(*data, "--outdir", run_folder, "--disc", "patch", "--projection", code=2)
     assert "--reg-clip" in refused(*data, "--outdir", run_folder, "--smoke", *joint, code=2)
     alone = ("--unconditional", "--reg-mode", "joint")
+    for without in (
+        ("--reg-every", 0, "--reg-augment", "crop"),
+        ("--reg-every", 0, "--reg-clip"),
+        ("--unconditional", "--reg-stretch", 2),
+        ("--unconditional", "--draw-y", "uniform"),
+        ("--reg-every", 0, "--reg-mode", "joint"),
+        ("--augment", "color,none"),
+    ):  # which would have no effect
+        assert next(o for o in without[-2:] if "--" in str(o)) in refused(
+            *data, "--outdir", run_folder, *without, code=2
+        )
     assert "needs labels" in refused(*data, "--outdir", run_folder, "--smoke", *alone, code=2)
     encoder = training.load(run_folder / "encoder.pt", "encoder")
     next(iter(encoder["model"].values()))[0] += 1
