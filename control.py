@@ -73,7 +73,7 @@ def control_accuracy(
 # The independent judge: the run's own encoder and classifier are what the generator was trained to please.
 
 
-JUDGE = 2  # count it up with every change of the judge or its training: judges are kept on disk
+JUDGE = 3  # count it up with every change of the judge or its training: judges are kept on disk
 
 
 class Conv(nn.Conv2d):
@@ -154,7 +154,7 @@ def hold_out(draw: np.random.Generator, images: int) -> tuple[np.ndarray, np.nda
 def train_judge(
     images, groups: Sequence[Group], seed: int, device: torch.device, steps: int, mirror: bool = True
 ) -> tuple[Judge, list[float]]:
-    """Train a Judge on nine tenths of the real images; returns it with its accuracy on the last tenth, for each group.
+    """Train a Judge on nine tenths of the real images; returns it with its `balanced_accuracy` on the last tenth.
 
     images: uint8 [N, S, S, 3], array or memory-map. steps: of 64 images, AdamW with one cycle of the learning rate.
     Images are shifted by up to an eighth, vary in brightness and contrast, and, with mirror, half of the batches are
@@ -187,13 +187,25 @@ def train_judge(
     _, logits = judged(judge, images, held)
     accuracies, parts = [], [width for _, width in widths]
     for (kind, _), ours, y in zip(widths, logits.split(parts, 1), labels[held].split(parts, 1), strict=True):
-        accuracies.append(training.accuracy(ours, y, kind))
+        accuracies.append(balanced_accuracy(ours, y, kind))
     rows = np.sort(draw.permutation(len(labels))[:2000])
     h, _ = judged(judge, images, rows)
     std = h.std(0, correction=0)
     judge.mean.copy_(h.mean(0))
     judge.std.copy_(std.clamp(min=0.1 * std.mean() + 1e-6))  # a feature that hardly varies must not outweigh the others
     return judge, accuracies
+
+
+def balanced_accuracy(logits: Tensor, y: Tensor, kind: str) -> float:
+    """Part of the labels y [N, Y] that logits [N, Y] have right, all labels alike, and on and off alike: as
+    `control_accuracy` asks for them. Labels that never occur do not count."""
+    if kind == "one-hot":
+        right = logits.argmax(1) == y.argmax(1)
+        parts = [right[on > 0.5] for on in y.T]
+    else:
+        right = (logits > 0) == (y > 0.5)
+        parts = [r[on == value] for r, on in zip(right.T, (y > 0.5).T, strict=True) for value in (True, False)]
+    return float(np.mean([part.float().mean().item() for part in parts if len(part)]))
 
 
 def judged(judge: Judge, images, rows: np.ndarray) -> tuple[Tensor, Tensor]:
@@ -248,8 +260,8 @@ def measure_accuracy(run, n: int, seed: int, steps: int) -> dict:
     if not published or run.kind == "one-hot":  # asking for an attribute only, always finding it is right
         results["accuracy_chance"] = 1 / len(run.names) if run.kind == "one-hot" else 0.5
     if run.labels("train") is not None:  # the first group that the judge knows is then this run's y
-        judge, _, right = load_judge(run, seed, steps)
-        results["judge_real"] = right[0]
+        judge, groups, right = load_judge(run, seed, steps)
+        results |= {"judge_real": right[0], "judge_real_n": min(2000, max(1, len(groups[0][2]) // 10))}
 
     def logits(images: Tensor) -> Tensor:
         """[B, 1 or 2, Y]: by the run's classifier and by the judge. The images are generated once for both."""
@@ -313,5 +325,6 @@ def measure_information(run, n: int, seed: int) -> dict:
     if labels is not None:
         index = np.sort(np.random.default_rng([seed, 9]).permutation(len(labels))[:n])
         results["mi_real_bits"] = bits(run.real_images("val", index), labels[index])
+        results["mi_real_n"] = len(index)
     logged = {"mi_encoder_bits": run.logged("encoder", "mi_bits"), "jsd_bits": run.logged("gan", "jsd_bound")}
     return results | {key: value for key, value in logged.items() if value is not None}

@@ -33,7 +33,7 @@ import warnings
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import BinaryIO
@@ -235,12 +235,8 @@ def resize(images: Tensor | list[Tensor], how: str, device: torch.device) -> Ten
     torch: bilinear between pixel centres, 2x/255 - 1. tf: bilinear between pixel corners, as TensorFlow 1. clean:
     antialiased bicubic, clipped to [0, 255]. The last two scale by (x - 128)/128.
     """
-    if isinstance(images, list):  # of several sizes: all of one size at once
-        out = torch.empty(len(images), 3, 299, 299, device=device)
-        for shape in {image.shape for image in images}:
-            index = [i for i, image in enumerate(images) if image.shape == shape]
-            out[index] = resize(torch.stack([images[i] for i in index]), how, device)
-        return out
+    if isinstance(images, list):  # of any sizes: one by one, so that memory is that of one image in floats
+        return torch.cat([resize(image[None], how, device) for image in images])
     x = images.to(device).permute(0, 3, 1, 2).float()
     if how == "torch":
         return F.interpolate(x / 255, (299, 299), mode="bilinear", align_corners=False) * 2 - 1
@@ -650,6 +646,8 @@ def load_stats(path: Path | str, features) -> tuple[Moments, bool]:
                 raise ValueError
         with np.load(path, allow_pickle=False) as file:
             stats = {k: file[k] for k in ("mu", "sigma", "n", "network", "resize") if k in file.files}
+        if any(stats[name].dtype.kind not in "fiu" for name in ("mu", "sigma")):
+            raise ValueError
         mean, cov = (torch.from_numpy(np.asarray(stats[name], np.float64)) for name in ("mu", "sigma"))
         n = int(stats.get("n", 10**9))
     except Exception as error:  # damaged files raise nearly anything
@@ -657,6 +655,9 @@ def load_stats(path: Path | str, features) -> tuple[Moments, bool]:
         raise click.ClickException(f"{path} holds no statistics ('mu' and 'sigma'){why}") from None
     if mean.ndim != 1 or cov.shape != (len(mean), len(mean)) or not all(t.isfinite().all() for t in (mean, cov)):
         raise click.ClickException(f"{path}: mu {[*mean.shape]} and sigma {[*cov.shape]} are no mean and covariance")
+    scale = cov.abs().max().item()
+    if n < 2 or (cov.diagonal() < 0).any() or not torch.allclose(cov, cov.T, rtol=1e-3, atol=1e-6 * scale):
+        raise click.ClickException(f"{path}: sigma is no covariance of two images or more")
     if len(mean) != features.dims:
         raise click.ClickException(
             f"{path} has {len(mean)} features and the {features.name} network {features.dims}: it is of another network"
@@ -926,7 +927,7 @@ def measure_is_published(images, file: str | None, world: World) -> dict:
 
 
 def measure_chamfer(name: str, clouds: Callable, seeds: Sequence[int], points: int, world: World) -> dict:
-    """t-SNE Chamfer distance over seeds: mean and standard deviation, keyed as in the JSON file.
+    """t-SNE Chamfer distance over seeds: mean and standard deviation (of a sample), keyed as in the JSON file.
 
     name: 'chamfer', or 'chamfer_sum' for the published one, which may change with the number of threads, in whose order
     scikit-learn adds. clouds(points, seed) draws features [points, D] of real images, of those to score, and of other
@@ -943,10 +944,12 @@ def measure_chamfer(name: str, clouds: Callable, seeds: Sequence[int], points: i
             floors[seed] = tsne_chamfer(real, other, seed, world.device, published)
     for v, f in world.gather((values, floors)):
         values, floors = values | v, floors | f
-    values, floors = ([of[seed] for seed in seeds if seed in of] for of in (values, floors))
-    results = {"": float(np.mean(values)), "_std": float(np.std(values)), "_values": values, "_n": points}
-    if floors:
-        results |= {"_floor": float(np.mean(floors)), "_floor_std": float(np.std(floors))}
+    results: dict = {"_n": points, "_values": [values[seed] for seed in seeds]}
+    for key, found in (("", values), ("_floor", floors)):
+        if found:
+            results[key] = float(np.mean([*found.values()]))
+        if len(found) > 1:  # one seed has no spread
+            results[f"{key}_std"] = float(np.std([*found.values()], ddof=1))
     return {name + key: value for key, value in results.items()} | {"seeds": [*seeds]}
 
 
@@ -987,6 +990,10 @@ def choose_features(option: str, inception: str | None, how: str, steps: int, ru
     if option in ("encoder", "judge"):
         return run.own_features(option, steps, seed)
     if option not in ("auto", "inception"):
+        if not os.path.isfile(option):
+            raise click.UsageError(
+                f"--features {option}: there is no such file; else auto, inception, judge or encoder"
+            )
         return import_trained(f"--features {option}").features_of(option, world.device)
     try:
         if inception is None:
@@ -1018,7 +1025,11 @@ def measure_fidelity(options: dict, amounts: dict, need: set, run, world: World,
     features = choose_features(
         options["features"], options["inception"], options["resize"], amounts["judge"], run, world, seed
     )
-    results: dict = {"features": features.name, "resize": features.resize}
+    results: dict = {"features": features.name, "features_hash": features.hash, "resize": features.resize}
+    if options["save_stats"] and features.name == "judge":
+        raise click.UsageError(
+            "--save-stats: no command reads statistics of a judge: give --inception or --features FILE"
+        )
     if options["features"] not in ("auto", "inception", "judge", "encoder"):
         results["features_file"] = options["features"]
     if run:
@@ -1036,11 +1047,20 @@ def measure_fidelity(options: dict, amounts: dict, need: set, run, world: World,
                 "kid, pr and chamfer need a folder as --reference: statistics hold no single features"
             )
     if features.name == "encoder" and features.classifier is None and "is" in need:
+        if options["metrics"]:
+            raise click.UsageError(
+                "--metrics is: it needs class probabilities, and there is no classifier with this encoder"
+            )
         notes.append("no IS: it needs class probabilities, and there is no classifier with this encoder")
         need = need - {"is"}
     if len(images) < 10 and "is" in need and not options["metrics"]:
         notes.append(f"no IS: it needs at least 10 images, one per split; there are {len(images)}")
         need = need - {"is"}
+    if "is" in need and len(images) < 1000:
+        most = -(-len(images) // 10)
+        notes.append(
+            f"IS of {len(images)} images is at most {most}, as many as a split has: compare it at equal n only"
+        )
     if "kid" in need:
         fewest = min(len(images), len(real))
         subset = options["kid_subset"] or min(1000, fewest)
@@ -1056,6 +1076,9 @@ def measure_fidelity(options: dict, amounts: dict, need: set, run, world: World,
             need = need - {"chamfer"}
         else:
             notes.extend(few_points(points))
+            if points == len(images) == len(real):
+                notes.append("Chamfer distance: every t-SNE has all images: its spread over seeds is that of rounding")
+            world = replace(world, batch=64)  # as for runs: t-SNE makes more of the rounding
 
     # One pass over each side.
     keep = bool(need & {"kid", "pr"}) or (run is None and "chamfer" in need)
@@ -1071,6 +1094,7 @@ def measure_fidelity(options: dict, amounts: dict, need: set, run, world: World,
         theirs, named = load_stats(reference, features)
         if not named:
             notes.append(f"{reference} does not name its network and resize: assumed to be the ones used here")
+        results |= {"n_reference": theirs.n} if theirs.n < 10**9 else {}  # files of pytorch-fid do not say it
     elif compared:
         theirs, _, kept_real = measure(real, look_real, world, "reference", keep=keep)
         if options["save_stats"]:
@@ -1105,9 +1129,13 @@ def measure_fidelity(options: dict, amounts: dict, need: set, run, world: World,
     if run is None and "chamfer" in need:
         seeds = range(seed, seed + (options["seeds"] or amounts["seeds"]))
         results |= measure_chamfer("chamfer", partial(draw_clouds, kept_real, kept), seeds, points, world)
-    for source in (images, real):
-        if isinstance(source, Folder) and len(source.sizes) > 1:
-            notes.append(f"{source.path} has images of {len(source.sizes)} sizes: each is resized from its own")
+    folders = [source for source in (images, real) if isinstance(source, Folder)]
+    sizes = [set().union(*world.gather(source.sizes)) for source in folders]
+    for source, found in zip(folders, sizes, strict=True):
+        if len(found) > 1:
+            notes.append(f"{source.path} has images of {len(found)} sizes: each is resized from its own")
+    if len(folders) == 2 and compared and sizes[0] != sizes[1]:
+        notes.append("the two folders have images of different sizes: their sharpness alone tells them apart")
     return results
 
 
@@ -1168,18 +1196,18 @@ LINES = (
     ("recall", "recall", "{:.4f}", "share of real images inside the generated manifold"),
     ("nyquist_h", "Nyquist power across", "{:.2f}", "times that of the real images: far above 1 is a checkerboard"),
     ("nyquist_v", "Nyquist power down", "{:.2f}", ""),
-    ("chamfer", "t-SNE Chamfer", "{:.3f}", "+- {chamfer_std:.3f}; mean squared distance to the nearest, both ways, {chamfer_n:,} + {chamfer_n:,} images, seeds {seeds}"),
-    ("chamfer_floor", "  real against real", "{:.3f}", "+- {chamfer_floor_std:.3f}"),
-    ("chamfer_sum", "t-SNE Chamfer, sum", "{:.1f}", "+- {chamfer_sum_std:.1f}; real to generated, {chamfer_sum_n:,} + {chamfer_sum_n:,} images, seeds {seeds}"),
-    ("chamfer_sum_floor", "  real against real", "{:.1f}", "+- {chamfer_sum_floor_std:.1f}"),
+    ("chamfer", "t-SNE Chamfer", "{:.3f}", "{spread[chamfer]}mean squared distance to the nearest, both ways, {chamfer_n:,} + {chamfer_n:,} images, seeds {seeds}{own}"),
+    ("chamfer_floor", "  real against real", "{:.3f}", "{spread[chamfer_floor]}"),
+    ("chamfer_sum", "t-SNE Chamfer, sum", "{:.1f}", "{spread[chamfer_sum]}real to generated, {chamfer_sum_n:,} + {chamfer_sum_n:,} images, seeds {seeds}"),
+    ("chamfer_sum_floor", "  real against real", "{:.1f}", "{spread[chamfer_sum_floor]}"),
     ("accuracy", "control accuracy", "{:.2%}", "by the run's own classifier, {accuracy_n:,} images{chance}"),
     ("accuracy_published", "", "{:.2%}", "as published: attribute on only, probability above 0.2"),
     ("accuracy_exact", "", "{:.2%}", "all attributes of an image at once"),
-    ("accuracy_judge", "", "{:.2%}", "by an independent judge, right on {judge_real:.2%} of real images"),
-    ("diversity", "diversity within one y", "{:.3f}", "of real images {diversity_real:.3f}, over {diversity_n:,} images"),
+    ("accuracy_judge", "", "{:.2%}", "by an independent judge, right on {judge_real:.2%} of {judge_real_n:,} real images held out, weighed alike"),
+    ("diversity", "diversity within one y", "{:.3f}", "of real images {diversity_real:.3f}, over {diversity_n:,} images{own}"),
     ("mi_encoder_bits", "I(X;E)     eq. (1)", "{:.3f}", "bits at least, InfoNCE in training"),
     ("h_y_bits", "H(Y)", "{:.3f}", "bits, the ceiling of the next two"),
-    ("mi_real_bits", "I(Y;E)     eqs. (2)-(3)", "{:.3f}", "bits at least, real validation images"),
+    ("mi_real_bits", "I(Y;E)     eqs. (2)-(3)", "{:.3f}", "bits at least, {mi_real_n:,} real validation images"),
     ("mi_generated_bits", "I(Y;E~)    eqs. (4)-(5)", "{:.3f}", "bits at least, {information_n:,} generated images"),
     ("jsd_bits", "JSD(x, x~) eqs. (6)-(7)", "{:.3f}", "bits at least, by the discriminator in training"),
 )  # fmt: skip
@@ -1190,6 +1218,8 @@ def report(r: dict) -> str:
     lines = [r.get("network") or " against ".join(r[side] for side in ("images", "reference") if side in r)]
     if "features" in r:
         against = f", against {r['reference']}" if "network" in r else ""
+        if "network" not in r and "n_reference" in r:
+            against = f" against {r['n_reference']:,}"
         file = f" of {r['features_file']}" if "features_file" in r else ""
         if "network" in r and r["features"] == "encoder" and not file:
             file = " of the run, through which its generator was trained"
@@ -1200,7 +1230,9 @@ def report(r: dict) -> str:
     words["chance"] = f"; chance {r['accuracy_chance']:.0%}" if "accuracy_chance" in r else ""
     for key in {"kid", "kd"} & r.keys():
         std, of = r.get(f"{key}_std"), f"{r[f'{key}_subset']:,}"
-        words[f"{key}_spread"] = f"of all {of}" if std is None else f"+- {std:.6f} over 100 subsets of {of}"
+        words[f"{key}_spread"] = f"of all {of}" if std is None else f"+- {std:.6f} over 100 overlapping subsets of {of}"
+    words["spread"] = {key: f"+- {r[f'{key}_std']:.3f}; " if f"{key}_std" in r else "" for key, *_ in LINES}
+    words["own"] = ", in the run's own encoder" if "network" in r else ""
     for key, name, form, more in LINES:
         if key in r:
             lines.append(f"  {name:25s}{form.format(r[key]):>12s}  {more.format(**r, **words)}".rstrip())
@@ -1214,7 +1246,7 @@ def report(r: dict) -> str:
 def metric_names(context: click.Context, option: click.Parameter, text: str | None) -> list[str]:
     """'fd, is' -> ['fid', 'is'], '' -> []. Raises click.UsageError for a name that there is not."""
     names = [name.strip() for name in text.split(",")] if text else []
-    names = [{"fd": "fid", "kd": "kid"}.get(name, name) for name in names]
+    names = list(dict.fromkeys({"fd": "fid", "kd": "kid"}.get(name, name) for name in names))
     for name in names:
         if name not in METRICS:
             raise click.UsageError(f"--metrics: no {name!r}; choose from {', '.join(METRICS)}")
@@ -1238,7 +1270,7 @@ OPTIONS = [
     click.Option(["--kid-subset"], metavar="N", type=click.IntRange(2, 10**5), help="Images in a subset of KID.  [default: 1,000, or all if fewer]"),
     click.Option(["--max-pixels"], metavar="N", type=click.IntRange(1), default=MAX_PIXELS, help="Largest picture that is read; memory grows with it."),
     click.Option(["--save-stats"], metavar="NPZ", help="Keep the statistics of the reference here."),
-    click.Option(["--seed"], metavar="N", type=click.IntRange(0, 2**31), default=0, help="Seed of everything random."),
+    click.Option(["--seed"], metavar="N", type=click.IntRange(0, 2**31), default=0, help="Seed of everything random, but for the subsets of KID, which are torch-fidelity's."),
     click.Option(["--seeds"], metavar="N", type=click.IntRange(1, 1000), help="Seeds of Chamfer, from --seed on.  [default: 5, on CPUs 3]"),
     click.Option(["--batch"], metavar="N", type=click.IntRange(1, 2**16), default=64, help="Images at once; changes results by rounding only."),
     click.Option(["--device"], metavar="DEVICE", default="auto", help="cpu, cuda, cuda:1; auto: cuda if there is one."),

@@ -53,6 +53,13 @@ def test_spread_is_the_mean_distance_of_pairs():
     assert control.spread(torch.tensor([[0.0, 0], [3, 4], [0, 0]])) == pytest.approx(10 / 3)
 
 
+def test_balanced_accuracy_weighs_as_control_accuracy_asks():
+    y = (torch.arange(100) < 5).float()[:, None]
+    assert control.balanced_accuracy(torch.full((100, 1), -1.0), y, "multi-label") == 0.5  # plainly right on 95 %
+    y, logits = torch.eye(3)[[0] * 8 + [1] * 2], torch.eye(3)[[0] * 10]
+    assert control.balanced_accuracy(logits, y, "one-hot") == 0.5  # the third class does not occur
+
+
 def test_judge_learns_what_is_there_and_only_that():
     draw = np.random.default_rng(0)
     images = draw.integers(0, 100, (400, 16, 16, 3)).astype(np.uint8)

@@ -772,7 +772,7 @@ def test_protocol_of_the_paper(stand_ins, space, kind):
     found = score_run(path, "--protocol", "paper", "--metrics", "fid,accuracy,chamfer_sum", "--device", "cpu")
     assert found["protocol"] == "paper" and found["n"] == found["n_reference"] == 300
     assert "t-SNE of 128 points by scikit-learn, 2 times" in found["output"] and found["chamfer_sum"] > 0
-    assert f"t-SNE Chamfer, sum{found['chamfer_sum']:19.1f}  +- 0.0; real to generated, 64 + 64" in found["output"]
+    assert f"t-SNE Chamfer, sum{found['chamfer_sum']:19.1f}  real to generated, 64 + 64" in found["output"]
     if kind == "multi-label":
         assert found["accuracy"] == found["accuracy_published"] and found["accuracy_labels"]["red"].keys() == {
             "accuracy", "on", "published"
@@ -869,6 +869,23 @@ def test_batch_and_processes_change_nothing(stand_ins):
         assert one[key] == pytest.approx(two[key], rel=1e-4, abs=1e-6), key
 
 
+def test_chamfer_of_folders_does_not_depend_on_the_batch(class_run, tmp_path):
+    found = []
+    sides = write_pictures(tmp_path / "a", 70, 0), write_pictures(tmp_path / "b", 66, 1, size=32)
+    options = ("--images", sides[0], "--reference", sides[1], "--features", class_run / "encoder.pt")
+    options += ("--json", tmp_path / "x.json")
+    for batch in (7, 64):
+        result = command(*options, "--metrics", "chamfer", "--batch", batch)
+        assert result.exit_code == 0, result.output
+        found.append(json.loads((tmp_path / "x.json").read_text()))
+    assert found[0]["chamfer_values"] == found[1]["chamfer_values"] and len(found[0]["chamfer_values"]) == 3
+    assert found[0]["chamfer_std"] == pytest.approx(np.std(found[0]["chamfer_values"], ddof=1))
+    assert "n: 70 against 66" in result.output and "+- " in result.output
+    assert "different sizes: their sharpness alone tells them apart" in result.output
+    result = command(*options, "--metrics", "chamfer", "--num", 66)
+    assert "its spread over seeds is that of rounding" in result.output
+
+
 def test_folders_in_more_processes_than_blocks(space, tmp_path):
     arguments = ["--images", str(space.a), "--reference", str(space.b), "--metrics", "fid", "--device", "cpu"]
     arguments += ["--num", "5", "--inception", str(space.weights), "--json", str(tmp_path / "two.json")]
@@ -893,7 +910,9 @@ def test_a_run_folder_that_cannot_be_written(stand_ins, monkeypatch):
         monkeypatch.setattr(torch, "save", error)  # the judge is then not kept
         assert "accuracy" in score_run(path, "--num", 60, "--metrics", "accuracy", "--smoke")
     monkeypatch.setattr(np, "savez", refuse)
-    fails("--network", path, "--save-stats", path.with_name("s.npz"), "--smoke", text="cannot write")
+    stats = ("--network", path, "--save-stats", path.with_name("s.npz"), "--smoke")
+    fails(*stats, "--features", "encoder", text="cannot write")
+    fails(*stats, "--features", "judge", text="no command reads statistics of a judge", code=2)
 
 
 def test_small_or_finely_labelled_runs(stand_ins, monkeypatch):
@@ -909,7 +928,8 @@ def test_small_or_finely_labelled_runs(stand_ins, monkeypatch):
     monkeypatch.setattr(whole, "open_dataset", few)
     found = score_run(path, "--num", 30, "--metrics", "diversity,chamfer,is", "--smoke")
     assert {"chamfer", "diversity"}.isdisjoint(found) and "is" in found
-    assert [note.split(":")[0] for note in found["notes"]] == ["no Chamfer distance", "no diversity"]
+    notes = [note.split(":")[0] for note in found["notes"]]
+    assert notes == ["no Chamfer distance", "IS of 30 images is at most 3, as many as a split has", "no diversity"]
 
 
 def test_one_class_has_no_control_accuracy(stand_ins, monkeypatch):
@@ -947,6 +967,14 @@ def test_statistics_and_weights_that_make_no_sense(space, tmp_path):
     fid = ("--images", space.a, "--metrics", "fid", "--inception")
     np.savez(tmp_path / "nan.npz", mu=np.full(2048, np.nan), sigma=np.eye(2048))
     fails(*fid, space.weights, "--reference", tmp_path / "nan.npz", text="no mean and covariance")
+    S = np.eye(2048)
+    for sigma, more in ((-S, {}), (S + np.triu(np.ones_like(S)), {}), (S, {"n": 1}), (S * 1j, {})):
+        np.savez(tmp_path / "wrong.npz", mu=np.zeros(2048), sigma=sigma, **more)
+        output = fails(*fid, space.weights, "--reference", tmp_path / "wrong.npz", text="wrong.npz")
+        assert "no covariance of two images" in output or "no statistics" in output
+    fails(
+        "--images", space.a, "--reference", space.b, "--features", "jugde", text="jugde: there is no such file", code=2
+    )
     with pytest.raises(ValueError, match="not finite"):
         metrics.frechet_distance(np.full(3, np.nan), np.eye(3), np.zeros(3), np.eye(3))
     torch.save({1: 2}, tmp_path / "odd.pt")
