@@ -97,8 +97,9 @@ def write(found: dict[str, np.ndarray], h: np.ndarray, sets: dict, names: list[s
         contact_sheet(sets["train"].images, rows).save(folder / f"{names[c]}.png")
 
 
-def contact_sheet(images: np.ndarray, rows: np.ndarray, side: int = 8) -> Image.Image:
-    """Picture of images[rows] (uint8 [n, S, S, 3]), side x side of them, white where there are fewer."""
+def contact_sheet(images: np.ndarray, rows: np.ndarray) -> Image.Image:
+    """Picture of the first 64 of images[rows] (uint8 [n, S, S, 3]), 8 in a row, white where there are fewer."""
+    side = 8
     tiles = images[rows[: side * side]]
     tiles = np.concatenate([tiles, np.full((side * side - len(tiles), *tiles.shape[1:]), 255, np.uint8)])
     s = tiles.shape[1]

@@ -18,6 +18,7 @@ import json
 import os
 import re
 import shutil
+import struct
 import subprocess
 import warnings
 from collections.abc import Sequence
@@ -67,15 +68,32 @@ def gallery(images: Tensor, columns: int, tile: int, row_names: list[str], colum
     file = f"{matplotlib.get_data_path()}/fonts/ttf/DejaVuSans.ttf"  # Pillow's own has but ASCII
     font = ImageFont.truetype(file, max(10, tile // 6))
     left = max((int(font.getlength(name)) for name in row_names), default=0)
-    left, top = left + 12 if left else 0, int(1.6 * font.size)
+    wide = max((int(font.getlength(name)) for name in column_names), default=0)
+    upright = wide + 4 > tile  # names that are wider than a tile would run into each other
+    left, top = left + 12 if left else 0, wide + 8 if upright else int(1.6 * font.size)
     picture = Image.new("RGB", (left + body.width, top + body.height), "white")
     picture.paste(body, (left, top))
     draw = ImageDraw.Draw(picture)
     for r, name in enumerate(row_names):
         draw.text((left - 6, top + (r + 0.5) * tile), name, fill="black", font=font, anchor="rm")
     for c, name in enumerate(column_names):
-        draw.text((left + (c + 0.5) * tile, top / 2), name, fill="black", font=font, anchor="mm")
+        x = left + (c + 0.5) * tile
+        if upright:
+            line = Image.new("RGB", (wide + 2, int(1.4 * font.size)), "white")
+            ImageDraw.Draw(line).text((0, line.height / 2), name, fill="black", font=font, anchor="lm")
+            line = line.rotate(90, expand=True)
+            picture.paste(line, (int(x - line.width / 2), top - 4 - line.height))
+        else:
+            draw.text((x, top / 2), name, fill="black", font=font, anchor="mm")
     return picture
+
+
+def check_out(path: Path | None, option: str = "--out") -> None:
+    """Raises click.ClickException for a picture that could not be written: before the work, not after it."""
+    if path and not path.suffix:
+        raise click.UsageError(f"{option} {path}: name a file with an ending, such as .png")
+    if path and not path.parent.is_dir():
+        raise click.ClickException(f"{option} {path}: No such file or directory: make the folder {path.parent} first")
 
 
 def save(pictures: Sequence[Image.Image], path: Path, notes: dict[str, str], frame_ms: int = 100) -> None:
@@ -95,7 +113,7 @@ def save(pictures: Sequence[Image.Image], path: Path, notes: dict[str, str], fra
                            comment=json.dumps(notes).encode())  # fmt: skip
             else:
                 first.save(temporary, **({"pnginfo": latents.png_info(notes)} if path.suffix.lower() == ".png" else {}))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, struct.error) as error:  # a GIF's sides have 16 bits
         raise click.ClickException(f"--out {path}: {getattr(error, 'strerror', None) or error}") from None
 
 
@@ -123,13 +141,12 @@ def scatter(points: np.ndarray, panels: Sequence[tuple], shown: str) -> Figure:
     """Picture of points [N, 2], once for each of the panels (title, integers [N], their names), coloured by it."""
     figure = Figure(figsize=(6 * len(panels), 6))
     for axis, (title, value, names) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
-        for i, label in enumerate(names):
-            colours = matplotlib.colormaps["tab10" if len(names) <= 10 else "tab20"]
-            axis.scatter(*points[value == i].T, s=6, color=colours(i % colours.N), label=label)
+        colours = matplotlib.colormaps["tab10" if len(names) <= 10 else "tab20"]
+        dots = [axis.scatter(*points[value == i].T, s=6, color=colours(i % colours.N)) for i in range(len(names))]
         axis.set_title(f"{shown}, by {title}")
         axis.set_xticks([]), axis.set_yticks([])
         if len(names) <= 20:
-            axis.legend(markerscale=2, fontsize=8)
+            axis.legend(dots, names, markerscale=2, fontsize=8)
     figure.tight_layout()
     return figure
 
@@ -170,7 +187,7 @@ def table(found: list[dict]) -> list[str]:
     """What `latents.measure` found, as lines of text: of the label that names a dimension, what each reader saw."""
     lines = ["layer dim  change   name                              logit: classifier  judge   same way   also"]
     for d in found:
-        by = d["labels"].get(d["name"].rpartition(" ")[0], {})
+        by = {} if d["name"] == latents.NAMELESS else d["labels"].get(d["name"].rpartition(" ")[0], {})
         logits = [f"{by[who]['logit']:+.1f}" if who in by else "" for who in ("classifier", "judge")]
         same = f"{min(r['consistency'] for r in by.values()):.0%}" if by else ""
         numbers = f"{logits[0]:>13s} {logits[1]:>6s} {same:>10s}"
@@ -193,8 +210,6 @@ def factor_table(found: list[dict], readable: Sequence[str]) -> list[str]:
 
 def write_figure(figure: Figure, path: Path) -> None:
     """Save a figure. Raises click.ClickException if that is impossible."""
-    if not path.suffix:  # matplotlib would add one
-        raise click.UsageError(f"--out {path}: name a file with an ending, such as .png")
     try:
         with training.atomic(path) as temporary:
             figure.savefig(temporary, dpi=100)
@@ -287,6 +302,8 @@ def sample_command(network, y, seeds, vary, latent, separate, truncation, tile, 
     The paper's four explorations are --vary eps,z at fixed y, eps at fixed z and y, z at fixed eps and y, and y at fixed
     eps and z. A seed gives the same image in any of them, whatever else is drawn.
     """
+    if not separate:
+        check_out(out)
     file, network = network, gan.load(network, device)
 
     # Find what to draw: y and a latent of each image, the names of rows and columns, and what each PNG says of itself.
@@ -300,7 +317,7 @@ def sample_command(network, y, seeds, vary, latent, separate, truncation, tile, 
         whole, notes = {"latent": ", ".join(columns)}, [{"latent": name} for name in columns]
     else:
         labels, names = latents.parse_y(network, y)
-        numbers, vary = latents.parse_seeds(seeds or "0-7"), vary or "eps,z"
+        numbers, vary = latents.parse_seeds("0-7" if seeds is None else seeds), vary or "eps,z"
         if vary == "y" and labels is None:
             raise click.UsageError("--vary y: this network is unconditional, it takes no labels")
         check_size(len(names) * len(numbers), network, tile)
@@ -308,7 +325,7 @@ def sample_command(network, y, seeds, vary, latent, separate, truncation, tile, 
         rows, columns = names, [str(seed) for seed in numbers]
         if vary == "y":  # a row for each seed
             rows, columns = columns, rows
-        whole = {"y": "; ".join(names), "seed": seeds or "0-7", "vary": vary}
+        whole = {"y": "; ".join(names), "seed": "0-7" if seeds is None else seeds, "vary": vary}
         notes = [{"y": row, "seed": column} for row in rows for column in columns]
         if vary == "y":
             notes = [{"y": its["seed"], "seed": its["y"]} for its in notes]
@@ -338,10 +355,11 @@ def traverse_command(network, y, seeds, dims, steps, interpolate, frames, trunca
 
     A strip covers z in [-4.5, 4.5]; the dimensions that change the picture most come first. A .gif shows them moving.
     """
+    check_out(out)
     file, network = network, gan.load(network, device)
     labels, names = latents.parse_y(network, y)
     wanted = latents.parse_dimensions(network, dims)
-    numbers = latents.parse_seeds(seeds or ("0-3" if interpolate else "0"))
+    numbers = latents.parse_seeds(("0-3" if interpolate else "0") if seeds is None else seeds)
 
     # A loop: keyframe i has seed i and y i, each list over again where it is the shorter one.
     if interpolate:
@@ -392,6 +410,10 @@ def dimensions_command(network, data, num, steps, json_file, seed, device, out):
     judge that is trained once on the real images and all that is known of them, say which labels move. The page and the
     strips take the names from dimensions.json.
     """
+    check_out(out)
+    check_out(json_file, "--json")
+    if json_file and json_file.suffix.lower() != ".json":
+        raise click.UsageError(f"--json {json_file}: name a file that ends in .json")
     file, run = network, trained.Run(str(network), metrics.start(device, 64), data)
     readers, quality = latents.readers_of(run, seed, steps)
     y = run.generated(num, seed).y
@@ -426,7 +448,17 @@ def project_command(picture, network, steps, seed, tile, device, out):
     import dataset
     import files
 
+    check_out(out)
     file, network = network, gan.load(network, device)
+    path = out or file.with_name("project.png")
+    codes = path.with_suffix(".json")
+    if path.exists() and picture.exists() and path.samefile(picture):
+        raise click.UsageError(f"--out {path} is the picture itself: give another --out")
+    if codes.exists():
+        try:
+            latents.read_json(network, codes)
+        except click.ClickException:
+            raise click.UsageError(f"--out {path}: {codes} is there and is no latent: give another --out") from None
     try:
         image = files.read_image(picture)
     except ValueError as error:
@@ -436,7 +468,6 @@ def project_command(picture, network, steps, seed, tile, device, out):
     if network.encoder is None:
         click.echo(f"{file} holds no encoder, so pixels alone are compared")
     y, latent, made = latents.project(network, given, steps, seed)
-    path = out or file.with_name("project.png")
     shown, wanted = (training.to_float(training.to_uint8(x[None])) for x in (made, given))  # as the picture has them
     title = f"found, {latents.psnr((shown - wanted).square().mean().item()):.1f} dB"
     its = (
@@ -447,9 +478,9 @@ def project_command(picture, network, steps, seed, tile, device, out):
         path,
         latents.notes_of(network, y=its, seed=seed),
     )
-    with training.atomic(path.with_suffix(".json")) as temporary:
+    with training.atomic(codes) as temporary:
         temporary.write_text(json.dumps(latents.to_json(network, None if y is None else y[0], latent[0])) + "\n")
-    click.echo(f"wrote {path.with_suffix('.json')}, {title.removeprefix('found, ')}" + f", y: {its}" * bool(its))
+    click.echo(f"wrote {codes}, {title.removeprefix('found, ')}" + f", y: {its}" * bool(its))
 
 
 @main.command("embedding", params=[NETWORK, DATA, SEED, DEVICE, OUT])
@@ -461,6 +492,7 @@ def embedding_command(network, data, seed, device, out):
     import dataset
     import encoder as stage1
 
+    check_out(out)
     state = None
     try:
         state = training.load(network, "encoder")
@@ -505,6 +537,8 @@ def export_command(network, out):
     found them.
     """
     path = out or network.with_name("export.pt")
+    if path.is_dir():
+        raise click.UsageError(f"--out {path} is a folder: name a file")
     if path.exists() and "exported" not in training.load(path, "gan"):
         raise click.ClickException(f"--out {path} is a checkpoint that training goes on from: give another --out")
 
@@ -533,6 +567,8 @@ def serve_command(network, host, port, device):
 
     Class or attributes, a slider for each dimension that changes something, new eps, truncation, downloads.
     """
+    if ":" in host or not host:
+        raise click.UsageError(f"--host {host}: give an IPv4 address or a name")
     if network is None and not PRETRAINED.exists():
         raise click.UsageError(f"--network: name a run's gan.pt; there is no {PRETRAINED}")
     try:

@@ -39,8 +39,8 @@ def parse_seeds(text: str) -> list[int]:
     seeds: list[int] = []
     try:
         for part in text.split(","):
-            first, _, last = part.partition("-")
-            chosen = range(int(first), int(last or first) + 1)
+            first, dash, last = part.partition("-")
+            chosen = range(int(first), int(last if dash else first) + 1)
             if not 0 <= chosen.start < chosen.stop <= min(2**32, chosen.start + MOST):
                 raise ValueError
             seeds += chosen
@@ -199,7 +199,7 @@ def loop(y: Tensor | None, latents: Tensor, frames: int, one_hot: bool) -> tuple
 
     moving, length = path(latents), latents.norm(dim=1)
     length = np.interp(at, np.arange(n + 1), [*length.tolist(), length[0].item()])
-    moving *= torch.from_numpy(length).float()[:, None] / moving.norm(dim=1, keepdim=True)
+    moving *= torch.from_numpy(length).float()[:, None] / moving.norm(dim=1, keepdim=True).clamp(min=1e-12)
     if y is not None:
         y = path(y).clamp(0, 1)
         y = y / y.sum(1, keepdim=True) if one_hot else y
@@ -229,6 +229,8 @@ def read_json(network: gan.Network, path: str | Path) -> tuple[Tensor | None, Te
 
     names, layers = network.label_names, len(network.generator.blocks)
     try:
+        if Path(path).exists() and not (Path(path).is_file() or Path(path).is_dir()):
+            raise ValueError("it is no regular file")
         with open(path, "rb") as file:
             content = json.loads(file.read(2**20))  # a real one has 20 kB
         if not isinstance(content, dict) or not {"y", "noise", "z"} <= content.keys():
@@ -422,7 +424,7 @@ def found_names(network: gan.Network, file: str | Path) -> list[dict]:
             content = json.loads(Path(file).with_name("dimensions.json").read_text())
             if content["network"] != training.fingerprint(network.decoder.state_dict()):
                 return []
-        found = [dict(layer=d["layer"], dim=d["dim"], name=str(d["name"])[:40], change=float(d["change"]))
+        found = [dict(layer=d["layer"], dim=d["dim"], name=str(d["name"])[:200], change=float(d["change"]))
                  for d in content["dimensions"]]  # fmt: skip
         return [d for d in found if (d["layer"], d["dim"]) in known]
     except (

@@ -107,7 +107,7 @@ def build(network: gan.Network, file: Path, folder: Path) -> gr.Blocks:
                 with gr.Row():
                     save_picture = gr.DownloadButton("Save picture", elem_id="save-picture", size="sm")
                     save_latent = gr.DownloadButton("Save latent", elem_id="save-latent", size="sm")
-                more = gr.Button("16 with other eps", elem_id="more")
+                more = gr.Button("16 seeds from this one", elem_id="more")
                 batch = gr.Image(
                     show_label=False, elem_id="batch", buttons=[], interactive=False, alt_text="16 pictures"
                 )
@@ -136,7 +136,7 @@ def serve(network: gan.Network, file: Path, host: str, port: int) -> None:
             )  # fmt: skip
         except OSError:
             raise click.ClickException(
-                f"--host {host} --port {port} cannot be listened at: give another --port"
+                f"--host {host} --port {port} cannot be listened at: give another --port or --host"
             ) from None
         click.echo(f"http://{host}:{port} shows {file}; Ctrl-C ends it")
         page.block_thread()

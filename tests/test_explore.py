@@ -144,6 +144,17 @@ def test_dimensions_of_a_rigged_generator(command, attribute_folder, attribute_r
     assert first["name"].startswith("Left +") and set(first["labels"]["Left"]) == {"judge"}
 
 
+def test_a_class_called_no_is_not_what_names_a_dimension():
+    seen = {"no": {who: {"effect": 1.0, "consistency": 0.5, "logit": 1.2} for who in ("classifier", "judge")}}
+    entry = dict(layer=1, dim=1, change=0.01, name=latents.NAMELESS, also=[], labels=seen)
+    assert "+1.2" not in explore.table([entry])[1] and "+1.2" in explore.table([entry | {"name": "no +1.0"}])[1]
+
+
+def test_a_loop_without_variation_is_finite():
+    _, codes = latents.loop(None, torch.zeros(2, 10), 5, True)
+    assert codes.isfinite().all()
+
+
 def test_names_need_all_readers_and_one_direction():
     def labels(classifier, judge, consistency=1.0):
         by = {"classifier": classifier, "judge": judge}
@@ -552,6 +563,27 @@ def test_names_beyond_ascii_are_drawn():
 # What the user gets wrong.
 
 
+def test_nothing_of_the_users_is_written_over(command, lively, tmp_path):
+    photo = tmp_path / "photo.png"
+    Image.new("RGB", (64, 64), "red").save(photo)
+    (tmp_path / "gan.json").write_text('{"size": 32}')
+    project = ("explore", "project", photo, "--network", lively, "--steps", 2)
+    assert "is the picture itself" in command(*project, "--out", photo, code=2).output
+    assert "gan.json is there and is no latent" in command(*project, "--out", tmp_path / "gan.png", code=2).output
+    assert json.loads((tmp_path / "gan.json").read_text()) == {"size": 32} and Image.open(photo).size == (64, 64)
+    for _ in range(2):  # a latent that it wrote itself it writes again
+        command(*project, "--out", tmp_path / "made.png")
+
+
+def test_names_of_columns_that_are_wider_than_a_tile_stand_upright():
+    images, names = torch.zeros(4, 3, 8, 8), ["a", "b", "latent of a nice cat", "d"]
+    narrow, wide = (np.asarray(explore.gallery(images, 4, 48, [], n)) for n in (["a", "b", "c", "d"], names))
+    assert wide.shape[1] == narrow.shape[1] == 4 * 48 and wide.shape[0] > narrow.shape[0] + 60
+    ink = (wide[:-48] < 128).any(2)
+    assert [ink[:, c * 48 : (c + 1) * 48].any() for c in range(4)] == [True] * 4
+    assert not ink[:, ::48].any()  # none reaches into the next column
+
+
 def test_bad_options_are_one_line(command, lively, attributes, class_run, tmp_path, monkeypatch):
     sample, strips = ("sample", "--network", lively), ("traverse", "--network", lively)
     bad = [(*sample, "--seeds", seeds) for seeds in ("a", "-1", "5-3", str(2**32), "0-99999999", "1,,2")]
@@ -572,6 +604,12 @@ def test_bad_options_are_one_line(command, lively, attributes, class_run, tmp_pa
         ("sample",): "--network",
         ("dance",): "dance",
         ("serve", "--port", 0): "--port",
+        ("serve", "--network", lively, "--host", "::1"): "--host ::1",
+        (*sample, "--seeds", ""): "--seeds",
+        (*sample, "--seeds", "3-"): "--seeds 3-",
+        (*sample, "--out", tmp_path / "x"): "name a file with an ending",
+        ("dimensions", "--network", lively, "--json", tmp_path / "x.pt"): "name a file that ends in .json",
+        ("export", "--network", lively, "--out", tmp_path): "is a folder: name a file",
     }
     for arguments, why in lines.items():
         line = command("explore", *arguments, code=2).output
