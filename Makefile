@@ -47,7 +47,7 @@ page: .venv/done
 ablations: .venv/done
 	$(BIN)/python -m experiments.ablations
 
-WORKERS := $(shell n=$$(nproc); echo $$((n < 4 ? n + 1 : 4)))
+WORKERS := $(shell n=$$(nproc); echo $$((n < 4 ? n : 4)))
 
 test: .venv/done
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal

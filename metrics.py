@@ -1080,7 +1080,13 @@ def measure_fidelity(options: dict, amounts: dict, need: set, run, world: World,
                 notes.append("Chamfer distance: every t-SNE has all images: its spread over seeds is that of rounding")
             world = replace(world, batch=64)  # as for runs: t-SNE makes more of the rounding
 
-    # One pass over each side.
+    # One pass over each side, or the statistics of one.
+    compared = need & ({"fid", "kid", "pr", "spectrum"} | (set() if run else {"chamfer"}))
+    if compared and real is None:
+        theirs, named = load_stats(reference, features)
+        if not named:
+            notes.append(f"{reference} does not name its network and resize: assumed to be the ones used here")
+        results |= {"n_reference": theirs.n} if theirs.n < 10**9 else {}  # files of pytorch-fid do not say it
     keep = bool(need & {"kid", "pr"}) or (run is None and "chamfer" in need)
     spectra = [import_trained("--metrics spectrum").Spectrum() for _ in range(2)] if "spectrum" in need else []
     look, look_real = [spectrum.watch(features) for spectrum in spectra] or [features, features]
@@ -1089,13 +1095,7 @@ def measure_fidelity(options: dict, amounts: dict, need: set, run, world: World,
     results["n"] = moments.n
     if "is" in need:
         results["is"], results["is_std"] = scores.value()
-    compared = need & ({"fid", "kid", "pr", "spectrum"} | (set() if run else {"chamfer"}))
-    if compared and real is None:
-        theirs, named = load_stats(reference, features)
-        if not named:
-            notes.append(f"{reference} does not name its network and resize: assumed to be the ones used here")
-        results |= {"n_reference": theirs.n} if theirs.n < 10**9 else {}  # files of pytorch-fid do not say it
-    elif compared:
+    if compared and real is not None:
         theirs, _, kept_real = measure(real, look_real, world, "reference", keep=keep)
         if options["save_stats"]:
             world.first(lambda: save_stats(Path(options["save_stats"]), theirs, features))

@@ -967,9 +967,9 @@ def test_statistics_and_weights_that_make_no_sense(space, tmp_path):
     fid = ("--images", space.a, "--metrics", "fid", "--inception")
     np.savez(tmp_path / "nan.npz", mu=np.full(2048, np.nan), sigma=np.eye(2048))
     fails(*fid, space.weights, "--reference", tmp_path / "nan.npz", text="no mean and covariance")
-    S = np.eye(2048)
+    S = np.eye(8)
     for sigma, more in ((-S, {}), (S + np.triu(np.ones_like(S)), {}), (S, {"n": 1}), (S * 1j, {})):
-        np.savez(tmp_path / "wrong.npz", mu=np.zeros(2048), sigma=sigma, **more)
+        np.savez(tmp_path / "wrong.npz", mu=np.zeros(8), sigma=sigma, **more)
         output = fails(*fid, space.weights, "--reference", tmp_path / "wrong.npz", text="wrong.npz")
         assert "no covariance of two images" in output or "no statistics" in output
     fails(
