@@ -48,9 +48,12 @@ class Classifier(nn.Linear):
 
 
 def build(checkpoint: dict) -> Classifier:
-    """The frozen classifier in eval mode, from the content of `classifier.pt`."""
+    """The frozen classifier in eval mode, from the content of `classifier.pt`. Raises ValueError if that does not fit."""
     classifier = training.rebuild(lambda: Classifier(**checkpoint["config"]), checkpoint["model"])
-    classifier.balance = torch.tensor(checkpoint["balance"], dtype=torch.float32)
+    balance = torch.tensor(checkpoint["balance"], dtype=torch.float32)
+    if balance.shape != classifier.bias.shape or not balance.isfinite().all():
+        raise ValueError("its classifier's balance is not one number for each label")
+    classifier.balance = balance
     return classifier.eval().requires_grad_(False)
 
 

@@ -508,7 +508,9 @@ def embedding_command(network, data, seed, device, out):
         training.check_images(info, ds, network, "give --data")
         index = np.linspace(0, len(ds) - 1, min(POINTS, len(ds))).astype(int)
         images = (torch.from_numpy(ds.images[part]) for part in np.array_split(index, max(1, len(index) // 256)))
-        h = stage1.embed(stage1.build(state).to(run.device), images, len(index), run)
+        with training.reading(network):
+            net = stage1.build(state).to(run.device)
+        h = stage1.embed(net, images, len(index), run)
         panels = label_panels(ds.label_names, ds.label_kind, np.asarray(ds.labels)[index])
         panels += [(name, value[index], names) for name, (value, names) in ds.hidden.items()]
     else:

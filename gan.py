@@ -840,11 +840,9 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> Network:
         decoder.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
         encoder = frozen_encoder(stage1.build(state["encoder"]), data["size"], device) if state.get("encoder") else None
         classifier = stage2.build(state["classifier"]).to(device) if state.get("classifier") else None
-        balance = torch.tensor(state["classifier"]["balance"]) if classifier else None
+        balance = classifier.balance.cpu() if classifier else None
         if classifier and encoder and classifier.in_features != encoder.features:
             raise ValueError(f"a classifier of {classifier.in_features} features for an encoder of {encoder.features}")
-        if classifier and not (balance.shape == (classifier.out_features,) and balance.isfinite().all()):
-            raise ValueError("its classifier's balance is not one number for each label")
         if labels and labels["counts"].sum() != data["splits"]["train"]:
             raise ValueError("its labels are not those of its images")
         if labels and not (

@@ -130,7 +130,9 @@ def features_of(path: str, device: torch.device) -> EncoderFeatures:
     """The encoder of an encoder.pt, or of a gan.pt with its classifier."""
     try:
         state = training.load(path, "encoder")
-        network, classifier, kind, size = stage1.build(state), None, "none", state["data"]["size"]
+        classifier, kind, size = None, "none", state["data"]["size"]
+        with training.reading(path):
+            network = stage1.build(state)
     except click.ClickException as error:
         if "written by gan.py" not in error.message:
             raise
@@ -172,11 +174,13 @@ class Run:
         encoder, classifier, kind = self.net.encoder, self.net.classifier, self.kind
         if classifier is None and (self.folder / "encoder.pt").exists():
             state = training.load(self.folder / "encoder.pt", "encoder")
-            encoder = gan.frozen_encoder(stage1.build(state), data["size"], world.device)
+            with training.reading(self.folder / "encoder.pt"):
+                encoder = gan.frozen_encoder(stage1.build(state), data["size"], world.device)
             if (self.folder / "classifier.pt").exists():
                 found = training.load(self.folder / "classifier.pt", "classifier")
                 if found["encoder_hash"] == training.fingerprint(state["model"]):
-                    classifier, kind = stage2.build(found), found["data"]["label_kind"]
+                    with training.reading(self.folder / "classifier.pt"):
+                        classifier, kind = stage2.build(found), found["data"]["label_kind"]
         self.features = encoder and EncoderFeatures(encoder, classifier, kind, data["size"], world.device)
 
     def labels(self, split: str) -> Tensor | None:

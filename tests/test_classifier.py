@@ -208,6 +208,16 @@ def test_attributes_are_chosen_by_name(command, attribute_run, attribute_folder,
     assert "Bald" in line and "Left" in line
 
 
+@pytest.mark.parametrize("balance", [[0.0], [math.nan] * 3, ["a"] * 3])
+def test_a_balance_that_does_not_fit_is_one_line(command, class_run, class_folder, tmp_path, balance):
+    out = copy_run(class_run, tmp_path / "run")
+    training.save(
+        out / "classifier.pt", training.load(out / "classifier.pt", "classifier", go_on=True) | {"balance": balance}
+    )
+    line = command("gan", "--data", class_folder, "--outdir", out, "--smoke", code=1).output.splitlines()[-1]
+    assert line.startswith("Error: ") and "classifier.pt" in line
+
+
 def test_a_few_images_go_on():
     """Of fewer than ten none is held out; the log has a line for each save, with the mean over its epochs."""
     torch.manual_seed(0)

@@ -534,6 +534,11 @@ def test_embedding(command, class_folder, class_run, attribute_run, attribute_fo
         assert "validation images are too few" in line  # 7 and 6 of them
     moved = ("--network", class_run / "encoder.pt", "--data", attribute_folder)
     assert "made from other images" in command("explore", "embedding", *moved, code=1).output
+    state = training.load(class_run / "encoder.pt", "encoder")
+    training.save(tmp_path / "odd.pt", state | {"config": state["config"] | {"backbone": "resnet34"}})
+    assert "odd.pt is incomplete" in command("explore", "embedding", "--network", tmp_path / "odd.pt", code=1).output
+    folders = ("--images", class_folder, "--reference", class_folder, "--metrics", "fid")
+    assert "odd.pt is incomplete" in command("metrics", *folders, "--features", tmp_path / "odd.pt", code=1).output
     squashed = ("--data", class_folder, "--outdir", tmp_path / "squashed")
     command("encoder", *squashed, "--smoke", "--squash", "--train-on-all")
     line = command("explore", "embedding", "--network", tmp_path / "squashed" / "encoder.pt", code=1).output
