@@ -329,9 +329,8 @@ def main(**options):
 
     def save(classifier: Classifier, extra: dict, must: bool) -> None:
         content = dict(stage="classifier", config=config, model=classifier.state_dict(), data=data, options=options)
-        content |= dict(encoder_hash=options["encoder"], balance=balance.tolist(), training=extra) | assignments
         nonlocal saved
-        saved = content
+        saved = content | dict(encoder_hash=options["encoder"], balance=balance.tolist(), training=extra) | assignments
         training.save(path, saved, must)  # the last save, with the results, must be
 
     # Train.

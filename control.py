@@ -73,6 +73,7 @@ def control_accuracy(
 # The independent judge: the run's own encoder and classifier are what the generator was trained to please.
 
 
+TESTED = 2000  # of the images held out, at most, the judge is tested on
 JUDGE = 3  # count it up with every change of the judge or its training: judges are kept on disk
 
 
@@ -163,7 +164,7 @@ def train_judge(
     draw = np.random.default_rng([seed, 3])
     labels, widths = torch.cat([y for _, _, y in groups], 1), [(kind, y.shape[1]) for kind, _, y in groups]
     held, kept = hold_out(draw, len(labels))
-    held = np.sort(held[:2000])
+    held = np.sort(held[:TESTED])
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
         judge = Judge(labels.shape[1]).to(device, memory_format=torch.channels_last)
@@ -261,7 +262,8 @@ def measure_accuracy(run, n: int, seed: int, steps: int) -> dict:
         results["accuracy_chance"] = 1 / len(run.names) if run.kind == "one-hot" else 0.5
     if run.labels("train") is not None:  # the first group that the judge knows is then this run's y
         judge, groups, right = load_judge(run, seed, steps)
-        results |= {"judge_real": right[0], "judge_real_n": min(2000, max(1, len(groups[0][2]) // 10))}
+        held, _ = hold_out(np.random.default_rng([seed, 3]), len(groups[0][2]))
+        results |= {"judge_real": right[0], "judge_real_n": len(held[:TESTED])}
 
     def logits(images: Tensor) -> Tensor:
         """[B, 1 or 2, Y]: by the run's classifier and by the judge. The images are generated once for both."""

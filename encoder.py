@@ -602,7 +602,7 @@ def main(**options):
         if run.rank == 0:
             results = evaluate(encoder, ds, val, run, 200 if options["smoke"] else EVALUATED)
             steps = max(0, math.ceil((total - done) / options["batch"]))
-            save(done + steps * options["batch"], extra, must=True, results=results)
+            save(done + steps * options["batch"], extra, results=results)
             training.write_options(outdir / "encoder.json", options | {"results": results})
     if run.rank == 0:
         report(results, ds.label_kind)

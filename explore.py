@@ -317,7 +317,8 @@ def sample_command(network, y, seeds, vary, latent, separate, truncation, tile, 
         whole, notes = {"latent": ", ".join(columns)}, [{"latent": name} for name in columns]
     else:
         labels, names = latents.parse_y(network, y)
-        numbers, vary = latents.parse_seeds("0-7" if seeds is None else seeds), vary or "eps,z"
+        seeds = "0-7" if seeds is None else seeds
+        numbers, vary = latents.parse_seeds(seeds), vary or "eps,z"
         if vary == "y" and labels is None:
             raise click.UsageError("--vary y: this network is unconditional, it takes no labels")
         check_size(len(names) * len(numbers), network, tile)
@@ -325,7 +326,7 @@ def sample_command(network, y, seeds, vary, latent, separate, truncation, tile, 
         rows, columns = names, [str(seed) for seed in numbers]
         if vary == "y":  # a row for each seed
             rows, columns = columns, rows
-        whole = {"y": "; ".join(names), "seed": "0-7" if seeds is None else seeds, "vary": vary}
+        whole = {"y": "; ".join(names), "seed": seeds, "vary": vary}
         notes = [{"y": row, "seed": column} for row in rows for column in columns]
         if vary == "y":
             notes = [{"y": its["seed"], "seed": its["y"]} for its in notes]

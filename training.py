@@ -734,8 +734,8 @@ DATA = {
     **dict(squash=bool, train_on_all=bool),
 }
 FURTHER = ("training", "trainer")  # entries of optimisers, discriminator and the like
-NAMES = ("bool", "uint8", "int32", "int64", "float16", "bfloat16", "float32", "float64")
-DTYPES = {getattr(torch, name) for name in NAMES}
+DTYPES = {torch.bool, torch.uint8, torch.int32, torch.int64}
+DTYPES |= {torch.float16, torch.bfloat16, torch.float32, torch.float64}
 PLAIN = 2**24  # bytes of a checkpoint beside its tensors: names and settings take a thousandth of that
 RESUME_REMEDY = "give --no-resume to start over, or another --outdir"
 
