@@ -112,7 +112,7 @@ def scan_critters() -> Source:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Packing: a folder with <split>.npy, labels.npz, info.json, made under another name and renamed.
+# Packing: a folder with <split>.npy, labels.npz, names.json and info.json, made under another name and renamed.
 
 
 def cache_folder() -> Path:
@@ -141,7 +141,7 @@ def prepare(
     size: int | None = None,
     skip_broken: bool = False,
     *,
-    preset: str | None = None,
+    preset: str = "",
     squash: bool = False,
     train_on_all: bool = False,
     max_pixels: int = MAX_PIXELS,
@@ -150,35 +150,33 @@ def prepare(
 ) -> Path:
     """The folder of the pack of `data` at `size`, made now if there is none for this content.
 
-    The arguments, and what it raises, are those of open_dataset.
+    The arguments, and what it raises, are those of open_dataset; preset: as layouts.preset_of gives it.
     """
     # Resolve the arguments.
     name, root = layouts.locate(data)
     largest = training.SIZES[-1] if root else 512  # critters are drawn no larger
     if size is not None and not (size in training.SIZES and size <= largest):
         fail(f"--size {size} is not a power of two between {training.SIZES[0]} and {largest}")
-    size = size or PRESETS.get(layouts.preset_of(data, preset))
+    size = size or PRESETS.get(preset)
     squash = squash and root is not None  # critters are drawn square
 
-    # A hash of names, sizes and times, `state`, finds a known pack; only if it is new, contents are hashed.
+    # `state`, a hash of names, sizes and times, tells whether the source is known: then seen/<state>.json leads to its
+    # pack (`recall`). Else the source is scanned, its contents are hashed, and it is packed and noted there (`make`).
     cache, node = cache_folder(), os.uname().nodename
     # Critters go by the bytes of critters.py, comments too: whoever edits it gets new data, and no old run fits them.
     files, folders, state = [], [], hashlib.sha256(Path(critters.__file__).read_bytes()).hexdigest()
     if root is not None:
         root, files, folders = list_files(root)
         state = state_of(root, files, folders)
-    memo = cache / "seen" / f"{state}.json"  # what a scan found out, so that a start reads no images again
-
-    def fingerprint_for(content: str) -> str:
-        # Stages compare fingerprints, so packs of other pixels or another split need another one.
-        return hash_of([content, squash, train_on_all]) if squash or train_on_all else content
+    memo = cache / "seen" / f"{state}.json"
 
     def check(classes: list[str]) -> None:
         if data == "afhq" and not {"cat", "dog", "wild"}.issuperset(classes):
             fail(f"{root} is not AFHQ: its classes are {', '.join(classes)}, not cat, dog, wild")
 
     def find(content: str, size: int) -> Path | None:
-        return next(cache.glob(f"*-{size}-{fingerprint_for(content)[:16]}-v{FORMAT}"), None)
+        fingerprint = fingerprint_of(content, squash, train_on_all)
+        return next(cache.glob(f"*-{size}-{fingerprint[:16]}-v{FORMAT}"), None)
 
     def recall() -> tuple[dict | None, Path | None]:
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
@@ -194,7 +192,7 @@ def prepare(
             fail(f"{root}: {source.notes[0]}")
         seen = {"content": content_of(root, source) if root else state, "size": usual_size(root, source.keys)}
         seen |= {"notes": source.notes, "absent": source.absent}
-        pixels, fingerprint = size or min(seen["size"], most), fingerprint_for(seen["content"])
+        pixels, fingerprint = size or min(seen["size"], most), fingerprint_of(seen["content"], squash, train_on_all)
         if not (pack := find(seen["content"], pixels)):
             # Left by processes of this machine that were killed: locks of others may not reach here.
             for left in cache.glob(f".packing-*-{glob.escape(node)}-*") if alone else ():
@@ -256,6 +254,11 @@ def read_info(pack: Path) -> dict:
         return {key: info[key] for key in keys}
     except (*UNREADABLE, KeyError, TypeError):
         fail(f"the pack {pack} is damaged: delete that folder and run again")
+
+
+def fingerprint_of(content: str, squash: bool, train_on_all: bool) -> str:
+    """What stages compare to tell whether they see the same images: other pixels or another split need another one."""
+    return hash_of([content, squash, train_on_all]) if squash or train_on_all else content
 
 
 def hash_of(value: str | list) -> str:
@@ -628,7 +631,7 @@ def open_dataset(
     """
     preset = layouts.preset_of(data, preset)
     how = dict(squash=squash, train_on_all=train_on_all, max_pixels=max_pixels, strict=strict, most=most)
-    pack = prepare(data, size, skip_broken, preset=preset or "none", **how)
+    pack = prepare(data, size, skip_broken, preset=preset, **how)
     return Dataset(pack, data, split, attributes, preset)
 
 
@@ -638,6 +641,7 @@ def same_images(info: dict) -> dict:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# The command.
 
 
 def sheet(ds: Dataset, columns: int = 8) -> np.ndarray:

@@ -353,8 +353,10 @@ def rate(schedule: str, images: int, total: int, epoch: int, half_cosine: int) -
 
 def train(
     encoder: Encoder, ds, run: training.Run, options: dict, state: dict, total: int, log: training.Log, save: Callable
-) -> dict:
+) -> tuple[int, dict]:
     """Train `encoder` in place until `total` images are seen, from images_seen = state['images_seen'].
+
+    Returns how many were seen, and what further training needs beside the encoder.
 
     `save(images_seen, extra, must)` is called about 50 times a run, about 5,000 images apart or more, and at the end;
     must: it may not fail, since a signal asked for the end. All random numbers follow from the images seen, so that a
@@ -391,12 +393,8 @@ def train(
     for images, _ in ds.batches(own, run.device, run.seed, seen, run.rank, run.world, options["workers"]):
         # Set the learning rate, draw two views of each image, and project them.
         run.reseed(seen)
-        for group in optimizer.param_groups:
-            group["lr"] = (
-                group["speed"]
-                * options["lr"]
-                * rate(options["schedule"], seen + batch // 2, total, len(ds), options["half_cosine"])
-            )
+        part = rate(options["schedule"], seen + batch // 2, total, len(ds), options["half_cosine"])
+        stepper.set_rate(options["lr"] * part)
         x = training.to_float(images)
         views = torch.cat([augment(x, options["area"], options["strength"], options["grey"]) for _ in range(2)])
         with run.autocast():
@@ -441,7 +439,7 @@ def train(
         if stopping:
             raise training.Stopped(stopping, f"stopped and saved at {seen:,} images; the same command goes on")
         if seen >= total:
-            return extra()
+            return seen, extra()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -595,14 +593,15 @@ def main(**options):
                     f"of {ds.size} px, to {total:,} images seen ({total / len(ds):.3g} epochs)",
                     flush=True,  # ahead of the bar, also where both go to a file
                 )
+            extra = state.get("training")
             with training.Log(outdir, "encoder", total, done, rank=run.rank) as log:
-                extra = train(encoder, ds, run, options, state, total, log, save) if done < total else state["training"]
+                if done < total:
+                    done, extra = train(encoder, ds, run, options, state, total, log, save)
 
         # Evaluate.
         if run.rank == 0:
             results = evaluate(encoder, ds, val, run, 200 if options["smoke"] else EVALUATED)
-            steps = max(0, math.ceil((total - done) / options["batch"]))
-            save(done + steps * options["batch"], extra, results=results)
+            save(done, extra, results=results)
             training.write_options(outdir / "encoder.json", options | {"results": results})
     if run.rank == 0:
         report(results, ds.label_kind)

@@ -44,6 +44,7 @@ PRETRAINED = Path(__file__).parent / "pretrained" / "critters.pt"
 PIXELS = 10**8  # of a picture, or of all frames of an animation: 1.2 GB as floats
 POINTS = 2000  # of an embedding: exact t-SNE takes half a minute for them
 COLUMNS = 24  # labels in a heat map, before it gets too wide to read
+PANELS = 6  # labels in the picture of an embedding, for the same reason
 
 matplotlib.rcParams["text.parse_math"] = False  # names are no formulas, whatever their dollar signs
 warnings.filterwarnings("ignore", "Glyph .* missing from font")
@@ -178,7 +179,8 @@ def heat_map(found: list[dict]) -> Figure:
     axis.set_xticks(range(len(names)), names, rotation=45, ha="right", fontsize=8)
     rows = [f"layer {d['layer']}, dim {d['dim']}  ({d['change']:.1%})" for d in found]
     axis.set_yticks(range(len(found)), rows, fontsize=8)
-    axis.set_title("From z = -2 to 2: labels in standard deviations\n(beside it: change of the picture)", fontsize=9)
+    title = "From z = -2 to 2: labels in standard deviations\n(beside it: change of the picture)"
+    figure.suptitle(title, fontsize=9)  # of the figure: the axis may be narrower
     figure.colorbar(image, fraction=0.02)
     return figure
 
@@ -260,10 +262,10 @@ TRAVERSE = [
     NETWORK,
     click.Option(["--y"], metavar="NAMES", multiple=True, help=f"{Y}; --interpolate takes several.  [default: the first; --interpolate: each in turn]"),
     click.Option(["--seeds"], metavar="LIST", help="Seeds of the images to start from, a picture each; with --interpolate, to go through.  [default: 0; 0-3]"),
-    click.Option(["--dims"], metavar="LIST", default="all", help="Dimensions: 3.2 is dimension 2 of layer 3, and 3 all of layer 3."),
-    click.Option(["--steps"], metavar="N", type=click.IntRange(2, latents.MOST), default=9, help="Images in a strip."),
+    click.Option(["--dims"], metavar="LIST", help="Dimensions: 3.2 is dimension 2 of layer 3, and 3 all of layer 3.  [default: all]"),
+    click.Option(["--steps"], metavar="N", type=click.IntRange(2, latents.MOST), help="Images in a strip.  [default: 9]"),
     click.Option(["--interpolate"], is_flag=True, help="Instead: a smooth loop through the seeds and ys, as a .gif or .mp4."),
-    click.Option(["--frames"], metavar="N", type=click.IntRange(2, latents.MOST), default=25, help="With --interpolate: frames from one seed to the next, 25 a second."),
+    click.Option(["--frames"], metavar="N", type=click.IntRange(2, latents.MOST), help="With --interpolate: frames from one seed to the next, 25 a second.  [default: 25]"),
     TRUNCATION, TILE, DEVICE, OUT,
 ]
 
@@ -333,6 +335,9 @@ def sample_command(network, y, seeds, vary, latent, separate, truncation, tile, 
         if vary in ("eps", "z"):  # the other one is the first seed's
             held = {"held": f"{'z' if vary == 'eps' else 'eps'} of seed {numbers[0]}"}
             notes = [its | held for its in notes]
+    folder = out or file.with_name("images")
+    if separate:
+        folder.mkdir(parents=True, exist_ok=True)
     images = latents.generate(network, labels, truncation * codes)
     common = latents.notes_of(network, truncation=truncation)
 
@@ -340,8 +345,6 @@ def sample_command(network, y, seeds, vary, latent, separate, truncation, tile, 
     if not separate:
         picture = gallery(images, len(columns), tile, rows, columns)
         return write([picture], out or file.with_name("sample.png"), common | whole)
-    folder = out or file.with_name("images")
-    folder.mkdir(parents=True, exist_ok=True)
     for i, (image, its) in enumerate(zip(images, notes, strict=True)):
         title = "-".join(f"{key}-{value}" if key == "seed" else value for key, value in its.items() if key != "held")
         name = re.sub(r"[^\w-]+", "-", title)[:80].strip("-")  # labels can have any character, and file names not
@@ -356,10 +359,15 @@ def traverse_command(network, y, seeds, dims, steps, interpolate, frames, trunca
 
     A strip covers z in [-4.5, 4.5]; the dimensions that change the picture most come first. A .gif shows them moving.
     """
+    if interpolate and (dims is not None or steps):
+        raise click.UsageError("--interpolate moves all dimensions, by --frames: leave --dims and --steps away")
+    if frames and not interpolate:
+        raise click.UsageError("--frames goes with --interpolate; --steps is the number of images in a strip")
     check_out(out)
+    frames, steps = frames or 25, steps or 9
     file, network = network, gan.load(network, device)
     labels, names = latents.parse_y(network, y)
-    wanted = latents.parse_dimensions(network, dims)
+    wanted = latents.parse_dimensions(network, "all" if dims is None else dims)
     numbers = latents.parse_seeds(("0-3" if interpolate else "0") if seeds is None else seeds)
 
     # A loop: keyframe i has seed i and y i, each list over again where it is the shorter one.
@@ -437,6 +445,8 @@ def dimensions_command(network, data, num, steps, json_file, seed, device, out):
     click.echo(f"wrote {path}")
     if found[0]["labels"]:
         write_figure(heat_map(found), out or file.with_name("dimensions.png"))
+    if (labels := len(found[0]["labels"])) > COLUMNS:
+        click.echo(f"the picture has the {COLUMNS} labels that move most, {path} all {labels}")
 
 
 @main.command("project", params=PROJECT)
@@ -528,7 +538,10 @@ def embedding_command(network, data, seed, device, out):
     if len(h) < 10:
         raise click.ClickException(f"{len(index)} validation images are too few for a t-SNE")
     points = metrics.tsne(h, dims=2, perplexity=metrics.perplexity_of(len(h)))
-    write_figure(scatter(points.numpy(), panels[:6], "t-SNE of embeddings"), out or network.with_name("embedding.png"))
+    shown, left = panels[:PANELS], [title for title, *_ in panels[PANELS:]]
+    write_figure(scatter(points.numpy(), shown, "t-SNE of embeddings"), out or network.with_name("embedding.png"))
+    if left:
+        click.echo(f"it has the first {PANELS} labels, for want of room: not {', '.join(left)}")
 
 
 @main.command("export", params=[NETWORK, OUT])

@@ -43,18 +43,12 @@ def printable(text: str) -> str:
 
 # --- the image reader: metrics.py has the same text ---
 SUFFIXES = (
-    *(".avif", ".bmp", ".gif", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".pnm", ".ppm"),
-    *(".tga", ".tif", ".tiff", ".webp"),
-)
+    ".avif", ".bmp", ".gif", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".pnm", ".ppm", ".tga",
+    ".tif", ".tiff", ".webp",
+)  # fmt: skip
 OF_SYSTEMS = (
-    "__MACOSX",
-    "__pycache__",
-    "@eaDir",
-    "#recycle",
-    "lost+found",
-    "$RECYCLE.BIN",
-    "System Volume Information",
-)
+    "__MACOSX", "__pycache__", "@eaDir", "#recycle", "lost+found", "$RECYCLE.BIN", "System Volume Information",
+)  # fmt: skip
 # Pillow tries only these formats, whatever a file is called: some others (EPS) would start a program.
 FORMATS = sorted({name for suffix, name in Image.registered_extensions().items() if suffix in SUFFIXES})
 MAX_PIXELS = 2**26  # 67 million: room for cameras; decoding takes up to 20 bytes for each, so 1.3 GB at most

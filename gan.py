@@ -43,7 +43,8 @@ BEFORE = dict(blur=False, reg_stretch=1.0, tanh_slope=0.0)  # for checkpoints fr
 
 LOG_EVERY = 2_000  # images: a minute on a CPU, a second on a GPU
 
-# Settings by data, '' for any. None: by size, see `set_by_size`. squash, train_on_all: where no encoder.pt says so.
+# Defaults by preset; '' is all other data. None: it depends on the image size, see `set_by_size`. squash and train_on_all
+# count only where there is no encoder.pt.
 PRESETS = {
     "":              dict(width=None, batch=None, lr=None, lr_decay=0.5, beta1=None, kimg=None, snap=None, projection=True, r1=None,
                           augment="color,translation,cutout", reg_clip=True, reg_stretch=2.0, penalty=None, draw_y="data",
@@ -127,7 +128,7 @@ class Subspace(nn.Module):
         return torch.cat((scaled, self.mu[None])).permute(0, 3, 1, 2)
 
 
-class Double(nn.ConvTranspose2d):
+class Upsample(nn.ConvTranspose2d):
     """[B, C, r, r] -> [B, C', 2r, 2r] by a transposed convolution 3x3, as published. The bias is left to the caller.
 
     One to four of its weights meet in a pixel, by turns, and where images are few, training leaves a pattern of dots.
@@ -160,8 +161,8 @@ class EigenBlock(nn.Module):
         self.last = last
         self.subspace = Subspace(in_channels, resolution, orthonormal=orthonormal)
         self.subspace_conv1 = nn.Conv2d(in_channels, in_channels, 1)
-        self.feature_conv1 = Double(in_channels, out_channels, blurred)
-        self.subspace_conv2 = Double(in_channels, out_channels, blurred)
+        self.feature_conv1 = Upsample(in_channels, out_channels, blurred)
+        self.subspace_conv2 = Upsample(in_channels, out_channels, blurred)
         self.feature_conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
 
     def convolve(self, maps: Tensor) -> tuple[Tensor, Tensor]:
@@ -184,11 +185,11 @@ class EigenBlock(nn.Module):
         return conv2d(h, self.feature_conv2.weight, None if self.last else self.feature_conv2.bias, padding=1)
 
 
-class TanhWithReturn(torch.autograd.Function):
-    """tanh, with a gradient that counts its slope as at least `slope` where descent leads out of saturation.
+class TanhWithFloor(torch.autograd.Function):
+    """tanh whose backward pass takes a slope of at least `slope`, but only where the step leads out of saturation.
 
-    There tanh's own slope is nearly 0 both ways: pixels that the regularisation drove to black or to a full colour stay
-    there, whatever D says.
+    In saturation, tanh's own slope is nearly 0 both ways: pixels that the regularisation drove to black or to a full
+    colour stay there, whatever D says.
     """
 
     @staticmethod
@@ -232,7 +233,7 @@ class Generator(nn.Module):
             h = block(h, z[:, i], convolved[i] if convolved else None)
         h = bias_lrelu(h, self.blocks[-1].feature_conv2.bias, inplace=True)
         a = training.full(conv2d(h, self.last.weight, self.last.bias, padding=3))
-        return TanhWithReturn.apply(a, self.tanh_slope) if self.tanh_slope else torch.tanh(a)
+        return TanhWithFloor.apply(a, self.tanh_slope) if self.tanh_slope else torch.tanh(a)
 
 
 class Decoder(nn.Module):
@@ -262,10 +263,27 @@ class Decoder(nn.Module):
         return torch.stack([(b.subspace.gram() - eye).square().mean() for b in self.generator.blocks]).mean()
 
 
-def decoder_shape(options: dict, size: int, labels: int) -> tuple:
-    """What `Decoder` takes, from the options of a run."""
+def build_decoder(options: dict, size: int, labels: int) -> Decoder:
+    """The decoder that the options of a run describe."""
     options = BEFORE | options
-    return size, labels, options["orth"] == "exact", options["width"], options["blur"]
+    return Decoder(size, labels, options["orth"] == "exact", options["width"], options["blur"])
+
+
+def start_decoder(decoder: Decoder, start: str, disc: str) -> None:
+    """The decoder's first weights by --start: 'torch' as published, 'he' at He et al.'s scale."""
+    G = decoder.generator
+    if start == "torch":
+        for block in G.blocks:
+            nn.init.orthogonal_(block.subspace.U.data.flatten(1))  # white, not smooth
+        return
+    he_init(decoder)
+    G.last.weight.data.mul_(0.5)  # keeps the first images out of tanh's saturation
+    if disc == "patch":  # its batch norm hides colours, which the regularisation would drive into saturation
+        return
+    if decoder.embed is not None:  # eps follows y about as much as the 512 numbers of the noise; 3: found by trying
+        decoder.mapper.weight.data[:, : decoder.embed.in_features].mul_((NOISE / 3) ** 0.5)
+    # eps fainter than the first subspace: else that layer's z has nothing to say and dies. 0.3: found by trying.
+    G.first.weight.data.mul_(0.3)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -304,7 +322,7 @@ class GlobalDiscriminator(nn.Module):
 
     def __init__(self, size: int, width: int = 16, labels: int = 0):
         super().__init__()
-        widths = [min(width * 2**i, 512) for i in range(int(math.log2(size)) - 1)]
+        widths = [channels_at(size, size >> i, width) for i in range(int(math.log2(size)) - 1)]
         layers: list[nn.Module] = [ConvLrelu(3, widths[0], 7, padding=3)]
         for C, wider in itertools.pairwise(widths):
             layers += [ConvLrelu(C, C, 3, padding=1), ConvLrelu(C, wider, 3, 2, padding=1)]
@@ -492,7 +510,7 @@ def gradient_penalty(scores: Tensor, *images: Tensor) -> list[Tensor]:
 
 def scores_real_fake(D: nn.Module, real: Tensor, fake: Tensor, y_real: Tensor, y_fake: Tensor) -> tuple[Tensor, Tensor]:
     """D on both: in one pass, unless batch statistics would then mix them."""
-    # In the weights' format: the gradient of the first convolution's weights would else transpose its whole output.
+    # channels_last, as the weights: else the first convolution's backward pass copies its whole output into that format.
     real, fake = (x.contiguous(memory_format=torch.channels_last) for x in (real, fake))
     if D.batch_statistics:
         return D(real, y_real), D(fake, y_fake)
@@ -570,14 +588,9 @@ class Trainer:
         self.entropy = 0.0 if labels is None else training.entropy_bits(self.labels)  # H(Y)
         torch.manual_seed(run.seed)  # the same weights in every process
         width, classes = (0, 0) if labels is None else (labels.shape[1], labels.shape[1] * options["per_class"])
-        decoder = Decoder(*decoder_shape(options, options["size"], width))
+        decoder = build_decoder(options, options["size"], width)
         decoder.generator.tanh_slope = options["tanh_slope"]
-        if options["start"] == "torch":  # as published: white, not smooth
-            for block in decoder.generator.blocks:
-                nn.init.orthogonal_(block.subspace.U.data.flatten(1))
-        if options["start"] == "he":
-            he_init(decoder)
-            decoder.generator.last.weight.data.mul_(0.5)  # keeps the first images out of tanh's saturation
+        start_decoder(decoder, options["start"], options["disc"])
         projected = width * options["projection"]
         D = build_discriminator(
             options["disc"], options["size"], options["disc_layers"], classes, options["width"], projected
@@ -585,12 +598,6 @@ class Trainer:
         if options["start"] == "he":
             he_init(D)
         self.decoder, self.D = (n.to(run.device, memory_format=torch.channels_last) for n in (decoder, D))
-        if options["start"] == "he" and not self.D.batch_statistics:
-            # Not against patches: their batch norm hides colours, which the regularisation would drive into saturation.
-            if width:  # from the start, eps follows y about as much as the 512 numbers of the noise; 3: found by trying
-                self.decoder.mapper.weight.data[:, :width].mul_((NOISE / 3) ** 0.5)
-            # eps fainter than the first subspace: else that layer's z has nothing to say and dies. 0.3: found by trying.
-            self.decoder.generator.first.weight.data.mul_(0.3)
         self.ema = copy.deepcopy(self.decoder).requires_grad_(False).eval()
         one_gpu = run.device.type == "cuda" and run.world == 1
         possible = one_gpu and run.dtype is not torch.float16 and not options["per_class"]
@@ -600,7 +607,6 @@ class Trainer:
             adam |= dict(lr=torch.tensor(adam["lr"], device=run.device), capturable=True)
         self.step_g = training.Stepper(run, torch.optim.Adam(self.decoder.parameters(), **adam))
         self.step_d = training.Stepper(run, torch.optim.Adam(self.D.parameters(), **adam))
-        self.adversarial_norm = None  # of the decoder's last adversarial gradient
         self.batch = options["batch"] // run.world
 
     def draw_y(self, how: str) -> Tensor | None:
@@ -625,7 +631,7 @@ class Trainer:
             return self.decoder(y, latents), y
 
     def drop_gradients(self) -> None:
-        """Every update begins with this: the gradients of the last one would lie beside its activations at the peak."""
+        """Every update begins with this, so that the last one's gradients are freed before its activations need room."""
         self.step_g.optimizer.zero_grad(set_to_none=True)
         self.step_d.optimizer.zero_grad(set_to_none=True)
 
@@ -674,17 +680,17 @@ class Trainer:
         if joint:
             classification, more = self.classification(x, y)
             loss, stats = loss + classification, stats | more
-        self.adversarial_norm = self.step_g.step(loss)
+        stats["norm_g"] = self.step_g.step(loss)  # of its gradient: what `regularise` is limited by
         self.D.requires_grad_(True)
         return stats
 
     def regularise(self, norm: Tensor | None = None) -> dict[str, Tensor]:
         """Classification regularisation, eqs. 4-5, as an update of the decoder of its own.
 
-        norm: what its gradient is scaled to, by --reg-stretch times at most; with --reg-clip n times the adversarial
-        gradient's, so that over n iterations the two weigh the same. The encoder's gradient can be a hundred times the
-        discriminator's, and in the second moments of their common Adam it would all but stop the adversarial game. It
-        can also become smaller, and then images cease to follow y.
+        norm: what its gradient is scaled to: down by any factor, up by at most --reg-stretch. With --reg-clip it is n
+        times the norm of the last adversarial gradient, so that over n iterations the two count the same. The encoder's
+        gradient can be a hundred times the discriminator's, and through their common Adam it would all but stop the
+        adversarial game. It can also become too small, and then images stop following y.
         """
         self.drop_gradients()
         loss, stats = self.classification(*self.fake("data"))
@@ -740,11 +746,11 @@ class Trainer:
 
         # Train the decoder to pass for real.
         stats |= self.graphs(self.generate, joint=joint)
+        norm = stats.pop("norm_g")
 
         # Every n-th iteration, train it to show what the labels say.
         if regularised and not joint:
-            norm = self.adversarial_norm * o["reg_every"] if o["reg_clip"] else None
-            stats |= self.graphs(self.regularise, norm)
+            stats |= self.graphs(self.regularise, norm * o["reg_every"] if o["reg_clip"] else None)
 
         # Average its weights.
         self.average((i + 1) * o["batch"])
@@ -817,8 +823,8 @@ class Network:
 def read(path: str | Path) -> dict:
     """The content of gan.pt. A snapshot is the decoder alone: the rest comes from its run's gan.pt."""
     path = Path(path).absolute()
-    run = training.run_folder(path)
-    return (training.load(run / "gan.pt", "gan") if run != path.parent else {}) | training.load(path, "gan")
+    folder = training.run_folder(path)
+    return (training.load(folder / "gan.pt", "gan") if folder != path.parent else {}) | training.load(path, "gan")
 
 
 def load(path: str | Path, device: str | torch.device = "cpu") -> Network:
@@ -835,23 +841,23 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> Network:
     with training.reading(path):
         names = data["label_names"] if labels else []
         options = state["options"]
-        shape = decoder_shape(options, data["size"], len(names))
-        decoder = training.rebuild(lambda: Decoder(*shape), state["ema"])
+        decoder = training.rebuild(lambda: build_decoder(options, data["size"], len(names)), state["ema"])
         decoder.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
         encoder = frozen_encoder(stage1.build(state["encoder"]), data["size"], device) if state.get("encoder") else None
         classifier = stage2.build(state["classifier"]).to(device) if state.get("classifier") else None
         balance = classifier.balance.cpu() if classifier else None
         if classifier and encoder and classifier.in_features != encoder.features:
             raise ValueError(f"a classifier of {classifier.in_features} features for an encoder of {encoder.features}")
-        if labels and labels["counts"].sum() != data["splits"]["train"]:
-            raise ValueError("its labels are not those of its images")
-        if labels and not (
-            labels["rows"].dtype == torch.uint8 and labels["rows"].max() <= 1 and labels["counts"].min() > 0
-        ):
-            raise ValueError("its labels are not 0 and 1")
-        rows = labels["rows"].float().repeat_interleave(labels["counts"], dim=0) if labels else None
-        if labels and not rows.shape[1] == len(names) == (classifier.out_features if classifier else len(names)):
-            raise ValueError(f"{len(names)} label names, but labels of {rows.shape[1]}")
+        rows = None
+        if labels:  # kept as distinct rows, and how often each of them occurs
+            rows, counts = labels["rows"], labels["counts"]
+            if counts.sum() != data["splits"]["train"]:
+                raise ValueError("its labels are not those of its images")
+            if not (rows.dtype == torch.uint8 and rows.max() <= 1 and counts.min() > 0):
+                raise ValueError("its labels are not 0 and 1")
+            if not rows.shape[1] == len(names) == (classifier.out_features if classifier else len(names)):
+                raise ValueError(f"{len(names)} label names, but labels of {rows.shape[1]}")
+            rows = rows.float().repeat_interleave(counts, dim=0)
         with torch.inference_mode():
             convolved = decoder.generator.convolved()
         kind = data["label_kind"] if labels else "none"
@@ -868,7 +874,6 @@ def frozen_encoder(encoder: nn.Module, size: int, device: torch.device, dtype: t
     dtype: autocast's, where it runs under that alone: its weights are then converted once, and not at every update.
     """
     frozen = freeze(encoder.to(device, memory_format=torch.channels_last), (3, size, size))
-    frozen.features, frozen.fingerprint = encoder.features, getattr(encoder, "fingerprint", None)
     for layer in frozen.modules() if dtype else ():
         if isinstance(getattr(layer, "weight", None), Tensor) and not isinstance(layer, nn.BatchNorm2d):
             layer.to(dtype)
@@ -916,7 +921,7 @@ def save_grid(trainer: Trainer, path: Path, y: Tensor | None, latents: Tensor) -
 
 
 @torch.inference_mode()
-def control_accuracy(trainer: Trainer, n: int = 256) -> float:
+def logged_control(trainer: Trainer, n: int = 256) -> float:
     """Part of n averaged images in which the run's classifier finds the labels asked for, the same latents each time."""
     draw = torch.Generator().manual_seed(0)
     y = trainer.labels[torch.randint(len(trainer.labels), (n,), generator=draw).to(trainer.run.device)]
@@ -926,7 +931,9 @@ def control_accuracy(trainer: Trainer, n: int = 256) -> float:
         x = trainer.ema(some_y, some_latents)
         with trainer.run.autocast():  # as in training, where the encoder may have weights of 16 bits
             parts.append(trainer.classifier(trainer.encoder(x)))
-    return training.accuracy(torch.cat(parts), y, trainer.kind)
+    logits = torch.cat(parts)
+    right = logits.argmax(1) == y.argmax(1) if trainer.kind == "one-hot" else (logits > 0) == (y > 0.5)
+    return right.float().mean().item()
 
 
 def introduction(trainer: Trainer, data, images: int, total: int) -> str:
@@ -1004,9 +1011,9 @@ OPTIONS = [
 
 # Options that a resumed run may change.
 FREE = {
-    *("data", "kimg", "snap", "keep", "graph", "outdir", "precision", "tf32", "device", "workers"),
-    *("resume", "init", "dry_run"),
-}
+    "data", "kimg", "snap", "keep", "graph", "outdir", "precision", "tf32", "device", "workers", "resume", "init",
+    "dry_run",
+}  # fmt: skip
 
 
 def default_kimg(size: int) -> float:
@@ -1090,9 +1097,9 @@ def main(**options):
     outdir = training.out_folder(options)
     options["size"] = options["size"] or layouts.PRESETS.get(preset)
     check_options(options, given)
-    if options["size"]:
-        set_by_size(options)
     if options["dry_run"]:
+        if options["size"]:
+            set_by_size(options)
         constants = dict(
             noise=NOISE, basis=BASIS, beta2=BETA2, orth_weight=ORTH, r1_every=R1_EVERY, ema_half_life=EMA_HALF_LIFE
         )
@@ -1205,7 +1212,7 @@ def main(**options):
             log.step(options["batch"])
             done, stopping = images >= total, run.stopping(iteration)
             due = done or images // snap > before // snap
-            control = {"control": control_accuracy(trainer)} if due and run.rank == 0 and trainer.classifier else {}
+            control = {"control": logged_control(trainer)} if due and run.rank == 0 and trainer.classifier else {}
             if due or stopping or images // LOG_EVERY > before // LOG_EVERY:
                 log.write(images, **control)
                 training.check_finite([trainer.step_g, trainer.step_d], images, options)
@@ -1215,16 +1222,13 @@ def main(**options):
                 if run.rank == 0:
                     state = facts | {"images_seen": images, "iteration": iteration, "ema": trainer.ema.state_dict()}
                     if due:
-                        training.save_snapshot(
-                            outdir / "snapshots" / f"gan-{images:08d}.pt", state, options["keep"], 10 * snap
-                        )
+                        snapshot = outdir / "snapshots" / f"gan-{images:08d}.pt"
+                        training.save_snapshot(snapshot, state, options["keep"], 10 * snap)
                         with log.on_disk("a picture"):
-                            log.picture(
-                                "samples", save_grid(trainer, outdir / "samples" / f"{images:08d}.png", *fixed), images
-                            )
-                    training.save(
-                        checkpoint, state | stages | {"trainer": trainer.state()}, must=bool(done or stopping)
-                    )
+                            picture = save_grid(trainer, outdir / "samples" / f"{images:08d}.png", *fixed)
+                            log.picture("samples", picture, images)
+                    state |= stages | {"trainer": trainer.state()}
+                    training.save(checkpoint, state, must=bool(done or stopping))
                 run.wait()
             if stopping and not done:
                 raise training.Stopped(stopping, f"stopped and saved at {images:,} images; the same command goes on")

@@ -41,6 +41,11 @@ CELEBA = {  # the attribute sets of the paper's tables 1 to 3
     "celeba15": "Bald,Blurry,Chubby,Double_Chin,Eyeglasses,Goatee,Gray_Hair,Mustache,Narrow_Eyes,Pale_Skin,"
     "Receding_Hairline,Rosy_Cheeks,Sideburns,Wearing_Hat,Wearing_Necktie",
 }
+CELEBA_TABLES = {  # table of the attributes: folder of the images
+    **dict.fromkeys(("list_attr_celeba.txt", "list_attr_celeba.csv"), "img_align_celeba"),
+    "CelebAMask-HQ-attribute-anno.txt": "CelebA-HQ-img",
+}
+PARTITIONS = ("list_eval_partition.txt", "list_eval_partition.csv")
 UNDERSTOOD = (
     "class folders (also below train/ and val/), labels.csv, CelebA (img_align_celeba/ with list_attr_celeba), "
     "CelebAMask-HQ, StyleGAN's dataset.json, or Fashion-MNIST's idx files"
@@ -161,7 +166,7 @@ def scan(root: Path, files: list[str], folders: list[str]) -> Source:
     if idx_name(IDX[0], base):
         source = scan_idx(root, files, base)
     elif found := find_celeba(base):
-        source = scan_celeba(root, images, base, *found)
+        source = scan_celeba(root, files, images, base, *found)
     else:
         top = find_top(images, files, folders)
         if top + "dataset.json" in files:
@@ -460,11 +465,7 @@ def scan_csv(root: Path, images: list[str], top: str) -> Source:
 
 def find_celeba(base: dict[str, str]) -> tuple[str, str] | None:
     """The folder of the images and the table of the attributes of CelebA or CelebAMask-HQ, if that is the layout."""
-    for name in ("list_attr_celeba.txt", "list_attr_celeba.csv"):
-        if name in base:
-            return "img_align_celeba", base[name]
-    table = base.get("CelebAMask-HQ-attribute-anno.txt")
-    return ("CelebA-HQ-img", table) if table else None
+    return next(((folder, base[name]) for name, folder in CELEBA_TABLES.items() if name in base), None)
 
 
 def celeba_header(root: Path, table: str, rows: Iterator) -> tuple[list[str], str]:
@@ -480,12 +481,18 @@ def celeba_header(root: Path, table: str, rows: Iterator) -> tuple[list[str], st
     return names, first[0]
 
 
-def scan_celeba(root: Path, images: list[str], base: dict[str, str], folder: str, table: str) -> Source:
+def scan_celeba(
+    root: Path, files: list[str], images: list[str], base: dict[str, str], folder: str, table: str
+) -> Source:
     """CelebA or CelebAMask-HQ: the images in `folder`, labelled by `table`, split by list_eval_partition if there.
 
     Lines without an image are counted and left out: many people keep a part of the images with the full table.
     """
     images = [name for name in images if folder in name.split("/")[:-1]]
+    for names in (CELEBA_TABLES, PARTITIONS):
+        tables = sorted(f for f in files if f.rpartition("/")[2] in names)
+        if len(tables) > 1:
+            fail(f"{root} has {tables[0]} and {tables[1]}: keep the one that its images go with")
     if not images:
         fail(f"{root} has CelebA's annotations, but no images in {folder}/: unpack them there")
     place, rows, find = root / table, read_rows(root, table), matcher(images)
@@ -499,7 +506,7 @@ def scan_celeba(root: Path, images: list[str], base: dict[str, str], folder: str
     if absent:
         lines = f"{absent:,} of {absent + len(found):,} rows"
         source.notes.append(f"{lines} in {table} have no image in {folder}/ (--strict refuses that)")
-    if table := base.get("list_eval_partition.txt") or base.get("list_eval_partition.csv"):
+    if table := next((base[name] for name in PARTITIONS if name in base), None):
 
         def convert(cells: list[str], where: str) -> str:
             if cells[0] not in ("0", "1", "2"):
@@ -523,7 +530,7 @@ def scan_json(root: Path, images: list[str], top: str) -> Source:
         raw = read(root, table, MAX_TABLE)
         if raw.count(b"[") + raw.count(b"{") > MAX_LISTS:
             raise ValueError(f"it has more than {MAX_LISTS:,} lists")
-        content = json.loads(raw)
+        content = json.loads(raw, object_pairs_hook=once)
     except json.JSONDecodeError as error:
         fail(f"{place} line {error.lineno} column {error.colno}: this is not JSON ({error.msg})")
     except (*UNREADABLE, RecursionError) as error:
@@ -561,6 +568,13 @@ def scan_json(root: Path, images: list[str], top: str) -> Source:
     if not named and (gaps := set(range(len(names))) - set(found.values())):
         fail(f"{root}: class {min(gaps)} has no training images: add some or remove it")
     return Source(list(found), splits, names, list(found.values()), tables=[table])
+
+
+def once(pairs: list[tuple]) -> dict:
+    """A JSON object as a dict. Raises ValueError for a key that is there twice: json.loads would take the last."""
+    if twice := [key for key, times in Counter(key for key, _ in pairs).items() if times > 1]:
+        raise ValueError(f"the key {twice[0]!r:.60} is there twice")
+    return dict(pairs)
 
 
 def is_pair(value: object) -> bool:

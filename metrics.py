@@ -60,28 +60,25 @@ WEIGHTS_URL = (
 WEIGHTS_HASH = "6726825d"  # how the SHA-256 of the published file begins
 IMAGENET_URL = "https://download.pytorch.org/models/inception_v3_google-0cc3c7bd.pth"
 METRICS = (
-    *("fid", "is", "is_published", "kid", "pr", "spectrum"),
-    *("chamfer", "chamfer_sum", "accuracy", "diversity", "information"),
-)
+    "fid", "is", "is_published", "kid", "pr", "spectrum", "chamfer", "chamfer_sum", "accuracy", "diversity",
+    "information",
+)  # fmt: skip
 OF_FOLDERS = ("fid", "is", "kid", "pr", "chamfer")
-FEWEST = 64  # points a side for t-SNE: of fewer, equal clouds may score worse than clouds far apart
+FEWEST = 64  # points a side for t-SNE: with fewer, two samples of one distribution can score worse than two far apart
 MAX_STATS = 2**29  # bytes of unpacked statistics: those of 8,000 features
 MOST = 10_000  # features a side for precision and recall, whose time grows with their product
 
+# ---------------------------------------------------------------------------------------------------------------------
+# Reading image files: the text of files.py, so that this file works alone. The metrics begin after it.
+
 # --- the image reader: files.py has the same text ---
 SUFFIXES = (
-    *(".avif", ".bmp", ".gif", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".pnm", ".ppm"),
-    *(".tga", ".tif", ".tiff", ".webp"),
-)
+    ".avif", ".bmp", ".gif", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".pnm", ".ppm", ".tga",
+    ".tif", ".tiff", ".webp",
+)  # fmt: skip
 OF_SYSTEMS = (
-    "__MACOSX",
-    "__pycache__",
-    "@eaDir",
-    "#recycle",
-    "lost+found",
-    "$RECYCLE.BIN",
-    "System Volume Information",
-)
+    "__MACOSX", "__pycache__", "@eaDir", "#recycle", "lost+found", "$RECYCLE.BIN", "System Volume Information",
+)  # fmt: skip
 # Pillow tries only these formats, whatever a file is called: some others (EPS) would start a program.
 FORMATS = sorted({name for suffix, name in Image.registered_extensions().items() if suffix in SUFFIXES})
 MAX_PIXELS = 2**26  # 67 million: room for cameras; decoding takes up to 20 bytes for each, so 1.3 GB at most
@@ -289,6 +286,7 @@ class Inception(nn.Module):
         net.eval().requires_grad_(False)
         self.classes = net.fc.weight  # of the logits, which IS takes without their bias
         self.convs: dict[str, tuple] = {}  # name: weight, bias, stride, padding
+        self.sizes: dict[str, list[int]] = {}  # block: channels of its branches' first layers
         for name, module in net.named_modules():
             if isinstance(module, torchvision.models.inception.BasicConv2d):
                 conv = nn.utils.fusion.fuse_conv_bn_eval(module.conv, module.bn)
@@ -296,7 +294,7 @@ class Inception(nn.Module):
         for block, branches in HEADS.items():
             weight, bias = zip(*(self.convs.pop(f"{block}.{branch}")[:2] for branch in branches), strict=True)
             self.convs[block] = (torch.cat(weight), torch.cat(bias), 1, 0)
-            setattr(self, block, [len(b) for b in bias])
+            self.sizes[block] = [len(b) for b in bias]
 
     def to(self, device: torch.device) -> "Inception":
         self.convs = {
@@ -315,7 +313,7 @@ class Inception(nn.Module):
     def heads(self, x: Tensor, block: str) -> list[Tensor]:
         """The first layer of a block's branches."""
         weight, bias, _, _ = self.convs[block]
-        sizes = getattr(self, block)
+        sizes = self.sizes[block]
         if "branch_pool" not in HEADS[block]:
             return list(F.conv2d(x, weight, bias).relu_().split(sizes, 1))
         x = F.conv2d(x, weight)
@@ -432,27 +430,6 @@ def inception_network(file: str | None, url: str, option: str, build: Callable) 
         raise click.ClickException(f"{path} holds no weights for {option}: {why}") from None
 
 
-class ImageNetClasses:
-    """log p(c|x) of the paper's IS: torchvision's ImageNet Inception v3 with its 1,000 classes.
-
-    Images in [-1, 1] go in as they are, bilinearly resized to 299 px.
-    """
-
-    def __init__(self, file: str | None, device: torch.device):
-        def build(weights: dict) -> nn.Module:
-            net = torchvision.models.inception_v3(weights=None, init_weights=False, transform_input=False)
-            load_weights(net, weights)
-            return net
-
-        self.net = inception_network(file, IMAGENET_URL, "--imagenet-inception", build)[0].to(device).eval()
-        self.device = device
-
-    @torch.inference_mode()
-    def __call__(self, images: Tensor) -> Tensor:
-        """uint8 [B, S, S, 3] -> float64 [B, 1000]."""
-        return self.net(resize(images, "torch", self.device)).double().log_softmax(1)
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Statistics of features and the numbers made from them.
 
@@ -477,8 +454,8 @@ class Moments:
         if self.n == 0:
             self.n, self.mean, self.scatter = other.n, other.mean, other.scatter
         elif other.n:
-            n, shift = self.n + other.n, other.mean.to(self.mean.device) - self.mean
-            self.scatter.add_(other.scatter.to(self.mean.device)).addr_(shift, shift, alpha=self.n * other.n / n)
+            n, shift = self.n + other.n, other.mean - self.mean
+            self.scatter.add_(other.scatter).addr_(shift, shift, alpha=self.n * other.n / n)
             self.mean = self.mean + shift * (other.n / n)
             self.n = n
 
@@ -740,18 +717,12 @@ def forces(p: Tensor, y: Tensor, dims: int, block: int = 1024) -> tuple[Tensor, 
     return attract.T.contiguous(), repel.T.contiguous(), total
 
 
-def tsne(
-    x: Tensor,
-    dims: int = 3,
-    perplexity: float = 30.0,
-    iterations: int = 1000,
-    p: Tensor | None = None,
-) -> Tensor:
+def tsne(x: Tensor, dims: int = 3, perplexity: float = 30.0, iterations: int = 1000) -> Tensor:
     """Exact t-SNE (van der Maaten and Hinton 2008) with the settings and the schedule of scikit-learn's exact method.
 
     x float [N, D] on the device to compute on -> float32 [N, dims], dims 2 or 3. Kernel (1 + d^2/v)^(-(v+1)/2), v = dims
     - 1. From the principal components, so nothing is drawn; learning rate max(N/48, 50); 250 iterations of early
-    exaggeration 12 at momentum 0.5, the rest at 0.8; gains +0.2 and x0.8, at least 0.01. p: `affinities`, if known.
+    exaggeration 12 at momentum 0.5, the rest at 0.8; gains +0.2 and x0.8, at least 0.01.
     Memory: 4 N^2 bytes. Raises ValueError for too few points.
 
     In the plane it finds the minima that scikit-learn finds. In 3-D that library moves points by what is not the gradient
@@ -760,7 +731,7 @@ def tsne(
     n = len(x)
     if n <= perplexity:
         raise ValueError(f"t-SNE of perplexity {perplexity:g} needs more than {perplexity:g} points, got {n}")
-    p = affinities(x, perplexity) if p is None else p
+    p = affinities(x, perplexity)
     y = torch.zeros(3, n, device=x.device)
     centred = (x - x.mean(0)).double()
     vectors = torch.linalg.eigh(centred.T @ centred)[1][:, -dims:].flip(1)
@@ -822,7 +793,8 @@ def tsne_chamfer(real: Tensor, other: Tensor, seed: int, device: torch.device | 
         y = torch.from_numpy(TSNE(3, perplexity=perplexity, **how).fit_transform(x.cpu().numpy()))
     else:
         y = tsne(x.to(device), perplexity=perplexity)
-    return chamfer(y[: len(real)], y[len(real) :])[int(published)]
+    mean, total = chamfer(y[: len(real)], y[len(real) :])
+    return total if published else mean
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -918,10 +890,25 @@ def measure(source, features: Callable, world: World, what: str, score: bool = F
 
 
 def measure_is_published(images, file: str | None, world: World) -> dict:
-    """IS as the paper has it: of the images of a source, by ImageNet's classes, in one split."""
+    """IS as the paper has it: of the images of a source, in one split, by the 1,000 classes of ImageNet.
+
+    The network is torchvision's Inception v3. Images in [-1, 1] go in as they are, bilinearly resized to 299 px.
+    """
+
+    def build(weights: dict[str, Tensor]) -> nn.Module:
+        net = torchvision.models.inception_v3(weights=None, init_weights=False, transform_input=False)
+        load_weights(net, weights)
+        return net.eval()
+
     world.first(lambda: file or published_weights(IMAGENET_URL, "--imagenet-inception"))
-    network, score = ImageNetClasses(file, world.device), InceptionScore(len(images), splits=1)
-    for index, log_p in world.scan(images, network, "IS as published"):
+    net = inception_network(file, IMAGENET_URL, "--imagenet-inception", build)[0].to(world.device)
+
+    @torch.inference_mode()
+    def classes(images: Tensor) -> Tensor:
+        return net(resize(images, "torch", world.device)).double().log_softmax(1)
+
+    score = InceptionScore(len(images), splits=1)
+    for index, log_p in world.scan(images, classes, "IS as published"):
         score.add(index, log_p)
     return {"is_published": world.joined(score).value()[0], "is_published_n": len(images)}
 
@@ -983,8 +970,9 @@ def import_trained(option: str):
     return trained
 
 
-def choose_features(option: str, inception: str | None, how: str, steps: int, run, world: World, seed: int):
-    """The feature network for FID, IS, KID, precision and recall, by --features. steps, seed: of the judge's training."""
+def choose_features(options: dict, steps: int, run, world: World):
+    """The feature network for FID, IS, KID, precision and recall, by --features. steps: of the judge's training."""
+    option, inception, seed = options["features"], options["inception"], options["seed"]
     if option in ("encoder", "judge") and run is None:
         raise click.UsageError(f"--features {option} needs --network; two folders take inception or FILE")
     if option in ("encoder", "judge"):
@@ -998,7 +986,7 @@ def choose_features(option: str, inception: str | None, how: str, steps: int, ru
     try:
         if inception is None:
             world.first(lambda: published_weights(WEIGHTS_URL, "--inception"))
-        features = InceptionFeatures(inception, how, world.device)
+        features = InceptionFeatures(inception, options["resize"] or "torch", world.device)
     except click.ClickException as error:
         if option == "inception" or inception or run is None:
             raise
@@ -1019,12 +1007,10 @@ def choose_features(option: str, inception: str | None, how: str, steps: int, ru
 def measure_fidelity(options: dict, amounts: dict, need: set, run, world: World, notes: list[str]) -> dict:
     """Frechet and kernel distance, IS, precision and recall, the spectrum, and for two folders Chamfer.
 
-    `need` says which of them; what the user should know of them is added to `notes`.
+    need: which of them. What the user should know of the results is added to `notes`.
     """
     num, seed, reference = options["num"], options["seed"], options["reference"] or ""
-    features = choose_features(
-        options["features"], options["inception"], options["resize"], amounts["judge"], run, world, seed
-    )
+    features = choose_features(options, amounts["judge"], run, world)
     results: dict = {"features": features.name, "features_hash": features.hash, "resize": features.resize}
     if options["save_stats"] and features.name == "judge":
         raise click.UsageError(
@@ -1066,7 +1052,7 @@ def measure_fidelity(options: dict, amounts: dict, need: set, run, world: World,
         subset = options["kid_subset"] or min(1000, fewest)
         if subset > fewest:
             raise click.UsageError(f"--kid-subset {subset} must be at most the {fewest} images there are")
-    if run is None and "chamfer" in need:
+    if "chamfer" in need:
         points = min(options["points"] or amounts["points"], len(images), len(real))
         if points < FEWEST:
             why = f"its t-SNE needs at least {FEWEST} images a side, there are {points}"
@@ -1081,13 +1067,13 @@ def measure_fidelity(options: dict, amounts: dict, need: set, run, world: World,
             world = replace(world, batch=64)  # as for runs: t-SNE makes more of the rounding
 
     # One pass over each side, or the statistics of one.
-    compared = need & ({"fid", "kid", "pr", "spectrum"} | (set() if run else {"chamfer"}))
+    compared = need - {"is"}
     if compared and real is None:
         theirs, named = load_stats(reference, features)
         if not named:
             notes.append(f"{reference} does not name its network and resize: assumed to be the ones used here")
         results |= {"n_reference": theirs.n} if theirs.n < 10**9 else {}  # files of pytorch-fid do not say it
-    keep = bool(need & {"kid", "pr"}) or (run is None and "chamfer" in need)
+    keep = bool(need & {"kid", "pr", "chamfer"})
     spectra = [import_trained("--metrics spectrum").Spectrum() for _ in range(2)] if "spectrum" in need else []
     look, look_real = [spectrum.watch(features) for spectrum in spectra] or [features, features]
     what = "generated" if run else "images"
@@ -1126,7 +1112,7 @@ def measure_fidelity(options: dict, amounts: dict, need: set, run, world: World,
     if "spectrum" in need:
         fake, true = (world.joined(spectrum).nyquist() for spectrum in spectra)
         results |= {f"nyquist_{way}": a / b for way, a, b in zip("hv", fake, true, strict=True) if b > 0}
-    if run is None and "chamfer" in need:
+    if "chamfer" in need:
         seeds = range(seed, seed + (options["seeds"] or amounts["seeds"]))
         results |= measure_chamfer("chamfer", partial(draw_clouds, kept_real, kept), seeds, points, world)
     folders = [source for source in (images, real) if isinstance(source, Folder)]
@@ -1168,8 +1154,9 @@ def evaluate(options: dict, world: World) -> dict:
     results |= {"seed": seed, "processes": world.size, "device": world.device.type}
     results |= {"protocol": run.protocol} if run else {}
 
-    if need & ({"fid", "is", "kid", "pr", "spectrum"} | (set() if run else {"chamfer"})):
-        results |= measure_fidelity(options, amounts, need, run, world, notes)
+    in_pass = need & ({"fid", "is", "kid", "pr", "spectrum"} | (set() if run else {"chamfer"}))  # a run's has its own
+    if in_pass:
+        results |= measure_fidelity(options, amounts, in_pass, run, world, notes)
     if run:
         seeds = range(seed, seed + (options["seeds"] or amounts["seeds"]))
         for name in [m for m in ("chamfer", "chamfer_sum") if m in need]:
@@ -1242,7 +1229,6 @@ def report(r: dict) -> str:
     return "\n".join(lines)
 
 
-# fmt: off
 def metric_names(context: click.Context, option: click.Parameter, text: str | None) -> list[str]:
     """'fd, is' -> ['fid', 'is'], '' -> []. Raises click.UsageError for a name that there is not."""
     names = [name.strip() for name in text.split(",")] if text else []
@@ -1253,6 +1239,7 @@ def metric_names(context: click.Context, option: click.Parameter, text: str | No
     return names
 
 
+# fmt: off
 OPTIONS = [
     click.Option(["--network"], metavar="FILE", multiple=True, help="A run's gan.pt, scored against its training images; several times: a table of runs."),
     click.Option(["--data"], metavar="PATH", help="The run's images, if they have moved."),
@@ -1264,7 +1251,7 @@ OPTIONS = [
     click.Option(["--inception"], metavar="FILE", help="The Inception weights, if not to be downloaded."),
     click.Option(["--imagenet-inception"], metavar="FILE", help="Weights of torchvision's Inception v3, for is_published, if not to be downloaded."),
     click.Option(["--protocol"], type=click.Choice(["paper", "ours"]), help="paper: FID of as many generated as real images, IS, Chamfer and control accuracy as published.  [default: the run's]"),
-    click.Option(["--resize"], type=click.Choice(["torch", "tf", "clean"]), default="torch", help="To 299 px as pytorch-fid, torch-fidelity or clean-fid does."),
+    click.Option(["--resize"], type=click.Choice(["torch", "tf", "clean"]), help="To 299 px for Inception, as pytorch-fid, torch-fidelity or clean-fid does.  [default: torch]"),
     click.Option(["--num"], metavar="N", type=click.IntRange(2, 10**7), help="Images a side.  [default: folders all; runs 50,000, on CPUs 5,000, with Inception 1,000]"),
     click.Option(["--points"], metavar="N", type=click.IntRange(FEWEST, 25_000), help="Images a side for Chamfer, at most 25,000: t-SNE's affinities are 10 GB then.  [default: 6,400; chamfer on CPUs 500]"),
     click.Option(["--kid-subset"], metavar="N", type=click.IntRange(2, 10**5), help="Images in a subset of KID.  [default: 1,000, or all if fewer]"),
@@ -1324,6 +1311,9 @@ def main(network: tuple[str, ...], json_file: str | None, **options) -> None:
     for name in ("data", "protocol"):
         if options[name] and not network:
             raise click.UsageError(f"--{name} goes with --network")
+    for name in ("inception", "resize"):
+        if options[name] and options["features"] not in ("auto", "inception"):
+            raise click.UsageError(f"--{name} is for Inception, not for --features {options['features']}")
     if len(network) > 1 and options["save_stats"]:
         raise click.UsageError("--save-stats takes one --network")
     if options["images"] and not options["reference"] and options["metrics"] != ["is"]:

@@ -387,6 +387,8 @@ def compare(results: Sequence[dict]) -> str:
     columns = [c for c in columns if any(c[0] in r for r in results)]
     width = max(map(len, names))
     lines = [" " * width + "".join(f"{title:>11s}" for _, title, _ in columns)]
+    if len({r["features_hash"] for r in results if "features_hash" in r}) > 1:
+        lines.insert(0, f"The runs were seen through different networks: their {distance.upper()}s do not compare.")
     for name, r in zip(names, results, strict=True):
         cells = (form.format(r[key]) if key in r else "-" for key, _, form in columns)
         lines.append(f"{name:{width}s}" + "".join(f"{cell:>11s}" for cell in cells))

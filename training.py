@@ -233,10 +233,9 @@ def make_folder(path: Path) -> None:
 
 def write_options(path: Path, options: dict) -> None:
     """Save a command's resolved options beside its results, as JSON; numbers without a value (NaN) become null."""
-    plain = json.loads(to_json(options | {"torch": torch.__version__}))
     try:
         with atomic(path) as temporary:
-            temporary.write_text(json.dumps(plain, indent=2) + "\n")
+            temporary.write_text(to_json(options | {"torch": torch.__version__}, indent=2) + "\n")
     except OSError as error:
         raise click.ClickException(f"cannot write {path}: {error.strerror}") from None
 
@@ -309,7 +308,7 @@ class Run:
                     )
 
     def wait(self) -> None:
-        """Wait for the other processes, as they do while the first one saves and measures."""
+        """All processes meet here; the others wait while the first one saves and measures."""
         if self.world > 1:
             dist.barrier(self.group)
 
@@ -353,12 +352,13 @@ class Stepper:
         return [p for group in self.optimizer.param_groups for p in group["params"]]
 
     def set_rate(self, rate: float) -> None:
-        """The learning rate of the next steps. CUDA graphs read it from a tensor."""
+        """The learning rate of the next steps, times a group's `speed` if it has one. CUDA graphs read it from a tensor."""
         for group in self.optimizer.param_groups:
+            own = rate * group.get("speed", 1)
             if isinstance(group["lr"], torch.Tensor):
-                group["lr"].fill_(rate)
+                group["lr"].fill_(own)
             else:
-                group["lr"] = rate
+                group["lr"] = own
 
     def step(self, loss: torch.Tensor, norm: torch.Tensor | None = None, stretch: float = 1.0) -> torch.Tensor:
         """Backward and one step; returns the gradient's norm.
@@ -627,11 +627,6 @@ class _BatchNorm(torch.autograd.Function):
         return dx.to(dtype), dweight, dbias if ctx.needs_input_grad[2] else None, None
 
 
-def full(x: torch.Tensor) -> torch.Tensor:
-    """x in at least single precision: scores and images leave autocast networks through this."""
-    return x if x.dtype == torch.float64 else x.float()
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Small helpers.
 
@@ -693,16 +688,15 @@ def random_crop(x: torch.Tensor, area: float) -> torch.Tensor:
     return rows[:, None].to(x.dtype) @ x.contiguous() @ columns[:, None].mT.to(x.dtype)
 
 
+def full(x: torch.Tensor) -> torch.Tensor:
+    """x in at least single precision: scores and images leave autocast networks through this."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
 def entropy_bits(labels: torch.Tensor) -> float:
     """H(Y) in bits: the entropy of the rows of labels [N, Y] as they occur together, not a sum over attributes."""
     counts = torch.unique(labels, dim=0, return_counts=True)[1].double()
     return torch.special.entr(counts / len(labels)).sum().item() / math.log(2)
-
-
-def accuracy(logits: torch.Tensor, y: torch.Tensor, kind: str) -> float:
-    """Part of the labels y [N, Y] that logits [N, Y] have right: for kind 'one-hot' of the rows, else of all entries."""
-    right = logits.argmax(1) == y.argmax(1) if kind == "one-hot" else (logits > 0) == (y > 0.5)
-    return right.float().mean().item()
 
 
 def information_bits(logits: torch.Tensor, y: torch.Tensor, kind: str, h_y: float) -> float:
@@ -729,13 +723,14 @@ ENTRIES = {
     "classifier": dict(config=dict, model=dict, data=dict, options=dict, encoder_hash=str, balance=list),
     "gan": dict(ema=dict, data=dict, options=dict, images_seen=int),
 }
-DATA = {
-    **dict(data=str, name=str, preset=str, fingerprint=str, size=int, splits=dict, label_names=list, label_kind=str),
-    **dict(squash=bool, train_on_all=bool),
-}
+DATA = dict(
+    data=str, name=str, preset=str, fingerprint=str, size=int, splits=dict, label_names=list, label_kind=str,
+    squash=bool, train_on_all=bool,
+)  # fmt: skip
 FURTHER = ("training", "trainer")  # entries of optimisers, discriminator and the like
-DTYPES = {torch.bool, torch.uint8, torch.int32, torch.int64}
-DTYPES |= {torch.float16, torch.bfloat16, torch.float32, torch.float64}
+DTYPES = {
+    torch.bool, torch.uint8, torch.int32, torch.int64, torch.float16, torch.bfloat16, torch.float32, torch.float64,
+}  # fmt: skip
 PLAIN = 2**24  # bytes of a checkpoint beside its tensors: names and settings take a thousandth of that
 RESUME_REMEDY = "give --no-resume to start over, or another --outdir"
 
@@ -764,8 +759,8 @@ def save(path: Path, state: dict, must: bool = True, keep_previous: bool = True)
 def save_snapshot(path: Path, state: dict, keep: int, every: int) -> None:
     """Write a numbered checkpoint, <name>-<images>.pt, and drop all but the last `keep` and those at round numbers.
 
-    Round are the first ones after a multiple of `every` images. Those of more images are of a run that was started over:
-    they go too. A full disk is reported and ends nothing.
+    Round are the first ones after a multiple of `every` images. Snapshots of more images than this one are of a run that
+    was started over, and are deleted. A full disk is reported and ends nothing.
     """
     save(path, state, must=False, keep_previous=False)
     stage, _, now = path.stem.rpartition("-")
@@ -774,7 +769,7 @@ def save_snapshot(path: Path, state: dict, keep: int, every: int) -> None:
         return
     images = [n for n in found if n <= int(now)]
     drop = found.keys() - {*images}
-    if len(images) > keep:  # one leaves the last ones; those before it were judged when they did
+    if len(images) > keep:  # one drops out of the last `keep`; those before it were decided on when they did
         before, n = [0, *images][-keep - 2 : -keep]
         drop |= {n} if n // every == before // every else set()
     for n in drop:
@@ -804,8 +799,8 @@ def previous(path: Path) -> Path:
 def load(path: Path | str, stage: str, finished: bool = False, go_on: bool = False, others: bool = True) -> dict:
     """Read a checkpoint of the named stage ('encoder', 'classifier' or 'gan') to the CPU.
 
-    finished: refuse the encoder or classifier of a run that was stopped before its end. go_on: with what only further
-    training needs, which is most of the file. others: name the whole checkpoint that there is in place of a damaged one.
+    finished: refuse the encoder or classifier of a run that was stopped before its end. go_on: with optimisers and
+    discriminator too, most of the file. others: if the file is damaged, say which other checkpoint is whole.
     Raises click.ClickException if the file is missing, damaged (the checksums of its parts are compared), not a
     checkpoint, of another stage or format, incomplete, has entries that no run writes, or weights that are not finite.
     """
@@ -901,17 +896,14 @@ def rebuild(build: Callable[[], torch.nn.Module], weights: dict[str, torch.Tenso
     """The network that `build` makes, on the CPU, with the weights of a checkpoint: those very tensors, not copies.
 
     It is built without memory or first weights: a few bytes in a file can ask for a network of any size. Buffers that
-    checkpoints leave out are for `build` to put on the CPU. Raises ValueError unless the network has tensors of just
-    the shapes of `weights`.
+    checkpoints leave out are for `build` to put on the CPU. Raises RuntimeError unless the network has tensors of just
+    the names and shapes of `weights`.
     """
     with torch.device("meta"):
         network = build()
-    own = network.state_dict()
-    shapes, theirs = ({name: tuple(value.shape) for name, value in state.items()} for state in (own, weights))
-    for name in shapes | theirs:
-        if theirs.get(name) != shapes.get(name):
-            raise ValueError(f"{name} is {theirs.get(name, 'missing')} there, {shapes.get(name, 'missing')} here")
-    network.load_state_dict({name: weights[name].detach().to(own[name].dtype) for name in own}, assign=True)
+    dtypes = {name: value.dtype for name, value in network.state_dict().items()}
+    weights = {name: value.detach().to(dtypes.get(name, value.dtype)) for name, value in weights.items()}
+    network.load_state_dict(weights, assign=True)
     return network
 
 
@@ -1020,18 +1012,12 @@ def check_same(theirs: dict, ours: dict, keys: Iterable[str], file: Path | str, 
 
 
 def init_weights(network: torch.nn.Module, weights: dict, source: str) -> None:
-    """Copy `weights` into `network`.
-
-    Raises click.ClickException naming the first tensors that are missing or differ in shape.
-    """
-    own = network.state_dict()
-    wrong = [f"{k} {tuple(own[k].shape)} is {tuple(weights[k].shape) if k in weights else 'missing'} there"
-             for k in own if k not in weights or weights[k].shape != own[k].shape]  # fmt: skip
-    wrong += [f"{k} is not in this network" for k in weights if k not in own]
-    if wrong:
-        more = f" and {len(wrong) - 2} more" if len(wrong) > 2 else ""
-        raise click.ClickException(f"--init {source} does not fit: {'; '.join(wrong[:2])}{more}")
-    network.load_state_dict(weights)
+    """Copy `weights` into `network`. Raises click.ClickException if names or shapes differ."""
+    try:
+        network.load_state_dict(weights)
+    except Exception as error:  # what is no dict of tensors raises nearly anything
+        why = [line.strip() for line in str(error).splitlines()]
+        raise click.ClickException(f"--init {source} does not fit: {why[-1]:.200}") from None
 
 
 def fingerprint(state: dict[str, torch.Tensor]) -> str:
@@ -1192,6 +1178,6 @@ def quiet_tensorboard(args) -> None:
         threading.__excepthook__(args)
 
 
-def to_json(values: dict) -> str:
-    """One line of JSON; numbers without a value (NaN, infinity) become null, which JSON has."""
-    return json.dumps(json.loads(json.dumps(values), parse_constant=lambda _: None))
+def to_json(values: dict, indent: int | None = None) -> str:
+    """JSON, without `indent` in one line; numbers without a value (NaN, infinity) become null, which JSON has."""
+    return json.dumps(json.loads(json.dumps(values), parse_constant=lambda _: None), indent=indent)

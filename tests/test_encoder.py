@@ -506,7 +506,7 @@ def test_presets_and_dry_run(command, tmp_path, monkeypatch):
 def test_length_on_a_cpu(command, attribute_folder, tmp_path, monkeypatch, options, images):
     monkeypatch.setitem(encoder.PRESETS, "", encoder.PRESETS[""] | dict(epochs=2000.0))
     totals = []
-    monkeypatch.setattr(encoder, "train", lambda *a: totals.append((a[5], len(a[1]))) or {})
+    monkeypatch.setattr(encoder, "train", lambda *a: totals.append((a[5], len(a[1]))) or (a[5], {}))
     command("encoder", "--data", attribute_folder, "--outdir", tmp_path, "--device", "cpu", *options)
     total, n = totals[0]
     assert total == (images or 2 * n)

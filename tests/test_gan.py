@@ -99,7 +99,7 @@ def test_the_blur_leaves_no_dots():
     """Even maps stay even, whatever the weights; those of a transposed convolution do not."""
     x, dots = torch.randn(1, 6, 1, 1).expand(1, 6, 8, 8), []
     for blurred in (True, False):
-        y = gan.Double(6, 4, blurred)(x.contiguous()).detach()
+        y = gan.Upsample(6, 4, blurred)(x.contiguous()).detach()
         assert y.shape == (1, 4, 16, 16)
         dots.append(y[:, :, 2:-2, 2:-2].std((2, 3)).max())
     assert dots[0] < 1e-6 < 0.01 < dots[1]
@@ -110,15 +110,15 @@ def test_the_way_out_of_saturation():
     a = torch.tensor([-9.0, -9.0, -0.5, -0.5, 0.5, 9.0, 9.0], dtype=torch.float64, requires_grad=True)
     grad = torch.tensor([-1.0, 1.0, -1.0, 1.0, 1.0, 1.0, -1.0], dtype=torch.float64)  # descent goes the other way
     for slope in (0.0, 0.125):
-        x = gan.TanhWithReturn.apply(a, slope)
+        x = gan.TanhWithFloor.apply(a, slope)
         assert torch.equal(x, a.tanh())
         (found,) = torch.autograd.grad(x, a, grad)
         expected = grad * (1 - a.tanh() ** 2)
         expected[[0, 5]] = torch.where(expected[[0, 5]].abs() < slope, slope * grad[[0, 5]], expected[[0, 5]])
         torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-15)
     inside = torch.linspace(-1, 1, 7, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(lambda a: gan.TanhWithReturn.apply(a, 0.125), inside)
-    assert torch.autograd.gradgradcheck(lambda a: gan.TanhWithReturn.apply(a, 0.125), inside)
+    assert torch.autograd.gradcheck(lambda a: gan.TanhWithFloor.apply(a, 0.125), inside)
+    assert torch.autograd.gradgradcheck(lambda a: gan.TanhWithFloor.apply(a, 0.125), inside)
 
 
 def test_the_log_has_the_information_without_the_balance():

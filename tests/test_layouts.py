@@ -187,6 +187,14 @@ def test_celeba_without_partition(tmp_path):
     assert open_dataset(str(tmp_path / "c")).info()["splits"] == {"train": 27, "val": 3}
 
 
+def test_celeba_with_two_tables(tmp_path):
+    celeba(tmp_path / "c", 30)
+    for table in ("list_attr_celeba", "list_eval_partition"):
+        shutil.copyfile(tmp_path / "c" / f"{table}.txt", tmp_path / "c" / f"{table}.csv")
+        assert f"has {table}.csv and {table}.txt" in error_of(str(tmp_path / "c"))
+        (tmp_path / "c" / f"{table}.csv").unlink()
+
+
 def test_stylegan_zip(tmp_path):
     labels = [[f"{i // 10:05}/img{i:08}.png", i % 3] for i in range(30)]
     stylegan_zip(tmp_path / "gap.zip", [[n, 2 * i] for n, i in labels])
@@ -598,6 +606,7 @@ def test_exclusive_columns_are_classes(tmp_path):
         ('{"labels": [["0.png", 1], ["1.png", 2]], "label_names": ["a", "b"]}', ["counted from 1 to 2"]),
         ('{"labels": [["0.png", 0], ["1.png", 2]], "label_names": ["a", "b"]}', ["entry 1", "from 0 to 1"]),
         ('{"labels": [["0.png", 0]], "label_names": "ab"}', ["label_names"]),
+        ('{"labels": [["0.png", 0], ["1.png", 1]], "labels": []}', ["the key 'labels' is there twice"]),
         ('{"labels": [["0.png", NaN]]}', ["entry 0", "nan is no label"]),
         ('{"labels": [["0.png", ' + "9" * 5000 + "]]}", ["dataset.json cannot be read"]),
         ("[" * 10**5, ["dataset.json cannot be read"]),

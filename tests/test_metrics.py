@@ -370,7 +370,7 @@ def test_tsne_divergence_is_no_worse_than_scikit_learns(dims):
     p = metrics.affinities(x, 30.0)
     for forces in FORCES:
         with mock.patch.object(metrics, "tsne_forces", forces):
-            y = metrics.tsne(x, dims, p=p)
+            y = metrics.tsne(x, dims)
         assert y.shape == (210, dims) and y.dtype == torch.float32
         found = divergence(p, y).item()
         assert found == pytest.approx(theirs, rel=2e-3) if dims == 2 else found < theirs
@@ -520,7 +520,9 @@ def test_folders_as_a_command_and_statistics(space, tmp_path):
 
 
 def test_odd_options_get_one_line():
-    for odd in (("--batch", "9" * 5000), ("--resize", "x"), ("--points", 999_999_999), ("--num", "many"), ()):
+    judge = ("--network", "x.pt", "--features", "judge")
+    for odd in (("--batch", "9" * 5000), ("--resize", "x"), ("--points", 999_999_999), ("--num", "many"), (),
+                (*judge, "--resize", "clean"), (*judge, "--inception", "x")):  # fmt: skip
         result = command(*odd)
         assert result.exit_code == 2 and "Traceback" not in result.output
         assert len(result.output.strip().splitlines()) == 1 and len(result.output) < 600, result.output
