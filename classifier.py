@@ -156,7 +156,7 @@ def fit(
             extra = dict(layer=layer.state_dict(), optimizer=optimizer.state_dict(), best=best, least=least)
             save(folded(), extra | {"epochs": epoch + 1}, bool(signum))
         if signum:
-            raise training.Stopped(signum, f"stopped and saved after {epoch + 1} epochs; the same command goes on")
+            raise training.Stopped(signum, f"stopped and saved after {epoch + 1} epochs")
     return folded()
 
 
@@ -254,6 +254,8 @@ def main(**options):
     internal = tables or (spec or "").startswith("clusters:")
     if internal and not tables and not re.fullmatch(r"clusters:(auto|[2-9]|[1-9]\d)", spec):
         raise click.UsageError(f"--attributes {spec}: give clusters:auto, or clusters:K with K from 2 to 99")
+    if options["smoke"] and not given:
+        options["epochs"] = 2
     if options["dry_run"]:
         print(json.dumps(options, indent=2))
         return
@@ -279,12 +281,12 @@ def main(**options):
     keys = ("encoder", "attributes", "balance", "batch", "seed", "smoke")
     state = training.resume(path, "classifier", options, ds, keys)
     training.make_folder(outdir)
-    weights = training.load(options["init"], "classifier")["model"] if options["init"] else None
+    weights = training.load_init(options["init"], "classifier")["model"] if options["init"] else None
 
     # Embed every image once.
     steps = -(-len(ds) * 9 // 10 // options["batch"])
-    epochs = max(options["epochs"], 0 if given else math.ceil(STEPS / max(1, steps)))
-    epochs = options["epochs"] = 2 if options["smoke"] and not given else int(epochs)
+    least = 0 if given or options["smoke"] else math.ceil(STEPS / max(1, steps))
+    epochs = options["epochs"] = int(max(options["epochs"], least))
     if state and tables:
         now, _ = layouts.read_clusters(spec, ds)
         with training.reading(path):
@@ -317,7 +319,8 @@ def main(**options):
                 else:
                     found = clusters.cluster(h, spec, run.seed, outdir / "clusters")
                     names = [f"cluster{i}" for i in range(found["train"].max() + 1)]
-                clusters.write(found, h["train"], sets, names, outdir / "clusters")
+                given = layouts.cluster_tables(spec) if tables else []
+                clusters.write(found, h["train"], sets, names, outdir / "clusters", given)
         results["clusters"] = clusters.agreements(found["train"], ds)
         k = len(names)
         labels = {split: torch.eye(k)[torch.from_numpy(v).long()].to(run.device) for split, v in found.items()}

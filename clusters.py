@@ -5,6 +5,7 @@ k-means on the L2-normalised embeddings of the training images; K is given, or c
 """
 
 import csv
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -74,21 +75,27 @@ def plot(silhouette: dict[int, float], best: int, path: Path) -> None:
     figure.savefig(path, dpi=100)
 
 
-def write(found: dict[str, np.ndarray], h: np.ndarray, sets: dict, names: list[str], folder: Path) -> None:
+def write(
+    found: dict[str, np.ndarray], h: np.ndarray, sets: dict, names: list[str], folder: Path, given: Sequence[Path] = ()
+) -> None:
     """Write a table for each split, and for each cluster a picture of 64 of its training images, most typical first.
 
     `--attributes train.csv,val.csv` takes the tables back. h: embeddings [N, features] of the training images. sets:
-    {split: Dataset}. names: of the clusters, which name their pictures.
+    {split: Dataset}. names: of the clusters, 'cluster' and its number, which name their pictures. given: tables that
+    the clusters come from, which stay as they are.
     """
     folder.mkdir(parents=True, exist_ok=True)
     for old in folder.glob("cluster*.png"):
         old.unlink()
     for split, v in found.items():
+        if (folder / f"{split}.csv").resolve() in [path.resolve() for path in given]:
+            continue
         # A name that is not UTF-8 is written with escapes.
         with open(folder / f"{split}.csv", "w", newline="", encoding="utf-8", errors="backslashreplace") as file:
             table = csv.writer(file)
             table.writerow(["img", "cluster"])
-            table.writerows(zip(sets[split].names, v.tolist(), strict=True))
+            numbers = [names[i].removeprefix("cluster") for i in v]
+            table.writerows(zip(sets[split].names, numbers, strict=True))
     h = np.asarray(h) / np.linalg.norm(h, axis=1, keepdims=True).clip(1e-12)
     for c in np.unique(found["train"]):
         rows = np.flatnonzero(found["train"] == c)

@@ -121,8 +121,12 @@ Group = tuple[str, list[str], Tensor]
 
 
 def known_labels(run, split: str) -> list[Group]:
-    """All labels of a split's real images, the run's own first (where they are known), then those that it left out."""
-    data, y = run.images[split], run.labels(split) if run.names else None
+    """All labels of a split's real images, the run's own first (where they are known), then those that it left out.
+
+    A single class is no label: nothing can be learned from it.
+    """
+    alone = len(run.names) == 1 and run.kind == "one-hot"
+    data, y = run.images[split], run.labels(split) if run.names and not alone else None
     groups = [] if y is None else [(run.kind, list(run.names), y)]
     classes, attributes = run.all_labels
     for spec in ["class"] * (len(classes) > 1) + [",".join(attributes)] * bool(attributes):

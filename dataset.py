@@ -201,9 +201,10 @@ def prepare(
             aside = cache / f".packing-{pack.name}-{node}-{os.getpid()}"
             load = functools.partial(load_image, root, size=pixels, squash=squash, max_pixels=max_pixels)
             info = {"size": pixels, "fingerprint": fingerprint, "squash": squash, "train_on_all": train_on_all}
-            skip_command = f"python dataset.py --data {shlex.quote(data)} --size {pixels} --skip-broken"
+            remedy = f"python dataset.py --data {shlex.quote(data)} --size {pixels}"
+            remedy += " --squash" * squash + " --train-on-all" * train_on_all
             try:
-                write_pack(root, source, aside, load, info, None if skip_broken else skip_command)
+                write_pack(root, source, aside, load, info, None if skip_broken else remedy)
                 if root and state_of(*list_files(root)) != state:
                     fail(f"{root} changed while it was being packed: run again")
                 try:
@@ -377,13 +378,11 @@ def decode(
     return broken
 
 
-def write_pack(
-    root: Path | None, source: Source, folder: Path, load: Callable, info: dict, skip_command: str | None
-) -> None:
+def write_pack(root: Path | None, source: Source, folder: Path, load: Callable, info: dict, remedy: str | None) -> None:
     """Write <split>.npy, labels.npz, names.json and info.json.
 
     load(key) gives an image as uint8 [size, size, 3]. info: the size of it, and what else to note about the pack.
-    skip_command: the remedy if images cannot be read; None: leave them out.
+    remedy: the command that packs all the same, but for its options, if images cannot be read; None: leave them out.
     """
     folder.mkdir()
     split_of, class_of = np.array(source.splits), np.array(source.class_of, np.int64)
@@ -393,10 +392,11 @@ def write_pack(
     broken = decode(source, splits, folder, load, info["size"])
     reasons = {source.keys[splits[s][i]]: reason for s in splits for i, reason in broken[s].items()}
     unreadable = [printable(f"{key} ({reason})") for key, reason in reasons.items()]
-    if unreadable and skip_command:
+    if unreadable and remedy:
         shown = ", ".join(unreadable[:10]) + (f" and {len(unreadable) - 10} more" if len(unreadable) > 10 else "")
         count = f"{len(unreadable)} of {len(source.keys)} images cannot be read"
-        fail(f"{root}: {count}: {shown}; replace them, or pack without them: {skip_command}")
+        large = " (--max-pixels N packs larger ones)" if "--max-pixels" in shown else ""
+        fail(f"{root}: {count}: {shown}; replace them, or pack without them: {remedy} --skip-broken{large}")
     for text in unreadable:
         click.echo(f"skipped {printable(str(root))}/{text}", err=True)
     for s in splits:

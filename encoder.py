@@ -368,6 +368,7 @@ def train(
     seen, own = state.get("images_seen", 0), batch // run.world
     modules = {"encoder": encoder}
     if method == "byol":
+        torch.manual_seed(run.seed)  # the same weights in every process, whatever was drawn before
         modules["predictor"] = nn.Sequential(
             training.BatchNorm(128), nn.Linear(128, 512), training.BatchNorm(512), nn.ReLU(), nn.Linear(512, 128)
         ).to(run.device)
@@ -437,7 +438,7 @@ def train(
             save(seen, extra(), bool(stopping))
             run.wait()
         if stopping:
-            raise training.Stopped(stopping, f"stopped and saved at {seen:,} images; the same command goes on")
+            raise training.Stopped(stopping, f"stopped and saved at {seen:,} images")
         if seen >= total:
             return seen, extra()
 
@@ -515,6 +516,8 @@ def main(**options):
         options["batch"] = given["batch"] or 8
     options["size"] = options["size"] or layouts.PRESETS.get(preset)
     if options["dry_run"]:
+        if options["smoke"]:
+            options["epochs"] = given["epochs"]  # else four batches, whatever part of the data that is
         print(json.dumps(options, indent=2))
         return
 

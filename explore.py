@@ -527,7 +527,10 @@ def embedding_command(network, data, seed, device, out):
     else:
         run = trained.Run(str(network), metrics.start(device, 64), data)
         if run.features is None:
-            raise click.ClickException(f"{network} holds no encoder: give the run's gan.pt or encoder.pt")
+            remedy = (
+                "give the run's gan.pt or encoder.pt" if run.names else "run encoder.py with the same --outdir first"
+            )
+            raise click.ClickException(f"{network} holds no encoder: {remedy}")
         n = min(POINTS // 2, len(run.images["val"]))
         index = np.linspace(0, len(run.images["val"]) - 1, n).astype(int)
         fake, labels = run.generated(n, seed), run.labels("val")

@@ -47,7 +47,7 @@ LOG_EVERY = 2_000  # images: a minute on a CPU, a second on a GPU
 # count only where there is no encoder.pt.
 PRESETS = {
     "":              dict(width=None, batch=None, lr=None, lr_decay=0.5, beta1=None, kimg=None, snap=None, projection=True, r1=None,
-                          augment="color,translation,cutout", reg_clip=True, reg_stretch=2.0, penalty=None, draw_y="data",
+                          augment="color,translation,cutout", reg_every=2, reg_clip=True, reg_stretch=2.0, penalty=None, draw_y="data",
                           reg_over="sum", reg_augment="crop", blur=True, tanh_slope=0.05, start="he", squash=False,
                           train_on_all=False),
     "critters":      dict(augment="none", reg_augment="none", reg_stretch=1.0, blur=False, tanh_slope=0.0),
@@ -984,7 +984,7 @@ OPTIONS = [
     click.option("--projection/--no-projection", default=None, help="Condition the global discriminator on y by projection: D(x | y) with a shared trunk.  [default: on; off with --per-class, --disc patch, --protocol paper]"),
     click.option("--width",         metavar="N", type=click.IntRange(1, 512), help="Channels of the decoder and the global discriminator at full size.  [default: 32 up to 32 px, then 16; --protocol paper: 16]"),
     click.option("--loss",          type=click.Choice(LOSSES), default="hinge", help="Adversarial loss; ns: non-saturating; hinge-v1, lsgan-published: as the published code has them."),
-    click.option("--reg-every",     metavar="N", type=click.IntRange(0, 10**6), default=2, help="Iterations between classification regularisations; 0: never."),
+    click.option("--reg-every",     metavar="N", type=click.IntRange(0, 10**6), help="Iterations between classification regularisations; 0: never.  [default: 2]"),
     click.option("--reg-mode",      type=click.Choice(["separate", "joint"]), default="separate", help="Regularise by an update of its own, or in the adversarial one."),
     click.option("--reg-over",      type=click.Choice(["sum", "mean"]), help="Add up an image's attributes in the regularisation, or average them.  [default: sum; --protocol paper: mean]"),
     click.option("--reg-augment",   metavar="LIST|none", help="Augmentation of generated images before the encoder sees them: color,translation,cutout,crop or some of them.  [default: crop; none for critters, fashion-mnist and --protocol paper]"),
@@ -1022,15 +1022,17 @@ def default_kimg(size: int) -> float:
 
 
 def set_by_size(options: dict) -> None:
-    """Set the options whose default depends on the size of the images."""
+    """Set the options whose default depends on others, and on the size of the images once that is known."""
     patch, size = options["disc"] == "patch", options["size"]
     if patch or options["per_class"] or options["unconditional"]:
         options["projection"] = False
-    if patch and options["disc_layers"] is None:
-        options["disc_layers"] = patch_layers(size)
     # Found by trying: with the global discriminator, both penalties and no momentum keep classes from collapsing; with
     # patches and their batch norm the pictures get worse. At 64 px, 2 made D blind, and 0.02 the pictures worse than 0.2.
     options["penalty"] = options["penalty"] or ("r1" if patch else "r1r2")
+    if not size:
+        return
+    if patch and options["disc_layers"] is None:
+        options["disc_layers"] = patch_layers(size)
     r1 = (0.5 if size <= 32 else 0.25) if options["penalty"] == "r1r2" else 10 * (size / 256) ** 2 if patch else 10.0
     # Small images take a higher rate, smaller batches and wider maps, found by trying at 32 px; above, the published ones.
     batch, lr = (16, 5e-4) if size <= 64 else (32, 1e-4)
@@ -1060,7 +1062,8 @@ def check_options(options: dict, given: dict) -> None:
          "--projection goes with --disc global, without --per-class or --unconditional"),
         (options["per_class"] and options["unconditional"], "--per-class needs labels, --unconditional has none"),
         (options["unconditional"] and options["reg_mode"] == "joint", "--reg-mode joint needs labels"),
-        (options["unconditional"] and given["draw_y"], "--draw-y needs labels, --unconditional has none"),
+        *((options["unconditional"] and given[name], f"--{name.replace('_', '-')} needs labels, --unconditional has none")
+          for name in ("draw_y", "reg_every")),
         (options["reg_every"] == 0 and options["reg_mode"] == "joint", "--reg-mode joint goes with --reg-every of at least 1"),
         *((never and given[name], f"--{name.replace('_', '-')} is for the regularisation: not with --unconditional or --reg-every 0")
           for name in ("reg_over", "reg_augment", "reg_clip", "reg_stretch")),
@@ -1098,8 +1101,7 @@ def main(**options):
     options["size"] = options["size"] or layouts.PRESETS.get(preset)
     check_options(options, given)
     if options["dry_run"]:
-        if options["size"]:
-            set_by_size(options)
+        set_by_size(options)
         constants = dict(
             noise=NOISE, basis=BASIS, beta2=BETA2, orth_weight=ORTH, r1_every=R1_EVERY, ema_half_life=EMA_HALF_LIFE
         )
@@ -1109,7 +1111,7 @@ def main(**options):
     run = training.start(options["device"], options["precision"], options["seed"], options["tf32"])
     conditional = not options["unconditional"]
     encoder_pt, classifier_pt = run.first(lambda: earlier_stages(outdir, conditional))
-    start = run.first(lambda: training.load(options["init"], "gan", go_on=True)) if options["init"] else None
+    start = run.first(lambda: training.load_init(options["init"], "gan")) if options["init"] else None
     remedy = "give the same --data and --size to all stages, or run the earlier stages again"
     if encoder_pt and options["size"]:  # before images of another size are packed
         training.check_same(encoder_pt["data"], options, ("size",), outdir / "encoder.pt", remedy)
@@ -1134,6 +1136,8 @@ def main(**options):
         raise click.UsageError(
             "--per-class: images with several attributes belong to no single class; use one-hot labels"
         )
+    if kind == "one-hot" and given["reg_over"]:
+        raise click.UsageError("--reg-over is for several attributes that an image can have at once, not for classes")
     options |= {"size": data.size, "attributes": attributes}
     check_options(options, given)
     set_by_size(options)
@@ -1154,11 +1158,12 @@ def main(**options):
     if start:
         training.init_weights(trainer.decoder, start["ema"], options["init"])
         trainer.ema.load_state_dict(trainer.decoder.state_dict())
-        same = all(
-            start["options"].get(key) == options[key] for key in ("disc", "disc_layers", "per_class", "projection")
-        )
-        if same and "trainer" in start:  # numbered snapshots leave the discriminator out
+        other = [k for k in ("disc", "disc_layers", "per_class", "projection") if start["options"].get(k) != options[k]]
+        if "trainer" in start and not other:
             training.init_weights(trainer.D, start["trainer"]["D"], options["init"])
+        elif run.rank == 0:  # snapshots and exports leave it out
+            why = f"has another --{other[0].replace('_', '-')}" if other else "holds none"
+            click.echo(f"--init {options['init']} {why}: the discriminator starts anew")
     keys = sorted(options.keys() - FREE)
     state = run.first(lambda: training.resume(checkpoint, "gan", options, data, keys, BEFORE))
     run.agree({"images": data.fingerprint, "options": {name: options[name] for name in keys}})
@@ -1231,7 +1236,7 @@ def main(**options):
                     training.save(checkpoint, state, must=bool(done or stopping))
                 run.wait()
             if stopping and not done:
-                raise training.Stopped(stopping, f"stopped and saved at {images:,} images; the same command goes on")
+                raise training.Stopped(stopping, f"stopped and saved at {images:,} images")
             if done:
                 break
         batches.close()

@@ -403,7 +403,7 @@ def readers_of(run, seed: int, steps: int) -> tuple[dict[str, Reader], dict[str,
         if 0 < (known > 0.5).float().mean() < 1:  # a label that all or none have cannot be told
             quality[name] = float(roc_auc_score(known > 0.5, logit))
     kept = [i for i, name in enumerate(names) if quality.get(name, 0) >= READABLE]
-    readers = {"judge": Reader([names[i] for i in kept], lambda x: judge.look(x)[:, kept], logits[:, kept].std(0))}
+    readers = {"judge": Reader([names[i] for i in kept], lambda x: judge.look(x)[:, kept], logits.std(0)[kept])}
     if run.features and run.features.classifier is not None and run.names:
 
         def classify(images: Tensor) -> Tensor:
@@ -427,14 +427,7 @@ def found_names(network: gan.Network, file: str | Path) -> list[dict]:
         found = [dict(layer=d["layer"], dim=d["dim"], name=str(d["name"])[:200], change=float(d["change"]))
                  for d in content["dimensions"]]  # fmt: skip
         return [d for d in found if (d["layer"], d["dim"]) in known]
-    except (
-        OSError,
-        ArithmeticError,
-        ValueError,
-        KeyError,
-        TypeError,
-        RecursionError,
-    ):  # not there, or not written by this program
+    except (OSError, ArithmeticError, LookupError, TypeError, ValueError, RecursionError):  # not there, or no such file
         return []
 
 

@@ -641,7 +641,7 @@ def read_clusters(tables: str, dataset) -> tuple[dict[str, np.ndarray], list[str
     path of an image (all of it, or its end: the part below train/ or val/, or the file name) and a whole number. Rows
     for images that are not there are left out. Raises click.ClickException unless every image has one row.
     """
-    paths = [tables] if os.path.isfile(os.path.expanduser(tables)) else tables.split(",")
+    paths = cluster_tables(tables)
     train, val = (dataset.part(split).names for split in ("train", "val"))
     held_out = set(val)  # val may be a part of train
     wanted = [[name for name in train if name not in held_out], val]
@@ -650,10 +650,9 @@ def read_clusters(tables: str, dataset) -> tuple[dict[str, np.ndarray], list[str
     if len(paths) > 2:
         fail(f"{tables}: expected one table for all images, or two, for train and val")
     cluster_of: dict[str, int] = {}
-    for path, images in zip(paths, wanted, strict=True):
-        file = Path(os.path.expanduser(path.strip()))
+    for file, images in zip(paths, wanted, strict=True):
         if not file.is_file() or file.suffix.lower() != ".csv":
-            fail(f"{path} is not a .csv file: expected a table with the header img,cluster")
+            fail(f"{file} is not a .csv file: expected a table with the header img,cluster")
         found, _ = by_image(file, cluster_rows(file), images, matcher(images), 1, cluster_number, subset=True)
         cluster_of |= found
     # Numbers may have gaps; a cluster that training has no image of could not be learned.
@@ -663,6 +662,12 @@ def read_clusters(tables: str, dataset) -> tuple[dict[str, np.ndarray], list[str
     index = {number: i for i, number in enumerate(ids)}
     clusters = {s: np.array([index[cluster_of[n]] for n in names]) for s, names in (("train", train), ("val", val))}
     return clusters, [f"cluster{number}" for number in ids]
+
+
+def cluster_tables(tables: str) -> list[Path]:
+    """The files that FILE.csv or TRAIN.csv,VAL.csv names."""
+    names = [tables] if os.path.isfile(os.path.expanduser(tables)) else tables.split(",")
+    return [Path(os.path.expanduser(name.strip())) for name in names]
 
 
 def cluster_rows(file: Path) -> Iterator[tuple[str, list[str]]]:

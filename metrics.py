@@ -601,15 +601,34 @@ def is_stats(reference: str) -> bool:
 
 def save_stats(path: Path, moments: Moments, features) -> None:
     """Write a reference's statistics as an .npz that pytorch-fid reads too."""
-    temporary = path.with_name(f".{os.getpid()}.{path.stem}.npz")
     mean, cov = moments.gaussian()
+    with aside(path) as temporary, open(temporary, "wb") as file:
+        np.savez(file, mu=mean, sigma=cov, n=moments.n, network=features.hash, resize=features.resize)
+
+
+@contextlib.contextmanager
+def aside(path: Path) -> Iterator[Path]:
+    """A file to write in place of `path`, which it becomes if nothing fails. Raises click.ClickException if it cannot."""
+    temporary = path.with_name(f".{os.getpid()}.{path.name}")
     try:
-        np.savez(temporary, mu=mean, sigma=cov, n=moments.n, network=features.hash, resize=features.resize)
+        yield temporary
         os.replace(temporary, path)
     except OSError as error:
         raise click.ClickException(f"cannot write {path}: {error.strerror}") from None
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def is_result(file: str, option: str) -> bool:
+    """Whether a file is what --json or --save-stats wrote earlier, so that it may be written anew."""
+    try:
+        if option == "--save-stats":
+            with zipfile.ZipFile(file) as parts:
+                return {"mu.npy", "sigma.npy"} <= set(parts.namelist())
+        content = json.loads(Path(file).read_text())
+        return any("seed" in found for found in (content, *content.values()) if isinstance(found, dict))
+    except Exception:  # anything may be there
+        return False
 
 
 def load_stats(path: Path | str, features) -> tuple[Moments, bool]:
@@ -889,11 +908,8 @@ def measure(source, features: Callable, world: World, what: str, score: bool = F
     return *joined, world.in_order(kept) if keep else None
 
 
-def measure_is_published(images, file: str | None, world: World) -> dict:
-    """IS as the paper has it: of the images of a source, in one split, by the 1,000 classes of ImageNet.
-
-    The network is torchvision's Inception v3. Images in [-1, 1] go in as they are, bilinearly resized to 299 px.
-    """
+def imagenet_inception(file: str | None, world: World) -> nn.Module:
+    """torchvision's Inception v3 with the 1,000 classes of ImageNet, for IS as published."""
 
     def build(weights: dict[str, Tensor]) -> nn.Module:
         net = torchvision.models.inception_v3(weights=None, init_weights=False, transform_input=False)
@@ -901,7 +917,14 @@ def measure_is_published(images, file: str | None, world: World) -> dict:
         return net.eval()
 
     world.first(lambda: file or published_weights(IMAGENET_URL, "--imagenet-inception"))
-    net = inception_network(file, IMAGENET_URL, "--imagenet-inception", build)[0].to(world.device)
+    return inception_network(file, IMAGENET_URL, "--imagenet-inception", build)[0].to(world.device)
+
+
+def measure_is_published(images, net: nn.Module, world: World) -> dict:
+    """IS as the paper has it: of the images of a source, in one split, by `imagenet_inception`.
+
+    Images in [-1, 1] go in as they are, bilinearly resized to 299 px.
+    """
 
     @torch.inference_mode()
     def classes(images: Tensor) -> Tensor:
@@ -1150,9 +1173,18 @@ def evaluate(options: dict, world: World) -> dict:
     elif not wanted and is_stats(options["reference"] or ""):
         need -= {"kid", "pr", "chamfer"}  # which need single features
     amounts = AMOUNTS["smoke" if options["smoke"] else "cpu" if world.device.type == "cpu" else "gpu"]
+    if "is_published" in need:  # looked for now, since the other metrics take long
+        try:
+            imagenet = imagenet_inception(options["imagenet_inception"], world)
+        except click.ClickException as error:
+            if wanted or options["imagenet_inception"]:
+                raise
+            notes.append(f"no IS as published: {error.message}")
+            need = need - {"is_published"}
     results: dict = {key: options[key] for key in ("network", "images", "reference") if options[key]}
     results |= {"seed": seed, "processes": world.size, "device": world.device.type}
     results |= {"protocol": run.protocol} if run else {}
+    results |= {"encoder_hash": run.features.hash} if run and run.features else {}
 
     in_pass = need & ({"fid", "is", "kid", "pr", "spectrum"} | (set() if run else {"chamfer"}))  # a run's has its own
     if in_pass:
@@ -1166,7 +1198,7 @@ def evaluate(options: dict, world: World) -> dict:
             results |= measure_chamfer(name, run.clouds, seeds, points, world)
         if "is_published" in need:
             images = run.generated(options["num"] or amounts["imagenet"], seed)
-            results |= measure_is_published(images, options["imagenet_inception"], world)
+            results |= measure_is_published(images, imagenet, world)
         results |= run.ask(need, options["num"] or amounts["control"], seed, amounts, notes)
     return results | {"seconds": round(time.time() - began, 1)} | ({"notes": notes} if notes else {})
 
@@ -1325,6 +1357,8 @@ def main(network: tuple[str, ...], json_file: str | None, **options) -> None:
             raise click.UsageError(f"{name} {file}: there is no such folder")
         if file and os.path.exists(file) and not os.path.isfile(file):
             raise click.UsageError(f"{name} {file} is no regular file")
+        if file and os.path.exists(file) and os.path.getsize(file) and not is_result(file, name):
+            raise click.UsageError(f"{name} {file} is there and holds something else: give another name")
     network = tuple(os.path.join(file, "gan.pt") if os.path.isdir(file) else file for file in network)
     for file in network:
         if not os.path.isfile(file):
@@ -1341,10 +1375,8 @@ def main(network: tuple[str, ...], json_file: str | None, **options) -> None:
             click.echo(report(results[-1]))
             if json_file:  # after each run: what is measured is not lost
                 found = results[0] if len(network) < 2 else {r["network"]: r for r in results}
-                try:
-                    Path(json_file).write_text(json.dumps(found, indent=2) + "\n")
-                except OSError as error:
-                    raise click.ClickException(f"cannot write {json_file}: {error.strerror}") from None
+                with aside(Path(json_file)) as temporary:
+                    temporary.write_text(json.dumps(found, indent=2) + "\n")
     if world.rank == 0 and len(results) > 1:
         click.echo("\n" + import_trained("--network").compare(results))
     if dist.is_initialized():

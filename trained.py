@@ -162,6 +162,8 @@ class Run:
         self.clusters = bool(self.names) and str(data["attributes"]).startswith("clusters")
         attributes = None if self.clusters or not self.names else data["attributes"]
         source = moved or data["data"]
+        if not (moved or source in dataset.PRESETS or Path(source).is_absolute()):  # an export
+            raise click.ClickException(f"{path} does not say where its images are: give --data")
         self.train = dataset.open_dataset(source, data["size"], "train", attributes, **dataset.same_images(data))
         self.images = {"train": self.train, "val": self.train.part("val")}
         info = dataset.read_info(self.train.pack)
@@ -369,10 +371,12 @@ def control_table(r: dict, columns: int = 5) -> list[str]:
 
 
 def compare(results: Sequence[dict]) -> str:
-    """Several runs as one table, a row each, named by their folders, snapshots by their files too."""
+    """Several runs as one table, a row each: named by its folder, by its file too unless that is gan.pt."""
     paths = [Path(r["network"]).absolute() for r in results]
     folders = [training.run_folder(p) for p in paths]
-    names = [f.name if f == p.parent else f"{f.name}/{p.stem}" for f, p in zip(folders, paths, strict=True)]
+    names = [f.name if p.name == "gan.pt" else f"{f.name}/{p.stem}" for f, p in zip(folders, paths, strict=True)]
+    if len(set(names)) < len(names):
+        names = [r["network"] for r in results]
     distance = "fd" if any("fd" in r for r in results) else "fid"
     kernel = "kd" if distance == "fd" else "kid"
     columns = (
@@ -387,8 +391,9 @@ def compare(results: Sequence[dict]) -> str:
     columns = [c for c in columns if any(c[0] in r for r in results)]
     width = max(map(len, names))
     lines = [" " * width + "".join(f"{title:>11s}" for _, title, _ in columns)]
-    if len({r["features_hash"] for r in results if "features_hash" in r}) > 1:
-        lines.insert(0, f"The runs were seen through different networks: their {distance.upper()}s do not compare.")
+    for key, what in (("features_hash", distance.upper()), ("encoder_hash", "Chamfer and diversity")):
+        if len({r[key] for r in results if key in r}) > 1:
+            lines.insert(0, f"{what}: these runs were seen through different networks, so they do not compare.")
     for name, r in zip(names, results, strict=True):
         cells = (form.format(r[key]) if key in r else "-" for key, _, form in columns)
         lines.append(f"{name:{width}s}" + "".join(f"{cell:>11s}" for cell in cells))

@@ -95,7 +95,7 @@ class Stopped(click.ClickException):
 
     def __init__(self, signum: int, message: str):
         super().__init__(message)
-        self.exit_code = 128 + signum
+        self.signum, self.exit_code = signum, 128 + signum
 
     def show(self, file=None) -> None:
         if int(os.environ.get("RANK", 0)) == 0:  # all processes stop together
@@ -188,8 +188,10 @@ def with_options(own: list[Callable]) -> Callable:
             try:
                 with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
                     command(**options)
-            except KeyboardInterrupt:
-                raise Stopped(signal.SIGINT, "stopped; the same command goes on") from None
+            except (KeyboardInterrupt, Stopped) as end:
+                how = "" if options["resume"] else " without --no-resume"
+                signum, where = getattr(end, "signum", signal.SIGINT), getattr(end, "message", "stopped")
+                raise Stopped(signum, f"{where}; the same command{how} goes on") from None
             if dist.is_initialized():
                 dist.destroy_process_group()
 
@@ -1009,6 +1011,13 @@ def check_same(theirs: dict, ours: dict, keys: Iterable[str], file: Path | str, 
             raise click.ClickException(
                 f"{file} was made with {key} {theirs.get(key)!r}, but here {key} is {ours.get(key)!r}: {remedy}"
             )
+
+
+def load_init(file: str, stage: str) -> dict:
+    """The checkpoint that --init names, with what further training needs."""
+    if not Path(file).is_file():
+        raise click.ClickException(f"--init {file}: no such file")
+    return load(file, stage, go_on=True)
 
 
 def init_weights(network: torch.nn.Module, weights: dict, source: str) -> None:

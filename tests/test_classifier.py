@@ -286,6 +286,20 @@ def test_tables_of_clusters(command, class_run, class_folder, tmp_path):
     state = state_of(out)
     assert all(torch.equal(state["assignments"][split], first[split]) for split in ("train", "val"))
     assert state["data"]["label_kind"] == "one-hot" and state["data"]["attributes"] == "clusters:4"
+    for split in ("train", "val"):  # merged by hand, where they lie
+        path = out / "clusters" / f"{split}.csv"
+        path.write_text("".join(f"{line},note\n" for line in path.read_text().replace(",1\n", ",0\n").splitlines()))
+    merged = [out / "clusters" / f"{split}.csv" for split in ("train", "val")]
+    before = [path.read_text() for path in merged]
+    command("classifier", *common, "--attributes", ",".join(map(str, merged)))
+    assert [path.read_text() for path in merged] == before
+    assert state_of(out)["data"]["label_names"] == ["cluster0", "cluster2", "cluster3"]
+    pictures = sorted(path.stem for path in (out / "clusters").glob("cluster*.png"))
+    assert pictures == ["cluster0", "cluster2", "cluster3"]
+    moved = [shutil.move(path, tmp_path / path.name) for path in merged]
+    command("classifier", *common, "--attributes", ",".join(map(str, moved)))
+    written = (out / "clusters" / "train.csv").read_text().splitlines()[1:]
+    assert written == [line.removesuffix(",note") for line in before[0].splitlines()[1:]]  # numbers stay theirs
     rows = (tables / "train.csv").read_text().splitlines()
     (tables / "train.csv").write_text("\n".join(rows[:-1]))
     line = command("classifier", *common, "--attributes", f"{tables}/train.csv,{tables}/val.csv", code=1).output
@@ -339,4 +353,6 @@ def test_dry_run_prints_the_published_settings(command, tmp_path, monkeypatch):
     names = ("lr", "weight_decay", "batch", "epochs", "attributes", "balance", "protocol")
     assert [row[k] for k in names] == [3e-4, 1e-6, 256, 200, "celeba5", False, "paper"]
     assert json.loads(command("classifier", "--dry-run").output)["balance"]
+    assert json.loads(command("classifier", "--dry-run", "--smoke").output)["epochs"] == 2
+    assert "--init no.pt: no such file" in command("gan", "--unconditional", "--init", "no.pt", code=1).output
     assert list(tmp_path.iterdir()) == []

@@ -98,6 +98,10 @@ def test_unreadable_image_stops_packing_unless_skipped(tmp_path):
     assert "b/030.png (it is no image)" in message and "a/007.png (image file is truncated" in message
     run = CliRunner().invoke(dataset.main, ["--data", str(root)])
     assert run.exit_code == 1 and message in run.output and "Traceback" not in run.output
+    with pytest.raises(click.ClickException, match=f"--data {root} --size 32 --squash --train-on-all --skip-broken$"):
+        open_dataset(str(root), squash=True, train_on_all=True)
+    with pytest.raises(click.ClickException, match=r"--skip-broken \(--max-pixels N packs larger ones\)$"):
+        open_dataset(str(root), max_pixels=1500)
     ds = open_dataset(str(root), skip_broken=True)
     assert ds.skipped == 2 and sum(ds.splits.values()) == 98
     assert len(open_dataset(str(root))) == len(ds)  # the other stages then use that pack

@@ -499,6 +499,7 @@ def test_presets_and_dry_run(command, tmp_path, monkeypatch):
     assert rows["critters"]["stem"] == "imagenet" and rows["any"]["stem"] == "auto"
     row = json.loads(command("encoder", "--data", "afhq", "--batch", "8", "--epochs", "3", "--dry-run").output)
     assert row["batch"] == 8 and row["epochs"] == 3
+    assert json.loads(command("encoder", "--data", "any", "--smoke", "--dry-run").output)["epochs"] is None
     assert [p.name for p in tmp_path.iterdir()] == ["any"]
 
 

@@ -3,6 +3,7 @@
 import io
 import json
 import shutil
+import warnings
 from types import SimpleNamespace
 
 import click
@@ -13,6 +14,7 @@ from conftest import ROOT, copy_run
 from PIL import Image
 
 import control
+import dataset
 import explore
 import gan
 import latents
@@ -205,6 +207,12 @@ def test_everything_that_is_known_of_critters(monkeypatch, tmp_path):
     scale = [critters.factors(0, critters.OFFSETS["val"] + i)["scale"] for i in range(90)]
     assert known[:, names.index("head size")].argmax() == np.argmax(scale)
     assert torch.equal(known[:, names.index("dog")], torch.from_numpy(data.labels[:, 1]))
+
+
+def test_a_judge_that_can_read_nothing_names_nothing(command, trained):
+    with warnings.catch_warnings(action="error", category=UserWarning):
+        said = command("explore", "dimensions", "--network", trained, "--num", 8, "--steps", 1).output
+    assert "The judge cannot tell well enough to name anything by it: " in said
 
 
 def test_names_of_other_weights_are_not_taken(lively, tmp_path):
@@ -509,7 +517,7 @@ def test_export(command, trained, class_folder, tmp_path):
     # What needs the images or the encoder says so.
     for code, stage, *args in ((1, "explore", "embedding"), (2, "metrics", "--metrics", "accuracy")):
         args += ["--network", tmp_path / "small.pt"]
-        assert "--data: there is no folder" in command(stage, *args, code=1).output
+        assert "small.pt does not say where its images are: give --data" in command(stage, *args, code=1).output
         assert "encoder" in command(stage, *args, "--data", class_folder, code=code).output
 
 
@@ -640,7 +648,7 @@ def test_bad_options_are_one_line(command, lively, attributes, class_run, tmp_pa
     assert "there is no" in command("explore", "serve", code=2).output
 
 
-def test_unconditional(command, tmp_path):
+def test_unconditional(command, class_folder, tmp_path):
     network = save_network(tmp_path / "gan.pt", lively_decoder(32, 0), [], "none")
     command("explore", "sample", "--network", network, "--seeds", "0,1", "--tile", 32)
     tiles = pixels(tmp_path / "sample.png")[-32:].reshape(32, 2, 32, 3)
@@ -653,6 +661,13 @@ def test_unconditional(command, tmp_path):
     (tmp_path / "t.png").write_bytes(target.getvalue())
     command("explore", "project", tmp_path / "t.png", "--network", network, "--steps", 2)
     assert json.loads((tmp_path / "project.json").read_text())["y"] == {}
+    state = torch.load(network, weights_only=True)
+    state["data"]["data"], state["options"]["protocol"] = str(class_folder), "ours"
+    open_images = dataset.open_dataset(str(class_folder), 32)
+    state["data"] |= {key: open_images.info()[key] for key in ("fingerprint", "splits", "preset")}
+    training.save(network, state)
+    line = command("explore", "embedding", "--network", network, code=1).output
+    assert "holds no encoder: run encoder.py with the same --outdir first" in line
     run = SimpleNamespace(
         images={"val": SimpleNamespace(data="x", hidden={})}, names=[], labels=None, all_labels=(["one"], [])
     )

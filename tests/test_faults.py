@@ -1,5 +1,7 @@
 """Long runs end well: signals, divergence, full disks, damaged and foreign checkpoints, two runs in one folder."""
 
+import contextlib
+import copy
 import json
 import math
 import os
@@ -60,7 +62,9 @@ def test_a_stopped_run_goes_on_exactly(command, class_folder, class_run, tmp_pat
     with monkeypatch.context() as patch:
         ask_after(patch, signal.Signals[signum], 3)
         result = command(stage, *common, "--outdir", broken, code=128 + signal.Signals[signum])
-    assert "stopped and saved" in last_line(result) and "goes on" in last_line(result)
+    assert "stopped and saved" in last_line(result) and "the same command without --no-resume goes on" in last_line(
+        result
+    )
     assert f"{signum}: finishing the iteration" in result.output
     if stage == "gan":
         assert training.load(broken / "gan.pt", "gan")["images_seen"] == 24
@@ -403,10 +407,14 @@ def gan_run(command, class_folder, class_run, tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="module")
+def gan_state(gan_run):
+    return torch.load(gan_run / "gan.pt", weights_only=True)
+
+
 @pytest.mark.parametrize("what", BROKEN)
-def test_incomplete_checkpoints_are_one_line(command, class_folder, gan_run, tmp_path, what):
-    folder = copy_run(gan_run, tmp_path / "run")
-    state = torch.load(folder / "gan.pt", weights_only=True)
+def test_incomplete_checkpoints_are_one_line(command, class_folder, gan_run, gan_state, tmp_path, what):
+    folder, state = copy_run(gan_run, tmp_path / "run"), copy.deepcopy(gan_state)
     BROKEN[what](state)
     for path in folder.glob("gan*.pt"):
         path.unlink()
@@ -422,8 +430,11 @@ def test_incomplete_checkpoints_are_one_line(command, class_folder, gan_run, tmp
         assert (folder / "gan.pt").read_bytes() == before
     training_only = ("no trainer", "no Adam", "half an Adam", "an Adam of other shapes", "an Adam of NaN")
     training_only += ("other D", "no iteration")
-    result = command("explore", "export", "--network", folder / "gan.pt", code=0 if what in training_only else 1)
-    assert what in training_only or "gan.pt" in last_line(result)
+    refused = (
+        contextlib.nullcontext() if what in training_only else pytest.raises(click.ClickException, match=r"gan\.pt")
+    )
+    with refused:
+        gan.load(folder / "gan.pt")
 
 
 def test_a_snapshot_is_the_decoder_alone_and_works_in_its_place(command, gan_run, tmp_path, class_folder):

@@ -641,11 +641,23 @@ def test_options_of_the_command_reach_the_run(command, class_folder, class_run, 
     seen = set()
     for i, variant in enumerate(variants):
         outdir = copy_run(class_run, tmp_path / str(i))
-        command("gan", "--data", class_folder, "--outdir", outdir, "--smoke", "--kimg", 0.008, *variant)
+        said = command("gan", "--data", class_folder, "--outdir", outdir, "--smoke", "--kimg", 0.008, *variant).output
+        assert "starts anew" not in said
         seen.add(digest(outdir / "gan.pt"))
         if i:
             shutil.rmtree(outdir)
     assert len(seen) == len(variants)
+    for init, more, why in (
+        (tmp_path / "0" / "snapshots" / "gan-00000008.pt", (), "holds none"),
+        (tmp_path / "0" / "gan.pt", ("--no-projection",), "has another --projection"),
+    ):
+        outdir = copy_run(class_run, tmp_path / "init")
+        options = ("--data", class_folder, "--outdir", outdir, "--smoke", "--kimg", 0.008, "--init", init)
+        assert f"{why}: the discriminator starts anew" in command("gan", *options, *more).output
+        shutil.rmtree(outdir)
+    for variant in (["--per-class"], ["--unconditional"]):  # whatever the size, which the data will tell
+        row = json.loads(command("gan", "--data", class_folder, *variant, "--dry-run").output)
+        assert row["projection"] is False and row["penalty"] == "r1r2" and row["width"] is None
     used, size = [], 32
     for variant in ([], ["--disc", "patch"], ["--unconditional"], ["--per-class"], ["--penalty", "r1"]):
         used.append(json.loads(command("gan", "--data", class_folder, "--size", size, *variant, "--dry-run").output))
@@ -704,6 +716,8 @@ def test_refusals(command, class_folder, attribute_folder, run_folder, tmp_path)
         ("--reg-every", 0, "--reg-clip"),
         ("--unconditional", "--reg-stretch", 2),
         ("--unconditional", "--draw-y", "uniform"),
+        ("--unconditional", "--reg-every", 1),
+        ("--reg-over", "mean"),
         ("--reg-every", 0, "--reg-mode", "joint"),
         ("--augment", "color,none"),
     ):  # which would have no effect

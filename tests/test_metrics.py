@@ -608,7 +608,7 @@ FAKES = {
         class Network:
             encoder, images_seen, options, size = Encoder(), 1, {{"protocol": "ours"}}, 16
             label_kind, label_names = KIND, [] if KIND == "none" else ["red", "green", "blue"]
-            data = dict(data="fake", size=16, attributes=None, fingerprint="f", preset="")
+            data = dict(data="/fake", size=16, attributes=None, fingerprint="f", preset="")
             data |= dict(squash=False, train_on_all=False)
             balance = 0.0
             real_labels = None if KIND == "none" else torch.eye(3)[torch.arange(300) % 3]
@@ -640,6 +640,8 @@ FAKES = {
         from pathlib import Path
 
         import numpy as np
+
+        PRESETS = ()
 
         def read_info(pack):
             return dict(classes=[], attributes=[])
@@ -793,6 +795,9 @@ def test_protocol_of_the_paper(stand_ins, space, kind):
     (path.with_name("other.pth")).write_text("no weights")
     other = ("--metrics", "is_published", "--imagenet-inception", path.with_name("other.pth"))
     fails("--network", path, *other, text="other.pth holds no weights")
+    found = score_run(path, "--protocol", "paper", "--smoke")  # by default, what cannot be had is left out
+    assert "fd" in found and "is_published" not in found and "no IS as published: no weights" in found["notes"]
+    fails("--network", path, "--metrics", "fid,is_published", text="no weights")
 
 
 def test_several_runs_are_one_table(stand_ins):
@@ -805,11 +810,8 @@ def test_several_runs_are_one_table(stand_ins):
     assert all(v["fd"] == one["fd"] for name, v in two.items() if name != "output")
     *_, head, first, second = two["output"].strip().splitlines()
     assert head.split() == ["FD", "accuracy", "judge"]
-    assert (
-        first.split()
-        == second.split()
-        == [path.parent.name, f"{one['fd']:.2f}", "100.00%", f"{one['accuracy_judge']:.2%}"]
-    )
+    numbers = [f"{one['fd']:.2f}", "100.00%", f"{one['accuracy_judge']:.2%}"]
+    assert first.split() == [path.parent.name, *numbers] and second.split() == [f"{path.parent.name}/other", *numbers]
     fails("--network", path, "--network", path, "--save-stats", "x.npz", text="--save-stats takes one", code=2)
     snapshot = path.parent / "snapshots" / "gan-00000016.pt"
     snapshot.parent.mkdir()
@@ -820,6 +822,16 @@ def test_several_runs_are_one_table(stand_ins):
 
     world = metrics.start("cpu", 64)
     assert trained.Run(str(snapshot), world).folder == path.parent  # where classifier.pt and stats.jsonl are
+
+
+def test_a_table_of_runs_says_what_does_not_compare():
+    runs = [
+        dict(network=f"{place}/run/gan.pt", fd=1.0, chamfer=2.0, features_hash="f", encoder_hash="e") for place in "ab"
+    ]
+    assert [line.split()[0] for line in trained.compare(runs).splitlines()] == ["FD", "a/run/gan.pt", "b/run/gan.pt"]
+    for key, what in (("features_hash", "FD:"), ("encoder_hash", "Chamfer and diversity:")):
+        text = trained.compare([runs[0], runs[1] | {key: "other"}])
+        assert text.startswith(what) and text.count("do not compare") == 1
 
 
 def test_run_without_labels(stand_ins):
@@ -941,6 +953,8 @@ def test_one_class_has_no_control_accuracy(stand_ins, monkeypatch):
     monkeypatch.setattr(gan.Network, "real_labels", torch.ones(300, 1))
     found = score_run(path, "--num", 30, "--metrics", "accuracy,fd", "--smoke", "--features", "encoder")
     assert "fd" in found and "accuracy" not in found and "no control accuracy: with one class" in found["output"]
+    assert score_run(path, "--num", 30, "--metrics", "fd", "--smoke")["features"] == "encoder"
+    fails("--network", path, "--features", "judge", "--metrics", "fd", text="no labels that a judge could learn")
 
 
 def test_encoder_of_another_size(space):
@@ -994,6 +1008,10 @@ def test_statistics_and_weights_that_make_no_sense(space, tmp_path):
     out = ("--reference", space.b, *fid, space.weights)
     fails(*out, "--json", tmp_path, text="is no regular file", code=2)
     fails(*out, "--save-stats", "/dev/full", text="/dev/full is no regular file", code=2)
+    (tmp_path / "mine").write_text('{"mine": 1}')
+    for option in ("--json", "--save-stats"):
+        fails(*out, option, tmp_path / "mine", text="is there and holds something else", code=2)
+    assert (tmp_path / "mine").read_text() == '{"mine": 1}'
     np.savez(tmp_path / "fine.npz", mu=np.zeros(2048), sigma=np.eye(2048))
     stats = ("--reference", tmp_path / "fine.npz", *fid, space.weights, "--save-stats", tmp_path / "s.npz")
     fails(*stats, text="--save-stats keeps", code=2)
