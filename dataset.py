@@ -18,11 +18,13 @@ import hashlib
 import io
 import itertools
 import json
+import math
 import multiprocessing
 import os
 import shlex
 import shutil
 import signal
+import stat
 import tempfile
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -40,7 +42,19 @@ import critters
 import layouts
 import training
 from download import AFHQ, download
-from files import MAX_FILE, MAX_PIXELS, UNREADABLE, fail, list_files, open_file, printable, read, read_idx, read_image
+from files import (
+    MAX_FILE,
+    MAX_PIXELS,
+    UNREADABLE,
+    fail,
+    is_hidden,
+    list_files,
+    open_file,
+    printable,
+    read,
+    read_idx,
+    read_image,
+)
 from layouts import CELEBA, PRESETS, Source
 
 FORMAT = 2  # of the packs: a change of how images are decoded or stored makes new ones
@@ -126,6 +140,11 @@ def cache_folder() -> Path:
             if os.access(folder, os.W_OK):
                 return folder
     folder = Path(tempfile.gettempdir()) / f"infoscc-gan-{os.getuid()}"
+    with contextlib.suppress(OSError):
+        folder.mkdir(mode=0o700)
+    status = os.lstat(folder) if os.path.lexists(folder) else None
+    if status is None or not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid():  # others can write there too
+        fail(f"{folder} is not a folder of yours: set INFOSCC_CACHE to another")
     say(f"No home folder to write to: packs go to {folder} ($INFOSCC_CACHE names another)")
     return folder
 
@@ -166,6 +185,9 @@ def prepare(
     # Critters go by the bytes of critters.py, comments too: whoever edits it gets new data, and no old run fits them.
     files, folders, state = [], [], hashlib.sha256(Path(critters.__file__).read_bytes()).hexdigest()
     if root is not None:
+        inside, above = cache.resolve(), root.resolve()
+        if inside.is_relative_to(above) and not any(map(is_hidden, inside.relative_to(above).parts)):
+            fail(f"the cache {cache} lies within the data: set INFOSCC_CACHE to another folder")
         root, files, folders = list_files(root)
         state = state_of(root, files, folders)
     memo = cache / "seen" / f"{state}.json"
@@ -197,7 +219,8 @@ def prepare(
             # Left by processes of this machine that were killed: locks of others may not reach here.
             for left in cache.glob(f".packing-*-{glob.escape(node)}-*") if alone else ():
                 shutil.rmtree(left, ignore_errors=True)
-            pack = cache / f"{name[:64]}-{pixels}-{fingerprint[:16]}-v{FORMAT}"
+            short = name.encode()[:64].decode(errors="ignore")  # file systems count bytes
+            pack = cache / f"{short}-{pixels}-{fingerprint[:16]}-v{FORMAT}"
             aside = cache / f".packing-{pack.name}-{node}-{os.getpid()}"
             load = functools.partial(load_image, root, size=pixels, squash=squash, max_pixels=max_pixels)
             info = {"size": pixels, "fingerprint": fingerprint, "squash": squash, "train_on_all": train_on_all}
@@ -645,10 +668,15 @@ def same_images(info: dict) -> dict:
 
 
 def sheet(ds: Dataset, columns: int = 8) -> np.ndarray:
-    """Picture uint8 [Y * S, columns * S, 3]: a row for each class or attribute, with the first images that have it."""
+    """Picture uint8 [Y * s, columns * s, 3]: a row for each class or attribute, with the first images that have it.
+
+    s is the size of the images, or a whole part of it, so that the picture has at most 67 million pixels.
+    """
     rows = [np.flatnonzero(label)[:columns] for label in ds.labels.T]
-    blank = np.full((columns, ds.size, ds.size, 3), 255, np.uint8)
-    return np.concatenate([np.concatenate([*ds.images[row], *blank[len(row) :]], axis=1) for row in rows])
+    step = next(k for k in itertools.count(1) if len(rows) * columns * math.ceil(ds.size / k) ** 2 <= MAX_PIXELS)
+    images = ds.images[:, ::step, ::step]
+    blank = np.full((columns, *images.shape[1:]), 255, np.uint8)
+    return np.concatenate([np.concatenate([*images[row], *blank[len(row) :]], axis=1) for row in rows])
 
 
 @click.command(cls=training.OneLine)
@@ -673,7 +701,8 @@ def main(data, size, attributes, wanted, version, picture, **options) -> None:
     first = open_dataset(data, size, "train", attributes, **options)
     parts = {s: first.part(s) for s in first.splits}
     table = [("images", map(len, parts.values()))]
-    table += [(n, [int(p.labels[:, i].sum()) for p in parts.values()]) for i, n in enumerate(first.label_names)]
+    sums = [p.labels.sum(0, dtype=np.int64) for p in parts.values()]
+    table += [(n, [s[i] for s in sums]) for i, n in enumerate(first.label_names)]
     facts = {"source": printable(str(layouts.locate(data)[1] or "critters.py")), "preset": first.preset or "none"}
     facts |= {"labels": f"{len(first.label_names)}, {first.label_kind}", "size": f"{first.size} px"}
     facts |= {"skipped": f"{first.skipped} unreadable"} if first.skipped else {}

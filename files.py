@@ -21,13 +21,14 @@ from typing import BinaryIO, NoReturn
 
 import click
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps, PngImagePlugin, UnidentifiedImageError
 
 # What reading a damaged file, or a damaged member of a zip, raises.
 UNREADABLE = (OSError, ValueError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error, lzma.LZMAError)
 MAX_TABLE = 44 * 2**20  # bytes of a table: ImageNet's 1.3 million labels take 40 MB, and Python's lists 30 times that
 MAX_FILE = 2**28  # bytes of an image in a zip, which is read as a whole: more than 3 for each of MAX_PIXELS
-MAX_IDX = 2**29  # bytes of an unpacked IDX file: ten times Fashion-MNIST's
+MAX_IDX = 2**29  # bytes of an unpacked IDX file, ten times Fashion-MNIST's, and of any member of a zip
+MOST_BYTES = 2**32  # of any file in a folder: a few bytes on a disk can stand for a file of any size
 
 
 def fail(message: str) -> NoReturn:
@@ -53,6 +54,7 @@ OF_SYSTEMS = (
 FORMATS = sorted({name for suffix, name in Image.registered_extensions().items() if suffix in SUFFIXES})
 MAX_PIXELS = 2**26  # 67 million: room for cameras; decoding takes up to 20 bytes for each, so 1.3 GB at most
 warnings.filterwarnings("ignore", module=r"PIL\.")  # about metadata that nothing here uses
+PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY  # a long text is no fault of the picture
 
 
 def read_image(file: str | Path | BinaryIO, max_pixels: int = MAX_PIXELS) -> Image.Image:
@@ -64,15 +66,23 @@ def read_image(file: str | Path | BinaryIO, max_pixels: int = MAX_PIXELS) -> Ima
     damaged, larger than that, or not a regular file.
     """
     try:
-        if isinstance(file, (str, Path)) and not stat.S_ISREG(os.stat(file).st_mode):
-            raise ValueError("it is not a regular file")  # reading a device or a pipe may never end
+        if isinstance(file, (str, Path)):
+            status = os.stat(file)
+            if not stat.S_ISREG(status.st_mode):
+                raise ValueError("it is not a regular file")  # reading a device or a pipe may never end
+            if not status.st_size:
+                raise ValueError("it is empty")  # so say those of /proc, some of which never end
+            if status.st_size > 8 * max_pixels + 2**20:  # some decoders read the whole file, and copy it
+                raise ValueError(f"its {status.st_size >> 20} MB are too many for --max-pixels {max_pixels}")
         if max_pixels > Image.MAX_IMAGE_PIXELS:
             Image.MAX_IMAGE_PIXELS = max_pixels  # Pillow refuses anything of more than twice this while it opens it
         with Image.open(file, formats=FORMATS) as image:
             if image.width * image.height > max_pixels:
                 image.draft(None, (image.width // 2, image.height // 2))  # JPEG decodes at fractions; others do nothing
-            if image.width * image.height > max_pixels:
-                raise ValueError(f"{image.width} x {image.height} pixels are more than --max-pixels {max_pixels}")
+            tags = getattr(image, "tag_v2", {})  # of a TIFF: a tile is decoded as a whole, however little of it is seen
+            for width, height in (image.size, (tags.get(322, 0), tags.get(323, 0))):
+                if width * height > max_pixels:
+                    raise ValueError(f"{width} x {height} pixels are more than --max-pixels {max_pixels}")
             image.load()
             with contextlib.suppress(Exception):  # of damaged EXIF: then the image stays as it is stored
                 image = ImageOps.exif_transpose(image)
@@ -169,8 +179,10 @@ def list_zip(root: Path) -> tuple[list[str], list[str]]:
         fail(f"{root} cannot be read as a zip: {error}")
     for name in members:
         parts = PurePosixPath(name).parts
+        if len(name) > 4096 or len(parts) > 100:
+            fail(f"{root}: member {name!r:.100} has a longer path than any file, so it is refused")
         if "\\" in name:
-            fail(f"{root}: member {name!r} has backslashes, so it is refused")
+            fail(f"{root}: member {name!r} has backslashes for slashes: unpack it, and give the folder")
         if name.startswith("/") or ".." in parts or re.match("[A-Za-z]:", name):
             fail(f"{root}: member {name!r} points outside the archive, so it is refused")
         if not any(is_hidden(p) for p in parts):
@@ -191,13 +203,22 @@ def _archive(path: Path, changed: int, pid: int) -> zipfile.ZipFile:
 def open_file(root: Path, name: str) -> BinaryIO:
     """Open a file below a folder, or a member of a zip. Raises one of UNREADABLE, for what is no regular file too."""
     if root.is_dir():
-        if not stat.S_ISREG(os.stat(root / name).st_mode):
+        status = os.stat(root / name)
+        if not stat.S_ISREG(status.st_mode):
             raise ValueError("it is not a regular file")
+        if not status.st_size:
+            raise ValueError("it is empty")  # so say those of /proc, some of which never end
+        if status.st_size > MOST_BYTES:
+            raise ValueError(f"it is larger than {MOST_BYTES >> 30} GB")
         return open(root / name, "rb")
     archive = _archive(root, root.stat().st_mtime_ns, os.getpid())
     member = archive.NameToInfo.get(name) or archive.NameToInfo.get("./" + name)  # as some programs write them
     if member is None:  # list_zip has "a//b" as "a/b"
         raise ValueError("its name in the zip is not a plain path")
+    if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+        raise ValueError("zip it again by deflate")  # others unpack at once what a few bytes stand for
+    if member.file_size > MAX_IDX:
+        raise ValueError(f"it is larger than {MAX_IDX >> 20} MB")
     return archive.open(member)
 
 

@@ -16,6 +16,7 @@ import csv
 import functools
 import hashlib
 import io
+import itertools
 import json
 import os
 import re
@@ -53,6 +54,19 @@ UNDERSTOOD = (
 PICTURES = (".heic", ".heif", ".hif", ".jxl", ".svg", ".psd", ".ico", ".exr", ".hdr")  # which are not read, but named
 PICTURES += (".apng", ".dds", ".dib", ".icns", ".j2k", ".jpc", ".jpf", ".jpx", ".mpo", ".pcx", ".sgi", ".xbm")
 PICTURES += (".arw", ".cr2", ".cr3", ".dng", ".nef", ".orf", ".raf", ".raw", ".rw2")
+BESIDE = (".txt", ".csv", ".tsv", ".json", ".jsonl", ".parquet", ".xlsx", ".xml", ".md", ".html", ".pdf", ".zip", ".db")
+BESIDE += (
+    ".ini",
+    ".py",
+    ".m",
+    ".mat",
+    ".log",
+    ".url",
+    ".part",
+    ".yaml",
+    ".yml",
+    ".sh",
+)  # what often lies beside images
 MAX_LINE = 2**20  # characters of a line in a table: room for thousands of attributes
 MAX_LABELS = 2**14  # label names: labels are rows of that many numbers
 MAX_LISTS = 4 * 10**6  # lists in a dataset.json, of which each takes 60 bytes or more: three times ImageNet's
@@ -190,8 +204,9 @@ def unread_pictures(files: list[str]) -> str:
     found = sorted({PurePosixPath(name).suffix.lower() for name in files if name.lower().endswith(PICTURES)})
     if found:
         return f"{', '.join(found)} files are not read: convert them to PNG or JPEG"
-    bare = [name for name in files if "/" in name and "." not in name.rpartition("/")[2]]
-    return f"{len(bare)} files without a suffix, like {bare[0]}, are not read" if bare else ""
+    others = [name for name in files if "/" in name and not name.lower().endswith((*SUFFIXES, *BESIDE))]
+    others = [name for name in others if not re.fullmatch(r".*-(ubyte|idx\d)(\.gz)?", name)]
+    return f"{len(others)} files are not read, like {others[0]}: images end in .png, .jpg or the like" if others else ""
 
 
 def unused_tables(files: list[str], used: list[str]) -> str:
@@ -282,9 +297,14 @@ def scan_folders(root: Path, images: list[str], folders: list[str], top: str, hi
         fail(f"{root / top / min(other)} is neither train, val nor test: rename it or move it away")
     if not images:
         fail(f"{root} holds no images: expected {UNDERSTOOD}{hints}")
-    words = {f: [word for word in re.split("[^a-z]+", f.lower()) if word in SPLITS] for f in first}
-    if len(first) > 1 and not split and all(inner.values()) and all(words.values()):  # training_set/cats, test_set/cats
-        fail(f"{root / top / first[0]} looks like a split, not like a class: call it {SPLITS[words[first[0]][0]]}")
+    words = {f: [SPLITS[word] for word in re.split("[^a-z]+", f.lower()) if word in SPLITS] for f in first if inner[f]}
+    like = {f: found[0] for f, found in words.items() if found}
+    if not split and len(like) > 1 and "train" in like.values():  # training_set/cats, test_set/cats
+        rest = f", and move {min(set(first) - set(like))} away" if set(first) - set(like) else ""
+        fail(f"{root / top / min(like)} looks like a split, not like a class: call it {like[min(like)]}{rest}")
+    if not split and (copies := [f for f in first if inner[f] & set(first)]):  # flowers/daisy beside daisy
+        name = min(inner[copies[0]] & set(first))
+        fail(f"{root / top / copies[0]} has a folder {name}, which is a class beside it: move one of the two away")
     within = set.union(*inner.values()) if inner else set()
     if not split and within and all(f.lower() in SPLITS for f in within):  # cats/train, dogs/train
         fail(f"{root / top / first[0]} has the folders {', '.join(sorted(within))}: put the splits above the classes")
@@ -304,8 +324,13 @@ def scan_folders(root: Path, images: list[str], folders: list[str], top: str, hi
     index = {c: i for i, c in enumerate(classes)}
     names = Counter(name for f in first for name in inner[f])
     notes = []
+    deep = sorted({p[at] for p in parts} - {p[at] for p in parts if len(p) == at + 2})
     if not split and (twice := sorted(name for name, times in names.items() if times > 1)):
         notes = [f"several classes have a folder called {twice[0]}: folders within classes do not count"]
+    elif deep:
+        notes = [f"the images of class {deep[0]} lie in folders below it, which do not count as classes"]
+    if all(re.fullmatch(r"\d{5}", c) for c in classes):
+        notes.append(f"classes called {classes[0]} look like the shards of StyleGAN's layout, without its dataset.json")
     class_of = [index[p[at]] for p in parts]
     return Source(images, [splits[p[0]] for p in parts] if split else None, classes, class_of, notes=notes)
 
@@ -321,8 +346,11 @@ def splits_of(images: list[str], top: str) -> list[str] | None:
 
 
 def nfc(name: str) -> str:
-    """The composed form of a name: macOS writes an accented letter as two characters, others as one."""
-    return unicodedata.normalize("NFC", name)
+    """The composed form of a name: macOS writes an accented letter as two characters, others as one.
+
+    What is longer than any path stays as it is: the time may grow with the square of the length.
+    """
+    return unicodedata.normalize("NFC", name) if len(name) <= 4096 else name
 
 
 def read_rows(root: Path, table: str) -> Iterator[tuple[str, list[str]]]:
@@ -333,7 +361,7 @@ def read_rows(root: Path, table: str) -> Iterator[tuple[str, list[str]]]:
     place = root / table
     try:
         raw = read(root, table, MAX_TABLE)
-        text = nfc(raw.decode("utf-8-sig"))
+        text = raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         fail(f"{place} line {raw[: error.start].count(10) + 1} is not UTF-8: save the table as UTF-8")
     except UNREADABLE as error:
@@ -341,15 +369,21 @@ def read_rows(root: Path, table: str) -> Iterator[tuple[str, list[str]]]:
     if max(map(len, io.StringIO(text)), default=0) > MAX_LINE:
         fail(f"{place} has a line of more than {MAX_LINE:,} characters: it is no table of labels")
     if not table.lower().endswith(".csv"):
-        yield from ((f"{place} line {i}", line.split()) for i, line in enumerate(io.StringIO(text), 1) if line.strip())
+        for i, line in enumerate(io.StringIO(text), 1):
+            if line.strip():
+                yield f"{place} line {i}", [nfc(cell) for cell in line.split()]
         return
     # Excel writes semicolons in countries where the comma is the decimal sign.
     end = max(",\t;", key=text.lstrip()[:4096].split("\n")[0].count)
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=end, skipinitialspace=True, strict=True)
+    columns = 0  # of the first row; separators at the ends of lines make no more
     try:
         for row in reader:
-            if cells := [cell.strip() for cell in row] if any(row) else []:
-                yield f"{place} line {reader.line_num}", cells
+            cells = [nfc(cell.strip()) for cell in row]
+            if not any(cells) or (not columns and text.lstrip().startswith(f"sep={end}") and "".join(cells) == "sep="):
+                continue
+            columns = columns or len(cells) - next(i for i, cell in enumerate(reversed(cells)) if cell)
+            yield f"{place} line {reader.line_num}", cells if any(cells[columns:]) else cells[:columns]
     except csv.Error as error:
         fail(f"{place} line {reader.line_num} cannot be read: {error}")
 
@@ -408,6 +442,8 @@ def by_image(
         if found[0] in result:
             fail(f"{where}: {name} is there twice")
         result[found[0]] = convert(cells, where)
+    if absent and not result:
+        fail(f"{place}: none of its {absent:,} rows names an image that is there; the last one names {name}")
     for image in images:
         if image not in result:
             fail(f"{place} has no line for the image {image}")
@@ -438,6 +474,10 @@ def scan_csv(root: Path, images: list[str], top: str) -> Source:
     table = top + "labels.csv"
     place, rows, find = root / table, read_rows(root, table), matcher(images, top)
     where, header = next(rows, (f"{place} line 1", [""]))
+    second = next(rows, None)
+    if second and not header[0] and len(second[1]) > 1 and not find(second[1][0]) and find(second[1][1]):
+        fail(f"{where}: the first column numbers the rows: write the table without its index (pandas: index=False)")
+    rows = itertools.chain([second] if second else [], rows)
     # The first column has the file names; of the others, one may be the split.
     split_at = next((i for i, h in enumerate(header[1:]) if h.lower() == "split"), None)
     names = [h for i, h in enumerate(header[1:]) if i != split_at]
@@ -583,8 +623,9 @@ def is_pair(value: object) -> bool:
 
 
 def idx_name(name: str, base: dict[str, str]) -> str | None:
-    """The IDX file of this name, gzipped or not."""
-    return base.get(name) or base.get(name + ".gz")
+    """The IDX file of this name, gzipped or not; some programs write a dot in it."""
+    spellings = [spelled + end for spelled in (name, name.replace("-idx", ".idx")) for end in ("", ".gz")]
+    return next((base[spelled] for spelled in spellings if spelled in base), None)
 
 
 def idx_classes(root: Path, base: dict[str, str]) -> tuple[list[str], list[str]]:
@@ -592,7 +633,9 @@ def idx_classes(root: Path, base: dict[str, str]) -> tuple[list[str], list[str]]
 
     Other sets come under the same file names: the innermost folder or zip called after one of them tells which it is.
     """
-    for part in reversed((root.resolve() / idx_name(IDX[0], base)).parts):
+    whole = root.resolve()
+    below = PurePosixPath(idx_name(IDX[0], base)).parts
+    for part in (*reversed(below), whole.name, whole.parent.name):  # far above, a name says nothing
         if "fashion" in part.lower() or "fmnist" in part.lower():
             return FASHION, []
         if "mnist" in part.lower():

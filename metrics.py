@@ -45,7 +45,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 import torchvision
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps, PngImagePlugin, UnidentifiedImageError
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -83,6 +83,7 @@ OF_SYSTEMS = (
 FORMATS = sorted({name for suffix, name in Image.registered_extensions().items() if suffix in SUFFIXES})
 MAX_PIXELS = 2**26  # 67 million: room for cameras; decoding takes up to 20 bytes for each, so 1.3 GB at most
 warnings.filterwarnings("ignore", module=r"PIL\.")  # about metadata that nothing here uses
+PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY  # a long text is no fault of the picture
 
 
 def read_image(file: str | Path | BinaryIO, max_pixels: int = MAX_PIXELS) -> Image.Image:
@@ -94,15 +95,23 @@ def read_image(file: str | Path | BinaryIO, max_pixels: int = MAX_PIXELS) -> Ima
     damaged, larger than that, or not a regular file.
     """
     try:
-        if isinstance(file, (str, Path)) and not stat.S_ISREG(os.stat(file).st_mode):
-            raise ValueError("it is not a regular file")  # reading a device or a pipe may never end
+        if isinstance(file, (str, Path)):
+            status = os.stat(file)
+            if not stat.S_ISREG(status.st_mode):
+                raise ValueError("it is not a regular file")  # reading a device or a pipe may never end
+            if not status.st_size:
+                raise ValueError("it is empty")  # so say those of /proc, some of which never end
+            if status.st_size > 8 * max_pixels + 2**20:  # some decoders read the whole file, and copy it
+                raise ValueError(f"its {status.st_size >> 20} MB are too many for --max-pixels {max_pixels}")
         if max_pixels > Image.MAX_IMAGE_PIXELS:
             Image.MAX_IMAGE_PIXELS = max_pixels  # Pillow refuses anything of more than twice this while it opens it
         with Image.open(file, formats=FORMATS) as image:
             if image.width * image.height > max_pixels:
                 image.draft(None, (image.width // 2, image.height // 2))  # JPEG decodes at fractions; others do nothing
-            if image.width * image.height > max_pixels:
-                raise ValueError(f"{image.width} x {image.height} pixels are more than --max-pixels {max_pixels}")
+            tags = getattr(image, "tag_v2", {})  # of a TIFF: a tile is decoded as a whole, however little of it is seen
+            for width, height in (image.size, (tags.get(322, 0), tags.get(323, 0))):
+                if width * height > max_pixels:
+                    raise ValueError(f"{width} x {height} pixels are more than --max-pixels {max_pixels}")
             image.load()
             with contextlib.suppress(Exception):  # of damaged EXIF: then the image stays as it is stored
                 image = ImageOps.exif_transpose(image)
@@ -173,8 +182,8 @@ def list_images(folder: Path) -> list[Path]:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Where images come from. Each source has a length and `batches(blocks)`, which gives for every block of indices uint8
-# RGB images: a tensor [B, H, W, 3], or a list of tensors [H, W, 3] where sizes may differ.
+# Where images come from. Each source has a length and `batches(blocks)`, which gives for every block of indices what a
+# feature network takes: uint8 RGB images [B, H, W, 3], or those of a folder as its `prepare` makes them.
 
 
 def load_image(path: Path, max_pixels: int = MAX_PIXELS) -> Tensor:
@@ -186,12 +195,19 @@ def load_image(path: Path, max_pixels: int = MAX_PIXELS) -> Tensor:
 
 
 class Folder:
-    """All images of a folder and the folders in it, or `num` of them drawn by the seed, in the order of their paths."""
+    """All images of a folder and the folders in it, or `num` of them drawn by the seed, in the order of their paths.
 
-    def __init__(self, path: str, num: int | None = None, seed: int = 0, max_pixels: int = MAX_PIXELS):
+    prepare: what a feature network does first, uint8 [1, H, W, 3] -> float [1, 3, S, S]. It is done as each image is
+    read, so that no batch of photos has to be in memory at their own size.
+    """
+
+    def __init__(
+        self, path: str, prepare: Callable, num: int | None = None, seed: int = 0, max_pixels: int = MAX_PIXELS
+    ):
         if not Path(path).is_dir():
             raise click.ClickException(f"{path} is not a folder")
-        self.path, self.files, self.max_pixels = path, list_images(Path(path)), max_pixels
+        self.path, self.prepare, self.max_pixels = path, prepare, max_pixels
+        self.files = list_images(Path(path))
         if len(self.files) < 2:
             what = "only one image, but a distance needs at least two" if self.files else "no image"
             raise click.ClickException(f"{path} has {what} ({', '.join(SUFFIXES)})")
@@ -203,21 +219,25 @@ class Folder:
     def __len__(self) -> int:
         return len(self.files)
 
-    def batches(self, blocks: Sequence[np.ndarray]) -> Iterator[list[Tensor]]:
+    def load(self, i: int) -> Tensor:
+        """Image i as `prepare` makes it."""
+        image = load_image(self.files[i], self.max_pixels)
+        self.sizes.add(tuple(image.shape))
+        return self.prepare(image[None])
+
+    def batches(self, blocks: Sequence[np.ndarray]) -> Iterator[Tensor]:
         if not blocks:  # more processes than blocks
             return
         with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
 
             def submit(block: Sequence[int]) -> list:
-                return [pool.submit(load_image, self.files[i], self.max_pixels) for i in block]
+                return [pool.submit(self.load, i) for i in block]
 
             ahead = [submit(blocks[0])]
             try:
                 for block in [*blocks[1:], []]:  # decode the next block while the network looks at this one
                     ahead.append(submit(block))
-                    images = [job.result() for job in ahead.pop(0)]
-                    self.sizes.update(tuple(image.shape) for image in images)
-                    yield images
+                    yield torch.cat([job.result() for job in ahead.pop(0)])
             finally:
                 pool.shutdown(wait=False, cancel_futures=True)
 
@@ -226,15 +246,13 @@ class Folder:
 # The FID Inception network.
 
 
-def resize(images: Tensor | list[Tensor], how: str, device: torch.device) -> Tensor:
-    """uint8 RGB images -> float32 [B, 3, 299, 299], resized and scaled as `how` ('torch', 'tf' or 'clean') does.
+def resize(images: Tensor, how: str) -> Tensor:
+    """uint8 RGB images [B, H, W, 3] -> float32 [B, 3, 299, 299], resized and scaled as `how` ('torch', 'tf' or 'clean') does.
 
     torch: bilinear between pixel centres, 2x/255 - 1. tf: bilinear between pixel corners, as TensorFlow 1. clean:
     antialiased bicubic, clipped to [0, 255]. The last two scale by (x - 128)/128.
     """
-    if isinstance(images, list):  # of any sizes: one by one, so that memory is that of one image in floats
-        return torch.cat([resize(image[None], how, device) for image in images])
-    x = images.to(device).permute(0, 3, 1, 2).float()
+    x = images.permute(0, 3, 1, 2).float()
     if how == "torch":
         return F.interpolate(x / 255, (299, 299), mode="bilinear", align_corners=False) * 2 - 1
     if how == "clean":
@@ -242,7 +260,7 @@ def resize(images: Tensor | list[Tensor], how: str, device: torch.device) -> Ten
     else:
         for dim in (3, 2):
             n = x.shape[dim]
-            at = torch.arange(299, device=device, dtype=torch.float32) * torch.tensor(n / 299, dtype=torch.float32)
+            at = torch.arange(299, device=x.device, dtype=torch.float32) * torch.tensor(n / 299, dtype=torch.float32)
             low = at.long()
             weight = (at - low).view(-1, 1) if dim == 2 else at - low
             a, b = x.index_select(dim, low), x.index_select(dim, (low + 1).clamp(max=n - 1))
@@ -394,7 +412,8 @@ def file_hash(path: Path | str) -> str:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Feature networks: uint8 images -> features float32 [B, D] and log p(c|x) [B, C] for IS (None where there is none).
+# Feature networks: uint8 images [B, H, W, 3], or what their `prepare` makes of these -> features float32 [B, D] and
+# log p(c|x) [B, C] for IS (None where there is none).
 
 
 class InceptionFeatures:
@@ -410,8 +429,12 @@ class InceptionFeatures:
         self.published = self.hash.startswith(WEIGHTS_HASH)
         self.resize, self.device = how, device
 
-    def __call__(self, images: Tensor | list[Tensor]) -> tuple[Tensor, Tensor]:
-        features, logits = self.net(resize(images, self.resize, self.device))
+    def prepare(self, images: Tensor) -> Tensor:
+        return resize(images, self.resize)
+
+    def __call__(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        images = images.to(self.device)
+        features, logits = self.net(self.prepare(images) if images.dtype == torch.uint8 else images)
         return features, logits.double().log_softmax(1)
 
 
@@ -928,7 +951,7 @@ def measure_is_published(images, net: nn.Module, world: World) -> dict:
 
     @torch.inference_mode()
     def classes(images: Tensor) -> Tensor:
-        return net(resize(images, "torch", world.device)).double().log_softmax(1)
+        return net(resize(images.to(world.device), "torch")).double().log_softmax(1)
 
     score = InceptionScore(len(images), splits=1)
     for index, log_p in world.scan(images, classes, "IS as published"):
@@ -1049,8 +1072,9 @@ def measure_fidelity(options: dict, amounts: dict, need: set, run, world: World,
         results["reference"] = f"{len(real):,} of {len(run.train):,} training images"
     else:
         num = num or (amounts["num"] if options["smoke"] else None)
-        images = Folder(options["images"], num, seed, options["max_pixels"])
-        real = Folder(reference, num, seed, options["max_pixels"]) if reference and not is_stats(reference) else None
+        how = (features.prepare, num, seed, options["max_pixels"])
+        images = Folder(options["images"], *how)
+        real = Folder(reference, *how) if reference and not is_stats(reference) else None
         if real is None and need & {"kid", "pr", "chamfer"}:
             raise click.UsageError(
                 "kid, pr and chamfer need a folder as --reference: statistics hold no single features"
@@ -1306,6 +1330,8 @@ def one_line() -> Iterator[None]:
             yield
         except click.UsageError as error:
             raise click.UsageError(error.format_message()) from None
+        except BrokenPipeError:  # the reader has seen enough, as `head` does: click ends without a word
+            raise
         except OSError as error:
             where = f"{error.filename}: " if error.filename else ""
             raise click.ClickException(f"{where}{error.strerror or error}") from None
@@ -1335,6 +1361,9 @@ class OneLine(click.Command):
     context_settings=dict(max_content_width=120, show_default=True),
 )
 def main(network: tuple[str, ...], json_file: str | None, **options) -> None:
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed, as some schedulers start jobs
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
     for stream in (sys.stdout, sys.stderr):  # names of files must not end a run in an ASCII terminal
         with contextlib.suppress(AttributeError, ValueError):  # notebooks put streams of their own there
             stream.reconfigure(errors="backslashreplace")

@@ -84,23 +84,20 @@ class EncoderFeatures:
         # Of the weights in the checkpoint: those of a gan.pt's encoder have been rewritten for this device.
         self.hash = getattr(encoder, "fingerprint", None) or training.fingerprint(encoder.state_dict())
 
+    def prepare(self, images: Tensor) -> Tensor:
+        """uint8 [B, H, W, 3] -> their centres, float32 [B, 3, size, size] in [0, 255]."""
+        h, w, side = *images.shape[1:3], min(images.shape[1:3])
+        x = images[:, (h - side) // 2 :, (w - side) // 2 :][:, :side, :side].permute(0, 3, 1, 2).float()
+        return x if side == self.size else F.interpolate(x, (self.size,) * 2, mode="bilinear", antialias=True)
+
     @torch.inference_mode()
-    def embed(self, images: Tensor | list[Tensor]) -> Tensor:
-        """uint8 images -> h [B, features]."""
-        if isinstance(images, list):
-            parts = []
-            for image in images:
-                h, w, side = *image.shape[:2], min(image.shape[:2])
-                square = image[(h - side) // 2 :, (w - side) // 2 :][:side, :side].to(self.device).permute(2, 0, 1)
-                parts.append(F.interpolate(square[None].float(), (self.size,) * 2, mode="bilinear", antialias=True))
-            x = torch.cat(parts)
-        else:
-            x = images.to(self.device).permute(0, 3, 1, 2).float()
-            if x.shape[-1] != self.size:  # of another run's encoder
-                x = F.interpolate(x, (self.size,) * 2, mode="bilinear", antialias=True)
+    def embed(self, images: Tensor) -> Tensor:
+        """uint8 images, or what `prepare` makes of them -> h [B, features]."""
+        images = images.to(self.device)
+        x = self.prepare(images) if images.dtype == torch.uint8 else images
         return self.encoder((x / 127.5 - 1).contiguous(memory_format=torch.channels_last)).float()
 
-    def __call__(self, images: Tensor | list[Tensor]) -> tuple[Tensor, Tensor | None]:
+    def __call__(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
         h = self.embed(images)
         return h, None if self.classifier is None else log_probabilities(self.classifier(h), self.kind)
 

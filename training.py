@@ -115,6 +115,8 @@ def one_line() -> Iterator[None]:
             raise BadOption(error.format_message()) from None  # click would print its usage lines above the error
         except KeyboardInterrupt:
             raise Stopped(signal.SIGINT, "stopped") from None
+        except BrokenPipeError:  # the reader has seen enough, as `head` does: click ends without a word
+            raise
         except OSError as error:
             where = f"{error.filename}: " if error.filename else ""
             raise click.ClickException(f"{where}{error.strerror or error}") from None
@@ -135,6 +137,9 @@ class OneLine(click.Command):
     """A command that reports errors by `one_line`, prints on any terminal, and draws without one."""
 
     def make_context(self, *arguments, **options) -> click.Context:
+        for name in ("stdout", "stderr"):
+            if getattr(sys, name) is None:  # closed, as some schedulers start jobs
+                setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
         for stream in (sys.stdout, sys.stderr):
             with contextlib.suppress(AttributeError, ValueError, OSError):  # notebooks put streams of their own there
                 stream.reconfigure(errors="backslashreplace")  # names may have letters that the terminal has not

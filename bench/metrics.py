@@ -65,7 +65,7 @@ def features_row(quick: bool) -> dict:
             theirs = pytorch_fid.inception.InceptionV3([3]).eval()
         files = sorted(Path(folder).glob("*.png"))
         sides = {
-            "ours": lambda: metrics.measure(metrics.Folder(folder), ours, world, "ours"),
+            "ours": lambda: metrics.measure(metrics.Folder(folder, ours.prepare), ours, world, "ours"),
             "theirs": lambda: get_activations(files, theirs, 50, 2048, "cpu", torch.get_num_threads()),
         }
         times = take_turns(sides, turns=1 if quick else 3, warm=0)

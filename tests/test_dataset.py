@@ -95,7 +95,7 @@ def test_unreadable_image_stops_packing_unless_skipped(tmp_path):
     (root / "b" / "030.png").write_bytes(b"")
     message = error_of(str(root))
     assert "2 of 100 images cannot be read" in message and f"--data {root} --size 32 --skip-broken" in message
-    assert "b/030.png (it is no image)" in message and "a/007.png (image file is truncated" in message
+    assert "b/030.png (it is empty)" in message and "a/007.png (image file is truncated" in message
     run = CliRunner().invoke(dataset.main, ["--data", str(root)])
     assert run.exit_code == 1 and message in run.output and "Traceback" not in run.output
     with pytest.raises(click.ClickException, match=f"--data {root} --size 32 --squash --train-on-all --skip-broken$"):
@@ -112,6 +112,23 @@ def test_unreadable_image_stops_packing_unless_skipped(tmp_path):
     (root / "a" / "007.png").write_bytes(whole)  # repaired: packed anew
     (root / "b" / "030.png").write_bytes(whole)
     assert open_dataset(str(root)).skipped == 0
+
+
+def test_where_packs_cannot_lie(tmp_path, monkeypatch):
+    root = class_folders(tmp_path / ("猫" * 80), {"a": 3, "b": 3})  # of 240 bytes; a pack's name has more to say
+    pack = open_dataset(str(root)).pack
+    assert pack.name.startswith("猫" * 21 + "-32-")
+    monkeypatch.setenv("INFOSCC_CACHE", str(root / "packs"))
+    assert "lies within the data: set INFOSCC_CACHE" in error_of(str(root))
+    monkeypatch.setenv("INFOSCC_CACHE", str(root / ".packs"))  # hidden, so it is not looked at
+    assert len(open_dataset(str(root))) > 0
+
+
+def test_the_sheet_has_a_bounded_size(tmp_path, monkeypatch):
+    ds = open_dataset(str(class_folders(tmp_path / "x", {"a": 3, "b": 3})))
+    assert dataset.sheet(ds).shape == (2 * 32, 8 * 32, 3)
+    monkeypatch.setattr(dataset, "MAX_PIXELS", 2 * 8 * 16 * 16)
+    assert dataset.sheet(ds).shape == (2 * 16, 8 * 16, 3)
 
 
 def test_skip_broken_lists_what_it_skips(tmp_path):

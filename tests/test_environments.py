@@ -1,14 +1,21 @@
 """Shells, terminals and users that differ from a workstation's: notebooks, ASCII, no home, a home that is read-only."""
 
+import contextlib
 import json
 import os
 import shutil
 import subprocess
 import sys
+import tempfile
 
+import click
+import pytest
 from conftest import COMMANDS, ROOT
 from sources import class_folders
 
+import dataset
+import metrics
+import training
 from ops import build
 
 
@@ -69,6 +76,27 @@ def test_an_odd_shell_ends_no_stage(tmp_path):
     assert f"using {temporary}/infoscc_ops_" in output and "fall back" not in output
     assert (folder / "clusters" / "k.png").exists() and (folder / "embedding.png").exists()
     assert (folder / "traverse.png").exists() and not (ROOT / "~").exists()
+
+
+@pytest.mark.parametrize("module", [training, metrics])
+def test_streams_that_are_closed_or_whose_reader_has_gone(module, monkeypatch):
+    with pytest.raises(BrokenPipeError), module.one_line():  # which click ends without a word
+        raise BrokenPipeError
+    command = {training: training.OneLine("x"), metrics: metrics.main}[module]
+    monkeypatch.setattr(sys, "stderr", None)  # as `2>&-` leaves it
+    with pytest.raises(click.ClickException) if module is metrics else contextlib.nullcontext():
+        command.main([], standalone_mode=False)
+    assert sys.stderr.write("into the void")
+
+
+def test_a_cache_that_somebody_else_has_made(monkeypatch, tmp_path):
+    (tmp_path / "theirs").mkdir()
+    (tmp_path / f"infoscc-gan-{os.getuid()}").symlink_to(tmp_path / "theirs")
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.delenv("INFOSCC_CACHE")
+    monkeypatch.setenv("HOME", "/proc/nowhere")
+    with pytest.raises(click.ClickException, match="is not a folder of yours: set INFOSCC_CACHE"):
+        dataset.cache_folder()
 
 
 def test_a_home_that_cannot_be_written(class_folder, tmp_path):

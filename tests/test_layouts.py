@@ -94,6 +94,43 @@ def test_single_split_folder_and_classes_called_like_splits(tmp_path):
     assert scan(tmp_path / "c").classes == ["x", "y"]
 
 
+def test_folders_that_are_no_classes_are_said(tmp_path):
+    class_folders(tmp_path / "animals", {"cat": 3, "birds/owl": 3, "birds/hen": 3})
+    note = "the images of class birds lie in folders below it, which do not count as classes"
+    assert notes_of(tmp_path / "animals") == [note]
+    class_folders(tmp_path / "flowers", {"daisy": 3, "rose": 3, "flowers/daisy": 3, "flowers/rose": 3})
+    assert "flowers/flowers has a folder daisy, which is a class beside it" in error_of(str(tmp_path / "flowers"))
+    class_folders(tmp_path / "ffhq", {"00000": 3, "00001": 3})
+    note = "classes called 00000 look like the shards of StyleGAN's layout, without its dataset.json"
+    assert notes_of(tmp_path / "ffhq") == [note]
+    class_folders(tmp_path / "saved", {"a": 3, "b": 3})
+    for name in ("a/1.jpg_large", "b/2.dcm", "b/notes.txt"):
+        (tmp_path / "saved" / name).touch()
+    note = "2 files are not read, like a/1.jpg_large: images end in .png, .jpg or the like"
+    assert notes_of(tmp_path / "saved") == [note]
+
+
+def test_tables_as_other_programs_write_them(tmp_path):
+    root = class_folders(tmp_path / "x", {"images": 4})
+    lines = [f"{i:03}.png,{'ab'[i % 2]}" for i in range(4)]
+    for text in (
+        ["file,label,,", *(line + ",," for line in lines)],  # a spreadsheet with two empty columns
+        ["sep=,", "file,label", *lines],  # for Excel
+        ["sep=;", "file;label", *(line.replace(",", ";") for line in lines)],
+    ):
+        (root / "labels.csv").write_text("\n".join(text))
+        assert scan(root).classes == ["a", "b"] and scan(root).class_of == [0, 1, 0, 1]
+    (root / "labels.csv").write_text("\n".join([",file,label", *(f"{i},{line}" for i, line in enumerate(lines))]))
+    assert "labels.csv line 1: the first column numbers the rows" in error_of(str(root))
+    (root / "labels.csv").write_text("\n".join(["file,label", *lines, "more.png,a,b"]))
+    assert "line 6: 2 values, but there are 1 names" in error_of(str(root)) or "more.png" in error_of(str(root))
+    celeba(tmp_path / "c", 30, form="csv")
+    table = next((tmp_path / "c").rglob("list_attr_celeba.csv"))
+    head, *rows = table.read_text().splitlines()
+    table.write_text("\n".join([f",{head}", *(f"{i},{row}" for i, row in enumerate(rows))]))
+    assert "none of its 30 rows names an image that is there; the last one names 29" in error_of(str(tmp_path / "c"))
+
+
 def test_folders_that_may_be_splits(tmp_path):
     for name, folders, words in (
         ("kaggle", ("training_set", "test_set"), "looks like a split, not like a class: call it t"),
@@ -114,6 +151,11 @@ def test_folders_that_may_be_splits(tmp_path):
     assert notes_of(tmp_path / "places") == [
         "several classes have a folder called indoors: folders within classes do not count"
     ]
+    for split in ("seg_train", "seg_test"):  # as Kaggle has them, with a third that has no classes
+        class_folders(tmp_path / "intel" / split / split, {"forest": 3, "sea": 3})
+    paint(tmp_path / "intel" / "seg_pred" / "seg_pred" / "0.png")
+    message = error_of(str(tmp_path / "intel"))
+    assert "seg_test looks like a split, not like a class: call it test, and move seg_pred away" in message
     # A table that names no splits leaves them to the folders.
     rows = [["file", "label"]]
     for split, count in (("train", 8), ("val", 4)):
@@ -240,6 +282,11 @@ def test_other_idx_sets_keep_their_names(tmp_path, capsys):
     capsys.readouterr()
     open_dataset(str(tmp_path / "clothes"))
     assert "taken for Fashion-MNIST" in capsys.readouterr().err
+    fashion(tmp_path / "fashion-lab" / "data" / "digits")  # far above, a name says nothing
+    assert "taken for Fashion-MNIST" in notes_of(tmp_path / "fashion-lab" / "data" / "digits")[0]
+    for path in (tmp_path / "fashion-lab" / "data" / "digits").iterdir():  # as 7-Zip calls them
+        path.rename(path.with_name(path.name.replace("-idx", ".idx")))
+    assert scan(tmp_path / "fashion-lab" / "data" / "digits").classes == layouts.FASHION
     for folders in ("mnist-from-torchvision", "fashion/MNIST/raw", "Fashion-MNIST/digits/kmnist.old"):
         shutil.copytree(tmp_path / "clothes", tmp_path / folders)
         assert (
@@ -348,9 +395,10 @@ def test_celeba_image_without_line_and_lines_without_images(tmp_path):
 def test_empty_partition_and_csv_of_bytes(tmp_path):
     celeba(tmp_path / "c")
     (tmp_path / "c" / "list_eval_partition.txt").write_text("")
-    assert "list_eval_partition.txt has no line for the image img_align_celeba/000001.jpg" in error_of(
-        str(tmp_path / "c")
-    )
+    assert "list_eval_partition.txt cannot be read: it is empty" in error_of(str(tmp_path / "c"))
+    (tmp_path / "c" / "list_eval_partition.txt").write_text("\n")
+    missing = "list_eval_partition.txt has no line for the image img_align_celeba/000001.jpg"
+    assert missing in error_of(str(tmp_path / "c"))
     (tmp_path / "c" / "list_eval_partition.txt").write_bytes(b"a 0\n\xff\xfe\x00")
     assert "list_eval_partition.txt line 2 is not UTF-8" in error_of(str(tmp_path / "c"))
 
@@ -371,7 +419,8 @@ def test_empty_partition_and_csv_of_bytes(tmp_path):
         ([["f", "class", "split"], ["0.png", "x", "train"], ["1.png", "y", "val"]], ["class y", "no training images"]),
         ([["f", "class"], ["../0.png", "x"], ["1.png", "x"]], ["line 2", "../0.png"]),
         ([["f", "class"]], ["labels.csv", "0.png"]),
-        ([], ["line 1", "header"]),
+        ([], ["labels.csv cannot be read: it is empty"]),
+        ([["", ""]], ["line 1", "header"]),
     ],
 )
 def test_wrong_labels_csv(tmp_path, rows, words):
@@ -710,7 +759,7 @@ def test_pictures_that_are_not_read_are_said(tmp_path):
     root = class_folders(tmp_path / "bare", {"a": 3, "b": 3})
     (root / "a" / "0f3c").write_bytes(b"")
     (root / "README").touch()
-    assert notes_of(root) == ["1 files without a suffix, like a/0f3c, are not read"]
+    assert notes_of(root) == ["1 files are not read, like a/0f3c: images end in .png, .jpg or the like"]
 
 
 def test_tables_are_regular_files_of_a_bounded_size(tmp_path, monkeypatch):
@@ -730,7 +779,7 @@ def test_tables_are_regular_files_of_a_bounded_size(tmp_path, monkeypatch):
 def test_names_with_line_breaks(tmp_path):
     root = class_folders(tmp_path / "x", {"a": 3, "b": 3})
     (root / "a" / "1\n\x1b[31m.png").write_bytes(b"")
-    assert "a/1\\n\\x1b[31m.png (it is no image)" in error_of(str(root))
+    assert "a/1\\n\\x1b[31m.png (it is empty)" in error_of(str(root))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ import functools
 import json
 import math
 import shutil
+import subprocess
 import sys
 import textwrap
 import time
@@ -88,7 +89,7 @@ def ours(space, how: str) -> SimpleNamespace:
     """What metrics.py finds for two folders under a resize: features x and y, FID, and IS where there are enough."""
     if how not in space.seen:
         network = metrics.InceptionFeatures(str(space.weights), how, CPU)
-        a, b = map(metrics.Folder, space.pictures[how])
+        a, b = (metrics.Folder(path, network.prepare) for path in space.pictures[how])
         enough = len(a) >= 10
         first, scores, x = metrics.measure(a, network, metrics.World(CPU, batch=5), "", score=enough, keep=True)
         second, _, y = metrics.measure(b, network, metrics.World(CPU, batch=7), "", keep=True)
@@ -198,10 +199,10 @@ def test_resizes_differ_and_downsample_as_the_libraries(space):
     large = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (350, 420, 3)).astype(np.uint8))
     x = large.permute(2, 0, 1)[None].float()
     expected = interpolate_bilinear_2d_like_tensorflow1x(x, (299, 299), align_corners=False)
-    torch.testing.assert_close(metrics.resize([large], "tf", CPU) * 128 + 128, expected, atol=1e-3, rtol=0)
+    torch.testing.assert_close(metrics.resize(large[None], "tf") * 128 + 128, expected, atol=1e-3, rtol=0)
     resizer = pytest.importorskip("cleanfid.resize").build_resizer("clean")
     expected = torch.from_numpy(resizer(large.numpy())).permute(2, 0, 1)[None]
-    torch.testing.assert_close(metrics.resize([large], "clean", CPU) * 128 + 128, expected, atol=1e-2, rtol=0)
+    torch.testing.assert_close(metrics.resize(large[None], "clean") * 128 + 128, expected, atol=1e-2, rtol=0)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -491,10 +492,10 @@ def test_folders_as_a_command_and_statistics(space, tmp_path):
     result = command("--images", space.a, "--reference", space.b, *options, "--save-stats", stats, "--kid-subset", 6)
     assert result.exit_code == 0 and "not the published weight file" in result.output, result.output
     first = json.loads(out.read_text())
-    folders = metrics.Folder(str(space.a), 11), metrics.Folder(str(space.b), 11)
+    folders = [metrics.Folder(str(path), None, 11) for path in (space.a, space.b)]
     rows = [[int(Path(f).stem) for f in folder.files] for folder in folders]
     assert rows[0] == rows[1] == sorted(rows[0]) and rows[0] != list(range(11))  # drawn, not the first
-    assert metrics.Folder(str(space.a), 11, seed=2).files != folders[0].files
+    assert metrics.Folder(str(space.a), None, 11, seed=2).files != folders[0].files
     x, y = (f[rows[0]] for f in (ours(space, "tf").x, ours(space, "tf").y))
     assert first["fid"] == pytest.approx(gram_frechet(x, y), rel=1e-4)
     assert (first["kid"], first["kid_std"]) == pytest.approx(metrics.kernel_distance(x, y, 6), rel=1e-4)
@@ -517,6 +518,26 @@ def test_folders_as_a_command_and_statistics(space, tmp_path):
         (tmp_path / "bad.npz").write_bytes(content)
         with pytest.raises(click.ClickException, match="holds no statistics"):
             metrics.load_stats(tmp_path / "bad.npz", network)
+
+
+def test_a_batch_of_photos_is_never_in_memory_at_its_own_size(tmp_path):
+    Image.linear_gradient("L").resize((3000, 2000)).convert("RGB").save(tmp_path / "0.jpg")  # 18 MB, 72 as floats
+    for i in range(1, 40):
+        (tmp_path / f"{i}.jpg").symlink_to("0.jpg")
+    code = """if True:
+        import resource, sys, metrics, numpy as np
+        def peak():
+            return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+        folder = metrics.Folder(sys.argv[1], lambda image: metrics.resize(image, "torch"))
+        for _ in folder.batches([np.arange(2)]):
+            pass
+        before = peak()
+        for x in folder.batches(np.split(np.arange(40), 2)):
+            assert x.shape == (20, 3, 299, 299)
+        print(peak() - before)
+        """
+    done = subprocess.run([sys.executable, "-c", code, tmp_path], cwd=ROOT, check=True, capture_output=True, text=True)
+    assert int(done.stdout) < 350  # MB: 40 of them take 720
 
 
 def test_odd_options_get_one_line():
@@ -967,7 +988,9 @@ def test_encoder_of_another_size(space):
 
     net = trained.EncoderFeatures(Mean(), None, "none", 8, torch.device("cpu"))
     images = torch.randint(0, 256, (5, 16, 16, 3), dtype=torch.uint8)
-    torch.testing.assert_close(net.embed(images), net.embed(list(images)))
+    alone = torch.cat([net.prepare(image[None]) for image in images])
+    torch.testing.assert_close(net.embed(images), net.embed(alone))
+    assert net.prepare(torch.zeros(1, 30, 40, 3, dtype=torch.uint8)).shape == (1, 3, 8, 8)
 
 
 def test_damaged_exif_and_links(space, tmp_path):
@@ -976,7 +999,7 @@ def test_damaged_exif_and_links(space, tmp_path):
     (tmp_path / "all").mkdir()
     (tmp_path / "all" / "linked").symlink_to(space.a)
     shutil.copy(space.a / "000.png", tmp_path / "all" / "one.JFIF")
-    assert len(metrics.Folder(str(tmp_path / "all"))) == len(list(space.a.iterdir())) + 1
+    assert len(metrics.Folder(str(tmp_path / "all"), None)) == len(list(space.a.iterdir())) + 1
 
 
 def test_statistics_and_weights_that_make_no_sense(space, tmp_path):
