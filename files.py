@@ -13,6 +13,7 @@ import os
 import re
 import stat
 import struct
+import threading
 import warnings
 import zipfile
 import zlib
@@ -52,7 +53,8 @@ OF_SYSTEMS = (
 )  # fmt: skip
 # Pillow tries only these formats, whatever a file is called: some others (EPS) would start a program.
 FORMATS = sorted({name for suffix, name in Image.registered_extensions().items() if suffix in SUFFIXES})
-MAX_PIXELS = 2**26  # 67 million: room for cameras; decoding takes up to 20 bytes for each, so 1.3 GB at most
+MAX_PIXELS = 2**26  # 67 million: room for cameras; decoding takes up to 24 bytes for each, so 1.6 GB at most
+LARGE = threading.Lock()  # images of more than half of that are decoded one at a time
 warnings.filterwarnings("ignore", module=r"PIL\.")  # about metadata that nothing here uses
 PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY  # a long text is no fault of the picture
 
@@ -83,25 +85,8 @@ def read_image(file: str | Path | BinaryIO, max_pixels: int = MAX_PIXELS) -> Ima
             for width, height in (image.size, (tags.get(322, 0), tags.get(323, 0))):
                 if width * height > max_pixels:
                     raise ValueError(f"{width} x {height} pixels are more than --max-pixels {max_pixels}")
-            image.load()
-            with contextlib.suppress(Exception):  # of damaged EXIF: then the image stays as it is stored
-                image = ImageOps.exif_transpose(image)
-        if image.mode == "F" or image.mode.startswith("I"):
-            grey = np.asarray(image)
-            peak = np.fmax.reduce(grey, axis=None)  # the largest value, NaN aside
-            ranges = (1, 255, 65535) if image.mode == "F" else (65535, 2**31 - 1)  # what the files of others use
-            white = next((r for r in ranges if peak <= 1.5 * r), ranges[-1])  # resizing and sharpening overshoot
-            levels = np.empty(grey.shape, np.uint8)
-            for i in range(0, len(grey), 64):  # a few rows at a time: all of them in float64 may be a gigabyte
-                rows = np.nan_to_num(grey[i : i + 64].astype(np.float64))
-                levels[i : i + 64] = np.rint((rows * (255 / white)).clip(0, 255))
-            return Image.fromarray(levels).convert("RGB")
-        if image.has_transparency_data:
-            image = (image.convert("LA") if image.mode == "La" else image).convert("RGBA")
-            background = Image.new("RGB", image.size, "white")
-            background.paste(image, mask=image)
-            return background
-        return image if image.mode == "RGB" else image.convert("RGB")
+            with LARGE if image.width * image.height > MAX_PIXELS // 2 else contextlib.nullcontext():
+                return to_rgb(image)
     except UnidentifiedImageError:
         raise ValueError("it is no image") from None
     except Image.DecompressionBombError as error:
@@ -109,6 +94,29 @@ def read_image(file: str | Path | BinaryIO, max_pixels: int = MAX_PIXELS) -> Ima
     except Exception as error:  # decoders of damaged files raise nearly anything
         reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
         raise ValueError(reason.split("\n")[0]) from None
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Decode an opened image as upright 8-bit RGB. Raises nearly anything for damaged ones."""
+    image.load()
+    with contextlib.suppress(Exception):  # of damaged EXIF: then the image stays as it is stored
+        image = ImageOps.exif_transpose(image)
+    if image.mode == "F" or image.mode.startswith("I"):
+        grey = np.asarray(image)
+        peak = np.fmax.reduce(grey, axis=None)  # the largest value, NaN aside
+        ranges = (1, 255, 65535) if image.mode == "F" else (65535, 2**31 - 1)  # what the files of others use
+        white = next((r for r in ranges if peak <= 1.5 * r), ranges[-1])  # resizing and sharpening overshoot
+        levels = np.empty(grey.shape, np.uint8)
+        for i in range(0, len(grey), 64):  # a few rows at a time: all of them in float64 may be a gigabyte
+            rows = np.nan_to_num(grey[i : i + 64].astype(np.float64))
+            levels[i : i + 64] = np.rint((rows * (255 / white)).clip(0, 255))
+        return Image.fromarray(levels).convert("RGB")
+    if image.has_transparency_data:
+        image = (image.convert("LA") if image.mode == "La" else image).convert("RGBA")
+        background = Image.new("RGB", image.size, "white")
+        background.paste(image, mask=image)
+        return background
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def is_hidden(name: str) -> bool:

@@ -21,6 +21,7 @@ from PIL import Image, PngImagePlugin
 from sources import class_folders, error_of, paint, places  # noqa: F401
 
 import files
+import metrics
 from dataset import open_dataset
 
 ROOT = Path(files.__file__).parent
@@ -177,6 +178,17 @@ def test_files_that_only_claim_to_be_small_or_hold_a_picture(tmp_path):
     text.add_text("Comment", "x" * 2**21, zip=True)
     Image.new("RGB", (40, 30)).save(tmp_path / "text.png", pnginfo=text)
     assert files.read_image(tmp_path / "text.png").size == (40, 30)
+
+
+@pytest.mark.parametrize("module", [files, metrics])
+def test_large_images_are_decoded_one_at_a_time(module, tmp_path, monkeypatch):
+    alone, decode = [], module.to_rgb
+    monkeypatch.setattr(module, "to_rgb", lambda image: alone.append(module.LARGE.locked()) or decode(image))
+    monkeypatch.setattr(module, "MAX_PIXELS", 30_000)
+    for i, size in enumerate(((200, 100), (100, 100))):
+        Image.new("RGB", size).save(tmp_path / f"{i}.png")
+        module.read_image(tmp_path / f"{i}.png")
+    assert alone == [True, False] and not module.LARGE.locked()
 
 
 def peak_memory(code: str) -> int:
