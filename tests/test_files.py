@@ -180,6 +180,14 @@ def test_files_that_only_claim_to_be_small_or_hold_a_picture(tmp_path):
     assert files.read_image(tmp_path / "text.png").size == (40, 30)
 
 
+def test_damaged_tiffs_print_nothing(tmp_path, capfd):
+    Image.effect_noise((64, 64), 60).save(tmp_path / "a.tif", compression="tiff_lzw")
+    damaged = bytearray((tmp_path / "a.tif").read_bytes())
+    damaged[500:540] = bytes(range(100, 140))
+    (tmp_path / "a.tif").write_bytes(damaged)
+    assert reason(tmp_path / "a.tif") and capfd.readouterr() == ("", "")
+
+
 @pytest.mark.parametrize("module", [files, metrics])
 def test_large_images_are_decoded_one_at_a_time(module, tmp_path, monkeypatch):
     alone, decode = [], module.to_rgb
