@@ -446,7 +446,7 @@ def dimensions_command(network, data, num, steps, json_file, seed, device, out):
     if found[0]["labels"]:
         write_figure(heat_map(found), out or file.with_name("dimensions.png"))
     if (labels := len(found[0]["labels"])) > COLUMNS:
-        click.echo(f"the picture has the {COLUMNS} labels that move most, {path} all {labels}")
+        click.echo(f"for want of room, it has the {COLUMNS} labels that move most; {path} has all {labels}")
 
 
 @main.command("project", params=PROJECT)
@@ -544,7 +544,7 @@ def embedding_command(network, data, seed, device, out):
     shown, left = panels[:PANELS], [title for title, *_ in panels[PANELS:]]
     write_figure(scatter(points.numpy(), shown, "t-SNE of embeddings"), out or network.with_name("embedding.png"))
     if left:
-        click.echo(f"it has the first {PANELS} labels, for want of room: not {', '.join(left)}")
+        click.echo(f"for want of room, it leaves out {', '.join(left)}")
 
 
 @main.command("export", params=[NETWORK, OUT])

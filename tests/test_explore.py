@@ -112,7 +112,9 @@ def test_dimensions_of_a_rigged_generator(command, attribute_folder, attribute_r
     rig(decoder)
     training.save(folder / "gan.pt", state | {"ema": decoder.state_dict()})
 
+    monkeypatch.setattr(explore, "COLUMNS", 2)
     table = command("explore", "dimensions", "--network", folder, "--num", 16, "--steps", 60).output
+    assert f"it has the 2 labels that move most; {folder / 'dimensions.json'} has all 3" in table
     content = json.loads((folder / "dimensions.json").read_text())
     found = {(d["layer"], d["dim"]): d for d in content["dimensions"]}
     names = {key: d["name"] for key, d in found.items() if d["name"] != "no attribute"}
@@ -535,7 +537,7 @@ def test_export_overwrites_no_checkpoint(command, trained, tmp_path):
 # Embeddings, and what is drawn with names.
 
 
-def test_embedding(command, class_folder, class_run, attribute_run, attribute_folder, trained, tmp_path):
+def test_embedding(command, class_folder, class_run, attribute_run, attribute_folder, trained, tmp_path, monkeypatch):
     for run in (class_run, attribute_run):
         out = tmp_path / f"{run.name}.png"
         line = command("explore", "embedding", "--network", run / "encoder.pt", "--out", out, code=1).output
@@ -557,6 +559,8 @@ def test_embedding(command, class_folder, class_run, attribute_run, attribute_fo
     first = (trained / "embedding.png").read_bytes()
     command("explore", "embedding", "--network", trained, "--seed", 1)
     assert (trained / "embedding.png").read_bytes() != first
+    monkeypatch.setattr(explore, "PANELS", 1)
+    assert "it leaves out label" in command("explore", "embedding", "--network", trained).output
 
 
 def test_scatter_of_names_that_are_no_formulas(tmp_path):
