@@ -1172,11 +1172,11 @@ def main(**options):
         training.check_same(state["data"], data.info(), ("size", "label_kind", "label_names"), checkpoint, remedy)
         if "trainer" not in state:
             raise click.ClickException(f"{checkpoint} is a snapshot, without what training goes on from: {remedy}")
-        for name, stage in (("encoder", encoder_pt), ("classifier", classifier_pt)):
-            theirs, ours = (s and training.fingerprint(s["model"]) for s in (state.get(name), stage))
-            if conditional and theirs and ours and theirs != ours:
-                raise click.ClickException(f"{checkpoint} was trained with another {name}.pt: {remedy}")
         with training.reading(checkpoint):
+            for name, stage in (("encoder", encoder_pt), ("classifier", classifier_pt)):
+                theirs, ours = (s and training.fingerprint(s["model"]) for s in (state.get(name), stage))
+                if conditional and theirs and ours and theirs != ours:
+                    raise click.ClickException(f"{checkpoint} was trained with another {name}.pt: {remedy}")
             trainer.load_state(state["trainer"], state["ema"])
             images, iteration = state["images_seen"], int(state["iteration"])
     total = max(1, round(1000 * options["kimg"]))

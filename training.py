@@ -904,8 +904,11 @@ def rebuild(build: Callable[[], torch.nn.Module], weights: dict[str, torch.Tenso
 
     It is built without memory or first weights: a few bytes in a file can ask for a network of any size. Buffers that
     checkpoints leave out are for `build` to put on the CPU. Raises RuntimeError unless the network has tensors of just
-    the names and shapes of `weights`.
+    the names and shapes of `weights`, ValueError where they are not finite.
     """
+    for name, value in weights.items():
+        if not all_finite(value):
+            raise ValueError(f"{name} has values that are no finite numbers")
     with torch.device("meta"):
         network = build()
     dtypes = {name: value.dtype for name, value in network.state_dict().items()}

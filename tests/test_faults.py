@@ -387,6 +387,9 @@ BROKEN = {
     "a classifier of other features": lambda s: s["classifier"].update(
         config=dict(features=7, labels=3), model=dict(weight=torch.zeros(3, 7), bias=torch.zeros(3))
     ),
+    "text for a classifier": lambda s: s.update(classifier="x"),
+    "a classifier of NaN": lambda s: s["classifier"]["model"]["bias"].fill_(math.nan),
+    "an encoder of NaN": lambda s: s["encoder"]["model"]["backbone.conv1.weight"].fill_(math.nan),
     "a balance of NaN": lambda s: s["classifier"].update(balance=[math.nan] * 3),
     "an encoder that divides by zero": lambda s: s["encoder"]["config"].update(std=(0.0,) * 3),
     "an encoder of pixels beyond white": lambda s: s["encoder"]["config"].update(mean=(1e30,) * 3),
