@@ -858,6 +858,12 @@ def implausible(state: dict, stage: str) -> str:
         for name, kind in kinds.items():
             if not isinstance(entries.get(name), kind):
                 return f"{where} has no {name!r}, or not a {kind.__name__}"
+    for name in (*FURTHER, "results", "assignments"):
+        if not isinstance(state.get(name, {}), dict):
+            return f"its {name!r} is not a dict"
+    for name in ("options", "data"):
+        if any(isinstance(value, torch.Tensor) for value in state[name].values()):
+            return f"its {name!r} has tensors"
     data, names = state["data"], state["data"]["label_names"]
     if data["size"] not in SIZES:
         return f"no images have {data['size']!r:.20} px"

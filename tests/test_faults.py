@@ -387,6 +387,8 @@ BROKEN = {
     "a classifier of other features": lambda s: s["classifier"].update(
         config=dict(features=7, labels=3), model=dict(weight=torch.zeros(3, 7), bias=torch.zeros(3))
     ),
+    "a tensor for an option": lambda s: s["options"].update(batch=torch.zeros(0)),
+    "text for a trainer": lambda s: s.update(trainer="x"),
     "text for a classifier": lambda s: s.update(classifier="x"),
     "a classifier of NaN": lambda s: s["classifier"]["model"]["bias"].fill_(math.nan),
     "an encoder of NaN": lambda s: s["encoder"]["model"]["backbone.conv1.weight"].fill_(math.nan),
@@ -432,7 +434,7 @@ def test_incomplete_checkpoints_are_one_line(command, class_folder, gan_run, gan
         assert line.startswith("Error: ") and "gan.pt" in line and len(line) < 500
         assert (folder / "gan.pt").read_bytes() == before
     training_only = ("no trainer", "no Adam", "half an Adam", "an Adam of other shapes", "an Adam of NaN")
-    training_only += ("other D", "no iteration")
+    training_only += ("other D", "no iteration", "text for a trainer")
     refused = (
         contextlib.nullcontext() if what in training_only else pytest.raises(click.ClickException, match=r"gan\.pt")
     )
