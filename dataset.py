@@ -378,7 +378,8 @@ def decode(
     chunk = max(1, min(64, 2**24 // row))  # images a job: at most 16 MB, and enough jobs for all processors
     processes = len(os.sched_getaffinity(0)) if len(source.keys) > 64 else 1
     context = multiprocessing.get_context("fork")  # a new interpreter would first import torch
-    files.LARGE = context.Lock()  # for all of the processes
+    if processes > 1:
+        files.LARGE = context.Lock()  # for all of them
     pool = ProcessPoolExecutor(processes, context, end_with_parent, (os.getpid(),)) if processes > 1 else None
     total = sum(map(len, splits.values()))
     bar = tqdm(total=total, desc=f"packing at {size} px", unit="img", dynamic_ncols=True)

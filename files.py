@@ -58,8 +58,8 @@ MAX_PIXELS = 2**26  # 67 million: room for cameras; decoding takes up to 24 byte
 LARGE = threading.Lock()  # images of more than half of that are decoded one at a time
 warnings.filterwarnings("ignore", module=r"PIL\.")  # about metadata that nothing here uses
 PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY  # a long text is no fault of the picture
-with contextlib.suppress(OSError, AttributeError), open("/proc/self/maps") as maps:
-    for path in {line.split()[-1] for line in maps if "libtiff" in line}:  # it prints what Pillow raises as well
+with contextlib.suppress(OSError, AttributeError), open("/proc/self/maps", errors="surrogateescape") as maps:
+    for path in {line.split(maxsplit=5)[-1].strip() for line in maps if "libtiff" in line}:  # it prints errors as well
         for kind in ("Error", "Warning"):
             getattr(ctypes.CDLL(path), f"TIFFSet{kind}Handler")(None)
 

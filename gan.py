@@ -1154,19 +1154,20 @@ def main(**options):
     trainer = Trainer(options, run, labels, kind, encoder, classifier)
 
     # Take first weights from another run, or go on from this one's checkpoint.
-    checkpoint, images, iteration = outdir / "gan.pt", 0, 0
+    checkpoint, images, iteration, anew = outdir / "gan.pt", 0, 0, ""
     if start:
         training.init_weights(trainer.decoder, start["ema"], options["init"])
         trainer.ema.load_state_dict(trainer.decoder.state_dict())
         other = [k for k in ("disc", "disc_layers", "per_class", "projection") if start["options"].get(k) != options[k]]
         if "trainer" in start and not other:
             training.init_weights(trainer.D, start["trainer"]["D"], options["init"])
-        elif run.rank == 0:  # snapshots and exports leave it out
-            why = f"has another --{other[0].replace('_', '-')}" if other else "holds none"
-            click.echo(f"--init {options['init']} {why}: the discriminator starts anew")
+        else:  # snapshots and exports leave it out
+            anew = f"has another --{other[0].replace('_', '-')}" if other else "holds none"
     keys = sorted(options.keys() - FREE)
     state = run.first(lambda: training.resume(checkpoint, "gan", options, data, keys, BEFORE))
     run.agree({"images": data.fingerprint, "options": {name: options[name] for name in keys}})
+    if anew and not state and run.rank == 0:
+        click.echo(f"--init {options['init']} {anew}: the discriminator starts anew")
     if state:
         remedy = "start over with --no-resume, or give another --outdir"
         training.check_same(state["data"], data.info(), ("size", "label_kind", "label_names"), checkpoint, remedy)

@@ -299,10 +299,13 @@ def scan_folders(root: Path, images: list[str], folders: list[str], top: str, hi
         fail(f"{root} holds no images: expected {UNDERSTOOD}{hints}")
     words = {f: [SPLITS[word] for word in re.split("[^a-z]+", f.lower()) if word in SPLITS] for f in first if inner[f]}
     like = {f: found[0] for f, found in words.items() if found}
-    if not split and len(like) > 1 and "train" in like.values():  # training_set/cats, test_set/cats
-        rest = f", and move {min(set(first) - set(like))} away" if set(first) - set(like) else ""
+    inside = set().union(*(inner[f] for f in like))
+    others = set(first) - set(like)  # with the same folders in them, they are classes all alike: test_track, car
+    if not split and len(like) > 1 and "train" in like.values() and not any(inner[f] & inside for f in others):
+        rest = f", and move {min(others)} away" if others else ""  # training_set/cats, test_set/cats
         fail(f"{root / top / min(like)} looks like a split, not like a class: call it {like[min(like)]}{rest}")
-    if not split and (copies := [f for f in first if inner[f] & set(first)]):  # flowers/daisy beside daisy
+    copies = [f for f in first if f not in inner[f] and inner[f] & set(first)]
+    if not split and copies:  # flowers/daisy beside daisy; cat/cat alone is how zips unpack
         name = min(inner[copies[0]] & set(first))
         fail(f"{root / top / copies[0]} has a folder {name}, which is a class beside it: move one of the two away")
     within = set.union(*inner.values()) if inner else set()

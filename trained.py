@@ -388,8 +388,12 @@ def compare(results: Sequence[dict]) -> str:
     columns = [c for c in columns if any(c[0] in r for r in results)]
     width = max(map(len, names))
     lines = [" " * width + "".join(f"{title:>11s}" for _, title, _ in columns)]
-    for key, what in (("features_hash", distance.upper()), ("encoder_hash", "Chamfer and diversity")):
-        if len({r[key] for r in results if key in r}) > 1:
+    shown = {key for key, *_ in columns}
+    for key, what, of in (
+        ("features_hash", f"{distance.upper()}, {kernel.upper()} and IS", {distance, kernel, "is"}),
+        ("encoder_hash", "Chamfer and diversity", {"chamfer", "diversity"}),
+    ):
+        if shown & of and len({r[key] for r in results if key in r}) > 1:
             lines.insert(0, f"{what}: these runs were seen through different networks, so they do not compare.")
     for name, r in zip(names, results, strict=True):
         cells = (form.format(r[key]) if key in r else "-" for key, _, form in columns)

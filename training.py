@@ -193,10 +193,12 @@ def with_options(own: list[Callable]) -> Callable:
             try:
                 with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
                     command(**options)
-            except (KeyboardInterrupt, Stopped) as end:
+            except Stopped as end:
                 how = "" if options["resume"] else " without --no-resume"
-                signum, where = getattr(end, "signum", signal.SIGINT), getattr(end, "message", "stopped")
-                raise Stopped(signum, f"{where}; the same command{how} goes on") from None
+                raise Stopped(end.signum, f"{end.message}; the same command{how} goes on") from None
+            except KeyboardInterrupt:  # a run that starts over may have saved nothing yet
+                how = "; the same command goes on" if options["resume"] else ""
+                raise Stopped(signal.SIGINT, f"stopped{how}") from None
             if dist.is_initialized():
                 dist.destroy_process_group()
 
@@ -839,8 +841,8 @@ def load(path: Path | str, stage: str, finished: bool = False, go_on: bool = Fal
         raise click.ClickException(f"{path} is not a checkpoint of this project: it has no entry 'stage'")
     if state["stage"] != stage:
         raise click.ClickException(f"{path} was written by {state['stage']}.py, but one of {stage}.py is needed here")
-    if state.get("version") != VERSION:
-        raise click.ClickException(f"{path} has format {state.get('version')}, this code reads format {VERSION}")
+    if not isinstance(version := state.get("version"), int) or version != VERSION:
+        raise click.ClickException(f"{path} has format {version!r:.40}, this code reads format {VERSION}")
     if wrong := implausible(state, stage):
         raise click.ClickException(f"{path} is incomplete, or no run wrote it: {wrong}")
     for name, weights in (("model", state.get("model")), ("ema", state.get("ema"))):

@@ -212,7 +212,8 @@ def test_everything_that_is_known_of_critters(monkeypatch, tmp_path):
 
 
 def test_a_judge_that_can_read_nothing_names_nothing(command, trained):
-    with warnings.catch_warnings(action="error", category=UserWarning):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
         said = command("explore", "dimensions", "--network", trained, "--num", 8, "--steps", 1).output
     assert "The judge cannot tell well enough to name anything by it: " in said
 

@@ -99,8 +99,9 @@ def test_an_interrupt_before_training_is_one_line(command, class_folder, tmp_pat
         raise KeyboardInterrupt
 
     monkeypatch.setattr(dataset, "open_dataset", interrupted)
-    result = command("encoder", "--data", class_folder, "--outdir", tmp_path, "--smoke", code=130)
-    assert result.output.strip() == "stopped; the same command goes on"
+    for more, line in (((), "stopped; the same command goes on"), (("--no-resume",), "stopped")):
+        result = command("encoder", "--data", class_folder, "--outdir", tmp_path, "--smoke", *more, code=130)
+        assert result.output.strip() == line
 
 
 STOP_ONE = """
@@ -401,6 +402,7 @@ BROKEN = {
     "labels of another kind": lambda s: s["data"].update(label_kind="two-hot"),
     "images beyond counting": lambda s: s.update(images_seen=10**400),
     "another version": lambda s: s.update(version=1),
+    "a tensor for a version": lambda s: s.update(version=torch.zeros(3)),
     "a list": lambda s: s.update(stage=["gan"]),
 }
 

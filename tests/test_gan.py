@@ -654,6 +654,7 @@ def test_options_of_the_command_reach_the_run(command, class_folder, class_run, 
         outdir = copy_run(class_run, tmp_path / "init")
         options = ("--data", class_folder, "--outdir", outdir, "--smoke", "--kimg", 0.008, "--init", init)
         assert f"{why}: the discriminator starts anew" in command("gan", *options, *more).output
+        assert "starts anew" not in command("gan", *options, *more).output  # that run is finished
         shutil.rmtree(outdir)
     for variant in (["--per-class"], ["--unconditional"]):  # whatever the size, which the data will tell
         row = json.loads(command("gan", "--data", class_folder, *variant, "--dry-run").output)
