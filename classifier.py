@@ -117,6 +117,8 @@ def fit(
             best = {k: v.to(h.device) for k, v in state["best"].items()}
             least = state["least"].to(h.device).view(1 if one_hot else y.shape[1])
             layer.load_state_dict(state["layer"])
+            if not all(training.all_finite(v) for part in ("best", "layer") for v in state[part].values()):
+                raise ValueError("its weights are no finite numbers")
             training.load_adam(optimizer, state["optimizer"], parameters=2)
     best = {k: v.clone() for k, v in best.items()}
 

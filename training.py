@@ -847,7 +847,7 @@ def load(path: Path | str, stage: str, finished: bool = False, go_on: bool = Fal
         raise click.ClickException(f"{path} is incomplete, or no run wrote it: {wrong}")
     for name, weights in (("model", state.get("model")), ("ema", state.get("ema"))):
         for key, value in (weights or {}).items():
-            if not (isinstance(key, str) and isinstance(value, torch.Tensor) and all_finite(value)):
+            if not (isinstance(key, str) and isinstance(value, torch.Tensor) and usable(key, value)):
                 raise click.ClickException(f"{path} has values in {name}.{key} that are no finite numbers: not usable")
     if finished and "results" not in state:
         raise click.ClickException(f"{path} is of an unfinished run: run {stage}.py again, to its end")
@@ -907,6 +907,11 @@ def all_finite(x: torch.Tensor) -> bool:
     return not x.numel() or all(math.isfinite(extreme) for extreme in x.aminmax())
 
 
+def usable(name: str, weights: torch.Tensor) -> bool:
+    """Whether a network can have these weights: finite ones, and no variances below 0, whose roots are none."""
+    return all_finite(weights) and not (name.endswith("running_var") and (weights < 0).any())
+
+
 def rebuild(build: Callable[[], torch.nn.Module], weights: dict[str, torch.Tensor]) -> torch.nn.Module:
     """The network that `build` makes, on the CPU, with the weights of a checkpoint: those very tensors, not copies.
 
@@ -915,7 +920,7 @@ def rebuild(build: Callable[[], torch.nn.Module], weights: dict[str, torch.Tenso
     the names and shapes of `weights`, ValueError where they are not finite.
     """
     for name, value in weights.items():
-        if not all_finite(value):
+        if not usable(name, value):
             raise ValueError(f"{name} has values that are no finite numbers")
     with torch.device("meta"):
         network = build()

@@ -212,6 +212,23 @@ def test_weights_that_are_not_finite_are_refused_everywhere(command, class_folde
     assert "no finite numbers" in last_line(command("gan", *options, code=1))
 
 
+def test_variances_and_kept_weights_are_numbers_too(command, class_folder, class_run, tmp_path):
+    folder = copy_run(class_run, tmp_path / "run")
+    options = ("--data", class_folder, "--outdir", folder, "--smoke")
+    command("classifier", *options, "--no-resume")
+    state = training.load(folder / "classifier.pt", "classifier", go_on=True)
+    state["training"]["best"]["weight"][0, 0] = math.nan
+    del state["results"]  # as if it had been stopped
+    training.save(folder / "classifier.pt", state)
+    line = last_line(command("classifier", *options, code=1))
+    assert "classifier.pt" in line and "no finite numbers" in line
+    state = training.load(folder / "encoder.pt", "encoder")
+    state["model"]["backbone.bn1.running_var"][0] = -5
+    training.save(folder / "encoder.pt", state)
+    line = last_line(command("classifier", *options, "--no-resume", code=1))
+    assert "backbone.bn1.running_var" in line and "no finite numbers" in line
+
+
 # The disk.
 
 
