@@ -53,6 +53,10 @@ for arguments in json.loads(sys.argv[2]):
 OTHER_PRECISION = "fp32" if training.cpu_has_amx() else "bf16"  # than --precision auto takes on this CPU
 
 
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: item.get_closest_marker("long") is None)
+
+
 def pytest_sessionfinish():
     shutil.rmtree(os.environ["INFOSCC_CACHE"], ignore_errors=True)
 

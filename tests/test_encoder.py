@@ -347,6 +347,7 @@ def two_steps(command, class_folder, tmp_path_factory):
     ],
     ids=lambda e: "".join(e).lstrip("-"),
 )
+@pytest.mark.long
 def test_each_option_changes_the_result(command, two_steps, class_folder, tmp_path, monkeypatch, extra):
     targets = []
     keep = SimpleNamespace(deepcopy=lambda net: targets.append(copy.deepcopy(net)) or targets[-1])

@@ -43,6 +43,7 @@ pwd.getpwuid = pwd.getpwnam = unknown
 NAMES = ("INFOSCC_CACHE", "TORCH_EXTENSIONS_DIR", "XDG_CACHE_HOME", "TORCH_HOME", "USER", "LOGNAME", "USERNAME")
 
 
+@pytest.mark.long
 def test_an_odd_shell_ends_no_stage(tmp_path):
     """All at once: an ASCII terminal for names beyond it, the backend of notebooks without its package, no home.
 

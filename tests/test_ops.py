@@ -421,6 +421,7 @@ def test_copied_alone_without_a_compiler(tmp_path):
 
 
 @pytest.mark.skipif(shutil.which("c++") is None, reason="needs a C++ compiler")
+@pytest.mark.long
 def test_one_op_copied_alone_builds_after_a_killed_build_and_in_several_processes(tmp_path):
     copy_one_op(tmp_path)
     (tmp_path / "bin").mkdir()
@@ -564,6 +565,7 @@ needs_triton = pytest.mark.skipif(ops.build.triton is None, reason="needs Triton
 
 @needs_triton
 @pytest.mark.skipif(CUDA or ops.build.INTERPRET, reason="the Triton tests run in this process")
+@pytest.mark.long
 def test_triton_under_its_interpreter():
     pytest_quietly = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
     run = subprocess.run(
@@ -640,6 +642,7 @@ BUDGETS = {"bias": (40, 10), "subspace forward": (168, 0), "subspace backward": 
 
 
 @needs_triton
+@pytest.mark.long
 def test_triton_ahead_of_time_for_sm_80_90_and_100(tmp_path):
     """No spills, registers and barriers within budget, and every large tensor moves in 16-byte pieces: as many as a
     thread's share of a tile takes. For single images and large batches, for few channels and many, for all gradients.

@@ -94,6 +94,7 @@ def changed_by(driver, action) -> float:
     return wait_for(lambda: picture(driver) not in (before, None))[1]
 
 
+@pytest.mark.long
 def test_controls_change_the_picture_within_a_second(browser):
     from selenium.webdriver.common.keys import Keys
 

@@ -80,6 +80,7 @@ def gradients(shared) -> tuple[dict, dict]:
 
 
 @pytest.mark.parametrize("case", CASES)
+@pytest.mark.long
 def test_two_processes_equal_one_on_the_whole_batch(gradients, case):
     """Batch statistics, losses and R1's double backward are of the whole batch; so is who has a gradient at all."""
     one, two = gradients

@@ -60,6 +60,7 @@ def as_plain(network, disc):
         ("patch", "hinge", "winograd"),
     ],
 )
+@pytest.mark.long
 def test_same_losses_and_updates_as_the_plain_step(float64, disc, loss, convolutions, monkeypatch):
     """Losses and gradients to 1e-9 in float64, and the weights after one Adam step of each update: as float64 runs, and
     with the convolutions of float32."""
@@ -111,6 +112,7 @@ def counted(request):
     return request.param, json.loads(done.stdout)
 
 
+@pytest.mark.long
 def test_launches_stay_within_their_budget(counted):
     """Nor do they fall far below it: then the budget no longer guards anything, and is to be lowered."""
     disc, updates = counted
@@ -305,6 +307,7 @@ def test_augmentation_is_the_same_on_both_ways(monkeypatch):
         torch.testing.assert_close(masked, skipping, rtol=0, atol=1e-6)
 
 
+@pytest.mark.long
 def test_the_gpu_check_runs_and_says_what_it_skipped(tmp_path):
     """On the CPU, quickly; what only a GPU can tell is named as skipped."""
     done = CliRunner().invoke(gpu.main, ["--device", "cpu", "--quick", "--out", str(tmp_path / "gpu.json")])
