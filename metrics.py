@@ -158,18 +158,22 @@ def is_hidden(name: str) -> bool:
     return name.startswith(".") or name in OF_SYSTEMS
 
 
-def walk(root: Path) -> tuple[list[str], list[str]]:
+def walk(root: Path) -> tuple[list[str], list[str], list[str]]:
     """Sorted names, relative to `root`, of all files and all folders below it; hidden ones are left out.
 
-    Links to folders are followed, but every folder is entered once, so that loops end and no image counts twice.
-    Raises OSError, with its file name, for a folder that cannot be listed.
+    Links to folders are followed, but every folder is entered once, so that loops end and no image counts twice. The
+    third list has the links to folders that are there under another name, but not those that lead upwards. Raises
+    OSError, with its file name, for a folder that cannot be listed.
     """
-    files, folders, seen = [], [], set()
+    files, folders, again, seen = [], [], [], set()
     real, linked = [(str(root), "")], []  # a folder comes under its own name before it comes through a link
     while real or linked:
         path, name = (real or linked).pop()
         status = os.stat(path)
         if (status.st_dev, status.st_ino) in seen:
+            above = os.path.realpath(os.path.dirname(path))
+            if os.path.commonpath((above, os.path.realpath(path))) != os.path.realpath(path):
+                again.append(name)
             continue
         seen.add((status.st_dev, status.st_ino))
         folders.append(name)
@@ -183,7 +187,7 @@ def walk(root: Path) -> tuple[list[str], list[str]]:
                 real.append((entry.path, below))
             else:  # devices and links to nothing as well: read_image says what is wrong with them
                 files.append(below)
-    return sorted(files), sorted(folders[1:])
+    return sorted(files), sorted(folders[1:]), sorted(again)
 
 
 def list_images(folder: Path) -> list[Path]:
