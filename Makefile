@@ -47,7 +47,8 @@ page: .venv/done
 ablations: .venv/done
 	$(BIN)/python -m experiments.ablations
 
-WORKERS := $(shell n=$$(nproc); echo $$((n < 4 ? n : 4)))
+# One more than cores, since tests wait for processes; each may take 4 GB.
+WORKERS := $(shell n=$$(nproc); echo $$((n < 3 ? n + 1 : 4)))
 
 test: .venv/done
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal
