@@ -532,6 +532,9 @@ class Dataset:
         self.label_kind = "multi-label" if names else "one-hot"
         self.label_names = names or info["classes"]
         # Labels are floats, as losses take them; the pack has them as bytes and class numbers.
+        n, Y = len(self.images), len(self.label_names)
+        if 4 * n * Y > os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2:
+            fail(f"{data}: {Y:,} labels of {n:,} images take {4 * n * Y / 2**30:.1f} GB, more than half of the memory")
         if names:
             column_of = {name: i for i, name in enumerate(info["attributes"])}
             columns = [column_of[name] for name in names]

@@ -124,6 +124,14 @@ def test_where_packs_cannot_lie(tmp_path, monkeypatch):
     assert len(open_dataset(str(root))) > 0
 
 
+def test_labels_that_would_fill_the_memory(tmp_path, monkeypatch):
+    root = str(class_folders(tmp_path / "x", {"a": 3, "b": 3}))
+    assert len(open_dataset(root)) == 4
+    monkeypatch.setattr(os, "sysconf", lambda name: {"SC_PHYS_PAGES": 63, "SC_PAGE_SIZE": 1}[name])
+    with pytest.raises(click.ClickException, match=r"2 labels of 4 images take 0\.0 GB, more than half of the memory"):
+        open_dataset(root)
+
+
 def test_the_sheet_has_a_bounded_size(tmp_path, monkeypatch):
     ds = open_dataset(str(class_folders(tmp_path / "x", {"a": 3, "b": 3})))
     assert dataset.sheet(ds).shape == (2 * 32, 8 * 32, 3)
