@@ -47,8 +47,9 @@ page: .venv/done
 ablations: .venv/done
 	$(BIN)/python -m experiments.ablations
 
-# One more than cores, since tests wait for processes; each may take 4 GB.
-WORKERS := $(shell n=$$(nproc); echo $$((n < 3 ? n + 1 : 4)))
+# One more than cores, since tests wait for processes, but at most four, and one for every 5 GB of memory.
+WORKERS := $(shell n=$$(nproc); m=$$(awk '/MemTotal/ {print int($$2 / 5000000)}' /proc/meminfo); \
+	n=$$((n < 3 ? n + 1 : 4)); echo $$((m < 1 ? 1 : m < n ? m : n)))
 
 test: .venv/done
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal
