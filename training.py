@@ -845,7 +845,8 @@ def load(path: Path | str, stage: str, finished: bool = False, go_on: bool = Fal
         raise click.ClickException(f"{path} has format {version!r:.40}, this code reads format {VERSION}")
     if wrong := implausible(state, stage):
         raise click.ClickException(f"{path} is incomplete, or no run wrote it: {wrong}")
-    for name, weights in (("model", state.get("model")), ("ema", state.get("ema"))):
+    parts = {"": state} | {f"{name}.": state.get(name) or {} for name in ("encoder", "classifier")}  # within a gan.pt
+    for name, weights in ((where + name, part.get(name)) for where, part in parts.items() for name in ("model", "ema")):
         for key, value in (weights or {}).items():
             if not (isinstance(key, str) and isinstance(value, torch.Tensor) and usable(key, value)):
                 raise click.ClickException(f"{path} has values in {name}.{key} that are no finite numbers: not usable")
@@ -863,6 +864,10 @@ def implausible(state: dict, stage: str) -> str:
     for name in (*FURTHER, "results", "assignments"):
         if not isinstance(state.get(name, {}), dict):
             return f"its {name!r} is not a dict"
+    for name in ("encoder", "classifier"):  # within a gan.pt; None in a run that had none
+        part = state.get(name)
+        if part is not None and not (isinstance(part, dict) and isinstance(part.get("model"), dict)):
+            return f"its {name!r} is not a dict with a 'model'"
     for name in ("options", "data"):
         if any(isinstance(value, torch.Tensor) for value in state[name].values()):
             return f"its {name!r} has tensors"
@@ -917,11 +922,8 @@ def rebuild(build: Callable[[], torch.nn.Module], weights: dict[str, torch.Tenso
 
     It is built without memory or first weights: a few bytes in a file can ask for a network of any size. Buffers that
     checkpoints leave out are for `build` to put on the CPU. Raises RuntimeError unless the network has tensors of just
-    the names and shapes of `weights`, ValueError where they are not finite.
+    the names and shapes of `weights`.
     """
-    for name, value in weights.items():
-        if not usable(name, value):
-            raise ValueError(f"{name} has values that are no finite numbers")
     with torch.device("meta"):
         network = build()
     dtypes = {name: value.dtype for name, value in network.state_dict().items()}
