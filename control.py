@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import training
-from ops import conv2d
+from ops import Conv2d
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Attribute control accuracy.
@@ -77,13 +77,6 @@ TESTED = 2000  # of the images held out, at most, the judge is tested on
 JUDGE = 3  # count it up with every change of the judge or its training: judges are kept on disk
 
 
-class Conv(nn.Conv2d):
-    """A convolution by `ops.conv2d`: with it a CPU trains the judge in little more than half the time."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return conv2d(x, self.weight, self.bias, self.stride[0], self.padding[0])
-
-
 class Judge(nn.Module):
     """A convolutional classifier that is trained on real images alone: the generator never sees it.
 
@@ -98,7 +91,7 @@ class Judge(nn.Module):
         super().__init__()
         layers: list[nn.Module] = []
         for i, o, stride in zip((3, *self.WIDTHS), self.WIDTHS, (1, 2, 1, 2, 1, 2, 1), strict=False):
-            layers += [Conv(i, o, 3, stride, 1, bias=False), nn.BatchNorm2d(o), nn.ReLU(inplace=True)]
+            layers += [Conv2d(i, o, 3, stride, 1, bias=False), nn.BatchNorm2d(o), nn.ReLU(inplace=True)]
         self.trunk = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(2), nn.Flatten())
         self.drop, self.head = nn.Dropout(0.3), nn.Linear(self.DIMS, labels)
         self.register_buffer("mean", torch.zeros(self.DIMS))

@@ -507,6 +507,7 @@ def main(**options):
     """
     import dataset
     import layouts
+    import ops
 
     # Resolve the options.
     given = {"epochs": options["epochs"], "batch": options["batch"]}
@@ -579,6 +580,8 @@ def main(**options):
     if state and not isinstance(state.get("training"), dict):
         raise click.ClickException(f"{path} has no entry 'training' to go on from: {training.RESUME_REMEDY}")
     encoder.to(run.device, memory_format=torch.channels_last)
+    if run.dtype is None:  # in bf16, PyTorch's own are the faster ones
+        ops.use_conv2d(encoder)
 
     def save(seen: int, extra: dict, must: bool = False, **more) -> None:
         if run.rank == 0:

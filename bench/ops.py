@@ -10,7 +10,7 @@ import torchvision
 from torch import nn
 
 import training
-from ops import bias_lrelu, conv2d, conv_transpose2d, freeze, subspace_lrelu, tsne_forces
+from ops import bias_lrelu, conv2d, conv_transpose2d, freeze, subspace_lrelu, tsne_forces, use_conv2d
 
 from .timing import row, take_turns
 
@@ -35,7 +35,8 @@ def op_rows(quick: bool) -> list[dict]:
     turns = dict(seconds=SECONDS / 4 if quick else SECONDS, turns=10, calls=4)
     turns["synchronize"] = torch.cuda.synchronize if device == "cuda" else lambda: None
     rows = elementwise_rows(quick, device, turns) + convolution_rows(quick, device, turns)
-    return rows + frozen_rows(quick, device, turns) + tsne_rows(quick, device, turns)
+    rows += frozen_rows(quick, device, turns) + tsne_rows(quick, device, turns)
+    return rows + trained_rows(quick, turns) if device == "cpu" else rows
 
 
 def rows_of(times: dict[str, list[float]], what: str, **more) -> list[dict]:
@@ -151,6 +152,25 @@ def frozen_rows(quick: bool, device: str, turns: dict) -> list[dict]:
         what = f"{name} 32x3x64x64 float32, forward+backward"
         times = take_turns(sides, **turns | {"calls": 1})
         rows += rows_of(times, what, op="freeze", shape=[32, 3, 64, 64], dtype="float32", kind="forward+backward")
+    return rows
+
+
+def trained_rows(quick: bool, turns: dict) -> list[dict]:
+    """An encoder in training, forward and backward of 128 views in fp32, as stage 1 runs it, against PyTorch's own."""
+    rows = []
+    for size in (32,) if quick else (32, 64):
+        sides = {}
+        x, g = random(0, "cpu")(128, 3, size, size, grad=False), torch.ones(128, 512)
+        for side in ("eager", "use_conv2d"):
+            network = torchvision.models.resnet18().to(memory_format=torch.channels_last)
+            network.fc = nn.Identity()
+            if side == "use_conv2d":
+                use_conv2d(network)
+            weights = list(network.parameters())
+            sides[side] = lambda f=network, weights=weights, x=x, g=g: torch.autograd.grad(f(x), weights, g)
+        times = take_turns(sides, **turns | {"calls": 1})
+        what = f"resnet18 128x3x{size}x{size} float32, training"
+        rows += rows_of(times, what, op="use_conv2d", shape=[128, 3, size, size], dtype="float32", kind="training")
     return rows
 
 

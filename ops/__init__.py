@@ -4,12 +4,13 @@ from ops import bias_lrelu, conv2d, conv_transpose2d, freeze, subspace_lrelu, ts
 """
 
 from .bias_lrelu import bias_lrelu
-from .conv2d import conv2d, conv_transpose2d, no_weight_gradients
+from .conv2d import Conv2d, conv2d, conv_transpose2d, no_weight_gradients, use_conv2d
 from .freeze import freeze
 from .subspace_lrelu import subspace_lrelu
 from .tsne import tsne_forces, tsne_neighbourhoods
 
 __all__ = [
+    "Conv2d",
     "bias_lrelu",
     "conv2d",
     "conv_transpose2d",
@@ -18,4 +19,5 @@ __all__ = [
     "subspace_lrelu",
     "tsne_forces",
     "tsne_neighbourhoods",
+    "use_conv2d",
 ]

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from .conv2d import conv2d
+from .conv2d import conv2d, is_usual
 
 
 def freeze(network: nn.Module, shape: Sequence[int]) -> nn.Module:
@@ -25,8 +25,7 @@ def freeze(network: nn.Module, shape: Sequence[int]) -> nn.Module:
 
     The copy has the same class and attributes and is in eval mode. Batch norms are folded into the convolutions before
     them, and memory is channels_last. On the CPU the usual convolutions (square, no groups, no dilation) run by
-    `conv2d`, 7x7 stems at stride 2 on blocks of 2x2 pixels, and convolutions of maps of at most four pixels as matrix
-    products. Results differ by rounding only.
+    `conv2d`, and those of maps of at most four pixels as one matrix product. Results differ by rounding only.
 
     Raises torch.fx.proxy.TraceError if the network cannot be traced. The copy raises ValueError for inputs of another
     size where a matrix product stands for a convolution.
@@ -62,7 +61,7 @@ def _input_shapes(network: nn.Module, x: torch.Tensor) -> dict[str, set[torch.Si
     shapes: dict[str, set[torch.Size]] = {}
     hooks = []
     for name, layer in network.named_modules():
-        if type(layer) is nn.Conv2d and _is_usual(layer):
+        if type(layer) is nn.Conv2d and is_usual(layer):
             note = shapes.setdefault(name, set()).add
             hooks.append(layer.register_forward_pre_hook(lambda _, inputs, note=note: note(inputs[0].shape[1:])))
     with torch.no_grad():
@@ -72,22 +71,14 @@ def _input_shapes(network: nn.Module, x: torch.Tensor) -> dict[str, set[torch.Si
     return shapes
 
 
-def _is_usual(conv: nn.Conv2d) -> bool:
-    """Whether conv2d can run it."""
-    same = all(isinstance(pair, tuple) and pair[0] == pair[1] for pair in (conv.kernel_size, conv.stride, conv.padding))
-    return same and conv.groups == 1 and conv.dilation == (1, 1) and conv.padding_mode == "zeros"
-
-
 def _for_cpu(conv: nn.Conv2d, shapes: set[torch.Size]) -> nn.Module:
     """The fastest module for a convolution that meets inputs of these shapes."""
-    C, k = conv.in_channels, conv.kernel_size[0]
+    k = conv.kernel_size[0]
     if len(shapes) == 1:
         (shape,) = shapes
         _, H, W = shape
         if min(4, k * k) >= H * W:  # on 2x2 maps most taps of a 3x3 kernel meet nothing but padding
             return _MapLinear(conv, shape)
-        if (C, k, conv.stride[0], conv.padding[0]) == (3, 7, 2, 3) and H % 2 == W % 2 == 0:
-            return _StemConv(conv)
     return _Conv(conv.weight, conv.bias, conv.stride[0], conv.padding[0])
 
 
@@ -105,21 +96,6 @@ class _Conv(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return conv2d(x, self.weight, self.bias, self.stride, self.padding)
-
-
-class _StemConv(_Conv):
-    """A 7x7 convolution of images at stride 2, as a 4x4 convolution at stride 1 of blocks of 2x2 pixels.
-
-    Pixels get a fourth channel of zeros, so that blocks have 16: that fills vectors and lets Winograd's method in.
-    """
-
-    def __init__(self, conv: nn.Conv2d):
-        blocks = F.pixel_unshuffle(F.pad(conv.weight, (1, 0, 1, 0, 0, 1)), 2)
-        super().__init__(blocks, conv.bias, stride=1, padding=0)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        # In front, three pixels of padding and one where the kernel grew; behind, even sides never read the third.
-        return super().forward(F.pixel_unshuffle(F.pad(x, (4, 2, 4, 2, 0, 1)), 2))
 
 
 class _MapLinear(nn.Module):

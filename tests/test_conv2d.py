@@ -2,6 +2,7 @@
 
 import collections
 import contextlib
+import copy
 import importlib
 import itertools
 import sys
@@ -18,7 +19,7 @@ from torch.autograd import grad, gradcheck, gradgradcheck
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from ops import conv2d, conv_transpose2d, freeze, no_weight_gradients
+from ops import Conv2d, conv2d, conv_transpose2d, freeze, no_weight_gradients, use_conv2d
 
 module = importlib.import_module("ops.conv2d")  # ops.conv2d is the function
 
@@ -100,6 +101,61 @@ def test_equal_torchs_to_second_order(shape, transposed):
             results.append((y, *g, *grad(g[0].square().sum() + g[1].sum(), (x, weight))))
         for a, b in zip(*results, strict=True):
             torch.testing.assert_close(a, b)
+
+
+# A ResNet's first convolution, and maps of few places: what covers a map, or a part of it, and what lies beyond.
+@pytest.mark.parametrize(
+    ("x", "weight", "stride", "padding"),
+    [
+        ((2, 3, 8, 6), (16, 3, 7, 7), 2, 3),
+        ((2, 5, 2, 2), (4, 5, 3, 3), 1, 1),
+        ((2, 5, 2, 2), (4, 5, 3, 3), 2, 1),
+        ((2, 5, 1, 4), (4, 5, 3, 3), 1, 2),
+        ((2, 5, 2, 1), (4, 5, 1, 1), 1, 0),
+        ((2, 5, 1, 1), (4, 5, 3, 3), 1, 1),
+    ],
+)
+def test_first_and_last_layers_of_a_resnet_to_second_order(x, weight, stride, padding):
+    called, ours = [], [module._from_image, module._by_places]
+    inputs = randn(*x), randn(*weight, seed=1), randn(weight[0], seed=2)
+
+    def f(*tensors):
+        with pytest.MonkeyPatch.context() as patch:
+            for function in ours:
+                patch.setattr(module, function.__name__, lambda *a, g=function: (called.append(g), g(*a))[1])
+            return conv2d(*tensors, stride, padding)
+
+    got, want = f(*inputs), F.conv2d(*inputs, stride, padding)
+    assert called == [ours[x[1] != 3]]
+    torch.testing.assert_close(got, want)
+    g = randn(*want.shape, seed=3)
+    for a, b in zip(grad(got, inputs, g), grad(want, inputs, g), strict=True):
+        torch.testing.assert_close(a, b)
+    assert gradgradcheck(f, inputs, fast_mode=True)
+
+
+def test_a_network_that_uses_conv2d_trains_as_before():
+    """A ResNet's loss and gradients are PyTorch's but for rounding, its weights keep their names, and a copy has its
+    own; what conv2d does not serve stays."""
+    torch.manual_seed(0)
+    network = torchvision.models.resnet18().double().to(**LAST)
+    plain = copy.deepcopy(network)
+    use_conv2d(network)
+    twin = copy.deepcopy(network)
+    assert kinds(network)["Conv2d"] == 20 and all(type(m) is not nn.Conv2d for m in network.modules())
+    assert list(network.state_dict()) == list(plain.state_dict())
+    x, results = randn(8, 3, 64, 64), []
+    for net in (network, plain):
+        loss = net(x).square().mean()
+        results.append([loss, *grad(loss, list(net.parameters()))])
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-9 * b.abs().max().item())
+    with torch.no_grad():
+        network.conv1.weight.zero_()
+    assert isinstance(twin.conv1, Conv2d) and twin.conv1(x).abs().max() > 0 == network.conv1(x).abs().max()
+    others = nn.Sequential(nn.Conv2d(4, 4, 3, groups=2), nn.Conv2d(4, 4, (3, 1)), nn.Conv2d(4, 4, 3, device="meta"))
+    use_conv2d(others)
+    assert all(type(layer) is nn.Conv2d for layer in others)
 
 
 @pytest.mark.parametrize("impl", ["auto", "ref", "cpp"])
@@ -317,7 +373,7 @@ def test_frozen_resnets_are_the_same_function(name, size, fast, monkeypatch):
     got, want = (grad(y.square().sum(), x)[0] for y in (got, want))
     assert (got - want).norm() < 1e-9 * want.norm()
     found = kinds(frozen)
-    assert found["_StemConv"] == 1 and found["Conv2d"] == found["BatchNorm2d"] == 0
+    assert found["_Conv"] > 1 and found["Conv2d"] == found["BatchNorm2d"] == 0
     assert (found["_MapLinear"] > 0) == (size < 72)
     assert type(frozen) is type(network) and frozen.fc.in_features == network.fc.in_features
     assert not any(p.requires_grad for p in frozen.parameters())

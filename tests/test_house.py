@@ -18,7 +18,7 @@ MAY_IMPORT = {
     "clusters": set(),
     "dataset": {"training", "files", "layouts", "download", "critters"},
     "control": {"ops", "training"},
-    "encoder": {"training", "layouts", "dataset"},
+    "encoder": {"ops", "training", "layouts", "dataset"},
     "classifier": {"training", "layouts", "dataset", "encoder", "clusters"},
     "gan": {"ops", "training", "layouts", "dataset", "encoder", "classifier"},
     "trained": {"training", "dataset", "encoder", "classifier", "gan", "control"},
