@@ -27,6 +27,7 @@ from torch import nn
 
 import training
 
+# balance: without it the classifier hardly ever says a class of few per cent, and stage 3 learns from what it says.
 PRESETS = {"": dict(epochs=200, batch=256, lr=3e-4, weight_decay=1e-6, balance=True)}  # all but balance as published
 PAPER = {"": dict(balance=False)}
 STEPS = 3000  # at least: 200 epochs of a small data set are too few steps to converge
@@ -44,6 +45,7 @@ class Classifier(nn.Linear):
 
     def __init__(self, features: int, labels: int):
         super().__init__(features, labels)
+        # Not among the weights: a checkpoint has it as an entry of its own, which `build` reads.
         self.register_buffer("balance", torch.zeros(labels), persistent=False)
 
 
@@ -51,6 +53,7 @@ def build(checkpoint: dict) -> Classifier:
     """The frozen classifier in eval mode, from the content of `classifier.pt`. Raises ValueError if that does not fit."""
     classifier = training.rebuild(lambda: Classifier(**checkpoint["config"]), checkpoint["model"])
     balance = torch.tensor(checkpoint["balance"], dtype=torch.float32)
+    # One number alone would broadcast to all labels, and NaN would reach every bound in bits.
     if balance.shape != classifier.bias.shape or not balance.isfinite().all():
         raise ValueError("its classifier's balance is not one number for each label")
     classifier.balance = balance
@@ -64,7 +67,9 @@ def build(checkpoint: dict) -> Classifier:
 def weights_of(y: torch.Tensor, one_hot: bool) -> torch.Tensor:
     """Weights [labels] that balance the labels: of a class's images, so that all classes count alike, or of an
     attribute's positives, so that both of its sides do. The logits are then higher by the weights' logarithms."""
+    # Clamped: an attribute of no image would weigh infinity, one of all images 0, which has no logarithm.
     on = y.sum(0).clamp(1, max(1, len(y) - 1))
+    # The classes' weights average to 1 over the images; an attribute's leave its off side at 1.
     return len(y) / on / y.shape[1] if one_hot else (len(y) - on) / on
 
 
@@ -72,6 +77,7 @@ def loss_of(logits: torch.Tensor, y: torch.Tensor, one_hot: bool, weight: torch.
     """Equation (3): cross-entropy [1], or the binary one of each attribute [Y], to be summed; in nats, mean over images."""
     if one_hot:
         return F.cross_entropy(logits, y, weight)[None]
+    # One loss for each attribute, since each keeps the epoch that is best for it.
     return F.binary_cross_entropy_with_logits(logits, y, pos_weight=weight, reduction="none").mean(0)
 
 
@@ -85,7 +91,7 @@ def fit(
     state: dict | None = None,
     log: training.Log | None = None,
     save: Callable | None = None,
-    stopping: Callable[[], int] = int,
+    stopping: Callable[[], int] = int,  # int() is 0: no signal
 ) -> Classifier:
     """Fit the layer by Adam; returns the Classifier.
 
@@ -98,16 +104,21 @@ def fit(
     """
     state = state or {}
     n, batch = len(h), options["batch"]
+    # On the CPU, so that every device holds out the same images.
     generator = torch.Generator().manual_seed(options["seed"])
     held, kept = torch.randperm(n, generator=generator).to(h.device).split([n // 10, n - n // 10])
     weight = weights_of(y, one_hot) if options["balance"] else None
+    # Adam's steps are alike in all weights: without this, features of small scale would take many more epochs.
+    # 1e-6: a feature may be 0 for all images, since a ReLU made it.
     mean, std = h.mean(0), h.std(0, correction=0) + 1e-6
     x = (h - mean) / std
 
     layer = Classifier(h.shape[1], y.shape[1]).to(h.device)
     if first is None:
+        # The loss is convex in one layer: no random start is needed to break a symmetry.
         nn.init.zeros_(layer.weight), nn.init.zeros_(layer.bias)
     else:
+        # The inverse of `folded`: the layer here sees standardised features, `first` sees h itself.
         layer.load_state_dict({"weight": first.weight * std, "bias": first.bias + first.weight @ mean})
     optimizer = torch.optim.Adam(layer.parameters(), options["lr"], weight_decay=options["weight_decay"], fused=True)
     best, least, done = layer.state_dict(), torch.tensor(math.inf, device=h.device), state.get("epochs", 0)
@@ -119,11 +130,13 @@ def fit(
             layer.load_state_dict(state["layer"])
             if not all(training.all_finite(v) for part in ("best", "layer") for v in state[part].values()):
                 raise ValueError("its weights are no finite numbers")
-            training.load_adam(optimizer, state["optimizer"], parameters=2)
+            training.load_adam(optimizer, state["optimizer"], parameters=2)  # weight and bias
+    # A state_dict shares memory with its layer, whose every step would change the kept best.
     best = {k: v.clone() for k, v in best.items()}
 
     def folded() -> Classifier:
         final = Classifier(h.shape[1], y.shape[1]).to(h.device)
+        # W (h - mean) / std + b = (W / std) h + (b - (W / std) mean): users of the layer give it plain h.
         w = best["weight"] / std
         final.load_state_dict({"weight": w, "bias": best["bias"] - w @ mean})
         return final.eval().requires_grad_(False)
@@ -133,6 +146,7 @@ def fit(
         order = torch.randperm(len(kept), generator=generator.manual_seed(options["seed"] + epoch + 1)).to(h.device)
         total = torch.zeros((), device=h.device)
         for rows in kept[order].split(batch):
+            # A sum over attributes, not a mean: rows of W share nothing, so each attribute trains as it would alone.
             loss = loss_of(layer(x[rows]), y[rows], one_hot, weight).sum()
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
@@ -144,10 +158,12 @@ def fit(
             tested = held if len(held) else kept  # of fewer than ten images none is held out
             test = loss_of(layer(x[tested]), y[tested], one_hot, weight)
             for name, value in layer.state_dict().items():
+                # One flag for all classes, whose softmax is one decision, or one for each attribute.
                 better = (test < least).view(-1, *[1] * (value.ndim - 1))
                 best[name] = torch.where(better, value, best[name])
             least = torch.minimum(test, least)
         signum = stopping()
+        # About ten saves, and lines in the log, a run.
         due = (epoch + 1) % max(1, epochs // 10) == 0 or epoch + 1 == epochs or signum
         if log:
             log.add(loss=total / len(kept), **({"held_out_loss": test.sum()} if len(held) else {}))
@@ -175,8 +191,10 @@ def evaluate(logits: torch.Tensor, y: torch.Tensor, names: list[str], one_hot: b
     """
     from sklearn.metrics import average_precision_score, balanced_accuracy_score  # slow to import
 
+    # AP ranks images by a class: its logits compare between images only after the softmax.
     scores = (logits.log_softmax(1) if one_hot else logits).numpy()
     truth = y.numpy().astype(int)
+    # With the balance left in, a threshold of 0 is where both sides of an attribute weigh alike.
     guess = np.eye(len(names), dtype=int)[logits.argmax(1).numpy()] if one_hot else (logits > 0).int().numpy()
     labels = {}
     for i, name in enumerate(names):
@@ -194,10 +212,12 @@ def evaluate(logits: torch.Tensor, y: torch.Tensor, names: list[str], one_hot: b
     overall = {key: mean(key) for key in ("accuracy", "majority", "balanced", "ap")}
     if one_hot:
         seen, told = truth.argmax(1), guess.argmax(1)
+        # Classes without a validation image have no recall, and are left out of the mean.
         recalls = [(told == c)[seen == c].mean() for c in np.unique(seen)]
         overall |= dict(accuracy=float((seen == told).mean()), majority=float(truth.mean(0).max()))
         overall |= dict(balanced=float(np.mean(recalls)))
     h_y = training.entropy_bits(y)
+    # H(Y|E) needs log-odds as they are in the data: balanced logits overstate rare labels, and the bound gets loose.
     mi = training.information_bits(logits - balance, y, "one-hot" if one_hot else "multi-label", h_y)
     return {"images": len(y), "overall": overall, "labels": labels, "bits": dict(h_y=h_y, h_y_given_e=h_y - mi, mi=mi)}
 
@@ -243,6 +263,7 @@ def main(**options):
     Writes classifier.pt, classifier.json, stats.jsonl and tensorboard/ to the output folder, and clusters/ for internal
     attributes. The same command again goes on where it stopped.
     """
+    # Here, not at the top: the layer and its training need none of these files.
     import clusters
     import dataset
     import encoder as stage1
@@ -272,6 +293,7 @@ def main(**options):
     if options["size"]:
         training.check_same(checkpoint["data"], options, ["size"], outdir / "encoder.pt", remedy)
     options["size"] = checkpoint["data"]["size"]
+    # As the encoder saw them: squashed or cropped, and the same images for training.
     how = dataset.same_images(checkpoint["data"]) | {"preset": options["preset"]}
     ds = dataset.open_dataset(options["data"], options["size"], "train", None if internal else spec, **how)
     sets = {"train": ds, "val": ds.part("val")}
@@ -286,10 +308,12 @@ def main(**options):
     weights = training.load_init(options["init"], "classifier")["model"] if options["init"] else None
 
     # Embed every image once.
+    # A tenth is held out. Where --epochs is given, it counts, however few steps that makes.
     steps = -(-len(ds) * 9 // 10 // options["batch"])
     least = 0 if given or options["smoke"] else math.ceil(STEPS / max(1, steps))
     epochs = options["epochs"] = int(max(options["epochs"], least))
     if state and tables:
+        # A table may have changed since the checkpoint, under the same name.
         now, _ = layouts.read_clusters(spec, ds)
         with training.reading(path):
             same = all(np.array_equal(now[split], v.numpy()) for split, v in state["assignments"].items())
@@ -300,8 +324,10 @@ def main(**options):
         return
     with training.reading(outdir / "encoder.pt"):
         encoder = stage1.build(checkpoint).to(run.device, memory_format=torch.channels_last)
+    # The encoder is frozen and nothing is augmented, so one pass serves all epochs.
     h = {}
     for split, d in sets.items():
+        # Embeddings do not depend on the batch, since norms are in eval mode; 256 only bounds the memory.
         batches = (images for images, _ in d.sequential(256, run.device, options["workers"]))
         h[split] = stage1.embed(encoder, batches, len(d), run)
 
@@ -312,6 +338,7 @@ def main(**options):
     if internal:
         if state:
             with training.reading(path):
+                # k-means again could number the clusters otherwise than the classifier that goes on.
                 found = {split: v.numpy() for split, v in state["assignments"].items()}
             names = state["data"]["label_names"]
         else:
@@ -323,6 +350,7 @@ def main(**options):
                     names = [f"cluster{i}" for i in range(found["train"].max() + 1)]
                 given = layouts.cluster_tables(spec) if tables else []
                 clusters.write(found, h["train"], sets, names, outdir / "clusters", given)
+        # How far clusters, found without labels, agree with the labels that there are.
         results["clusters"] = clusters.agreements(found["train"], ds)
         k = len(names)
         labels = {split: torch.eye(k)[torch.from_numpy(v).long()].to(run.device) for split, v in found.items()}
@@ -330,6 +358,7 @@ def main(**options):
         data |= dict(attributes=f"clusters:{k}", label_names=names, label_kind="one-hot")
     one_hot, names = data["label_kind"] == "one-hot", data["label_names"]
     config = dict(features=h["train"].shape[1], labels=len(names))
+    # Weights w raise logits by log w (Bayes' rule): this is what to take off them for log-odds of the data.
     balance = weights_of(labels["train"], one_hot).log().cpu() if options["balance"] else torch.zeros(len(names))
 
     def save(classifier: Classifier, extra: dict, must: bool) -> None:

@@ -32,14 +32,18 @@ def cluster(h: dict, spec: str, seed: int, folder: Path) -> dict[str, np.ndarray
 
     n, value = len(h["train"]), spec.removeprefix("clusters:")
     least = KS[0] if value == "auto" else int(value)
+    # Two images a cluster on average: the silhouette of a single one is 0 by definition.
     if n < 2 * least:
         raise click.UsageError(f"--attributes {spec}: there are only {n} training images")
     if not all(np.isfinite(v).all() for v in h.values()):
         raise click.UsageError(f"--attributes {spec}: the embeddings are no finite numbers: train the encoder again")
+    # Unit length, so that distances compare directions, as the cosines of the contrastive loss do.
     x = {split: normalize(np.asarray(v, np.float64)) for split, v in h.items()}
     with np.errstate(invalid="ignore"):  # where all are alike
+        # There are no more components than images or features.
         pca = PCA(min(DIMENSIONS, n, x["train"].shape[1]), random_state=seed).fit(x["train"])
     x = {split: pca.transform(v) for split, v in x.items()}
+    # Rounded, because equal images may get embeddings that differ in their last digits.
     different = len(np.unique(x["train"].round(6), axis=0))
     if different < least:
         raise click.UsageError(
@@ -47,6 +51,7 @@ def cluster(h: dict, spec: str, seed: int, folder: Path) -> dict[str, np.ndarray
         )
 
     def fit(k: int) -> KMeans:
+        # Of four starts the tightest clusters are kept: a single start may end in a poor split.
         return KMeans(k, n_init=4, random_state=seed).fit(x["train"])
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -59,12 +64,14 @@ def cluster(h: dict, spec: str, seed: int, folder: Path) -> dict[str, np.ndarray
         plot(silhouette, best, folder / "k.png")
     else:
         model = fit(int(value))
+    # argsort twice gives ranks: the largest cluster becomes number 0, whatever k-means called it.
     order = np.bincount(model.labels_, minlength=model.n_clusters).argsort()[::-1].argsort()
     return {split: order[model.predict(v)] for split, v in x.items()}
 
 
 def plot(silhouette: dict[int, float], best: int, path: Path) -> None:
     """Draw the criterion over K."""
+    # Not pyplot, which looks for a display and keeps every figure.
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6, 4))
@@ -86,7 +93,7 @@ def write(
     """
     folder.mkdir(parents=True, exist_ok=True)
     for old in folder.glob("cluster*.png"):
-        old.unlink()
+        old.unlink()  # of an earlier clustering, which may have had more clusters
     for split, v in found.items():
         if (folder / f"{split}.csv").resolve() in [path.resolve() for path in given]:
             continue
@@ -94,12 +101,15 @@ def write(
         with open(folder / f"{split}.csv", "w", newline="", encoding="utf-8", errors="backslashreplace") as file:
             table = csv.writer(file)
             table.writerow(["img", "cluster"])
+            # Not i itself: clusters that came from a table keep its numbers, which may have gaps.
             numbers = [names[i].removeprefix("cluster") for i in v]
             table.writerows(zip(sets[split].names, numbers, strict=True))
+    # clip: an embedding of zeros has no direction, and must not become NaN.
     h = np.asarray(h) / np.linalg.norm(h, axis=1, keepdims=True).clip(1e-12)
     for c in np.unique(found["train"]):
         rows = np.flatnonzero(found["train"] == c)
         distance = np.linalg.norm(h[rows] - h[rows].mean(0), axis=1)
+        # Evenly from the most to the least typical: the first 64 alone would look purer than the cluster is.
         rows = rows[distance.argsort()][np.linspace(0, len(rows) - 1, min(64, len(rows))).astype(int)]
         contact_sheet(sets["train"].images, rows).save(folder / f"{names[c]}.png")
 
@@ -118,6 +128,7 @@ def agreement(clusters: np.ndarray, labels: np.ndarray) -> dict[str, float]:
     from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
     from sklearn.metrics.cluster import contingency_matrix
 
+    # Purity takes each cluster for its most frequent label, so it rises with the number of clusters.
     purity = contingency_matrix(labels, clusters).max(0).sum() / len(clusters)
     nmi, ari = normalized_mutual_info_score(labels, clusters), adjusted_rand_score(labels, clusters)
     return {"purity": float(purity), "nmi": float(nmi), "ari": float(ari)}
@@ -125,6 +136,7 @@ def agreement(clusters: np.ndarray, labels: np.ndarray) -> dict[str, float]:
 
 def agreements(clusters: np.ndarray, ds) -> dict[str, dict]:
     """`agreement` of the clusters of a Dataset's images with every label that is known, hidden ones too."""
+    # Labels that no stage is trained on, such as the kinds of wild animals in critters.
     known = {name: value for name, (value, _) in ds.hidden.items()}
     labels = np.asarray(ds.labels)
     if ds.label_kind == "one-hot":

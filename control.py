@@ -30,12 +30,15 @@ def questions(kind: str, real: Tensor, each: int, seed: int, published: bool = F
     without, the other attributes as they occur together in the rows of `real`. published: all with it, the other
     attributes fair coins.
     """
+    # Each purpose has a stream of its own: 2 here, 3 for the judge, 8 for diversity, 9 for information.
     asked, draw = torch.arange(real.shape[1]).repeat_interleave(each), np.random.default_rng([seed, 2])
     if kind == "one-hot":
         return torch.eye(real.shape[1])[asked], asked
+    # As published: each attribute a fair coin.
     if published:
         y = torch.from_numpy(draw.integers(0, 2, (len(asked), real.shape[1]))).float()
     else:
+        # What never occurs together was never learned, so it would be no fair question.
         y = real[torch.from_numpy(draw.integers(0, len(real), len(asked)))].clone()
     on = torch.arange(len(y)) % each < (each if published else each // 2)
     y[torch.arange(len(y)), asked] = on.float()
@@ -55,7 +58,9 @@ def control_accuracy(
     """
     rows = torch.arange(len(y))
     on, score = y[rows, asked] > 0.5, logits[rows, asked]
+    # 0.2 as published, of probabilities without balance: a balanced classifier that knows nothing says 0.5.
     found_on = (logits - balance).sigmoid()[rows, asked] > 0.2
+    # Otherwise balanced logits stay as they are, since on and off are asked for equally often.
     right = logits.argmax(1) == asked if kind == "one-hot" else found_on == on if published else (score > 0) == on
     labels = {}
     for i, name in enumerate(names):
@@ -63,6 +68,7 @@ def control_accuracy(
         found = {"accuracy": right[its]}
         if kind == "multi-label":
             found |= {"on": right[its & on], "off": right[its & ~on], "published": found_on[its & on]}
+        # Under the published rule nobody asks for off, so there is no such number.
         labels[name] = {key: value.float().mean().item() for key, value in found.items() if len(value)}
     over = {key: float(np.mean([v[key] for v in labels.values()])) for key in ("accuracy", "published") if key in found}
     exact = {} if kind == "one-hot" else {"exact": ((logits > 0) == (y > 0.5)).all(1).float().mean().item()}
@@ -73,6 +79,7 @@ def control_accuracy(
 # The independent judge: the run's own encoder and classifier are what the generator was trained to please.
 
 
+# 2,000 images: the standard error of a plain accuracy is then 1.1 % at most.
 TESTED = 2000  # of the images held out, at most, the judge is tested on
 JUDGE = 3  # count it up with every change of the judge or its training: judges are kept on disk
 
@@ -84,22 +91,27 @@ class Judge(nn.Module):
     of its logits.
     """
 
+    # Small, since every data set needs its own: 1,500 steps, metrics.py's number on CPUs, take two minutes of one core.
     WIDTHS = (32, 32, 64, 64, 128, 128, 128)  # channels of its convolutions
     DIMS = 4 * WIDTHS[-1]  # features: the last map, pooled to 2x2
 
     def __init__(self, labels: int):
         super().__init__()
         layers: list[nn.Module] = []
+        # Strides: 32 px become 16, 8 and 4. No bias, since batch norm takes it out again.
         for i, o, stride in zip((3, *self.WIDTHS), self.WIDTHS, (1, 2, 1, 2, 1, 2, 1), strict=False):
             layers += [Conv2d(i, o, 3, stride, 1, bias=False), nn.BatchNorm2d(o), nn.ReLU(inplace=True)]
         self.trunk = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(2), nn.Flatten())
+        # Dropout against overfitting: a set may have a thousand images.
         self.drop, self.head = nn.Dropout(0.3), nn.Linear(self.DIMS, labels)
+        # Of the features of real images, set after training; as buffers they are saved with the weights.
         self.register_buffer("mean", torch.zeros(self.DIMS))
         self.register_buffer("std", torch.ones(self.DIMS))
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """uint8 [B, S, S, 3] -> features [B, 512], logits [B, Y]; images larger than 32 px are reduced to that."""
         x = training.to_float(images.to(self.mean.device))
+        # So that a judge costs the same at every size.
         x = F.interpolate(x, (32, 32), mode="bilinear", antialias=True) if x.shape[2] > 32 else x
         h = self.trunk(x.contiguous(memory_format=torch.channels_last))
         return (h - self.mean) / self.std, self.head(self.drop(h))
@@ -122,13 +134,16 @@ def known_labels(run, split: str) -> list[Group]:
     data, y = run.images[split], run.labels(split) if run.names and not alone else None
     groups = [] if y is None else [(run.kind, list(run.names), y)]
     classes, attributes = run.all_labels
+    # Columns may be classes as well (layouts.from_columns): `seen` keeps them from counting twice.
     for spec in ["class"] * (len(classes) > 1) + [",".join(attributes)] * bool(attributes):
         part = data.part(split, spec)
         seen = {name for _, names, _ in groups for name in names}
         new = [i for i, name in enumerate(part.label_names) if name not in seen]
+        # Classes as a whole or not at all: without some of them, rows would have no 1.
         if new and (part.label_kind == "multi-label" or len(new) == len(part.label_names)):
             y = torch.from_numpy(np.array(part.labels))[:, new]
             groups.append((part.label_kind, [part.label_names[i] for i in new], y))
+    # critters' kinds: no stage sees them, but the judge may.
     for value, names in data.hidden.values():
         groups.append(("one-hot", list(names), torch.eye(len(names))[torch.from_numpy(np.array(value)).long()]))
     return groups
@@ -139,12 +154,14 @@ def loss_of(logits: Tensor, y: Tensor, groups: Sequence[tuple[str, int]]) -> Ten
     loss = logits.new_zeros(())
     widths = [width for _, width in groups]
     for (kind, _), ours, theirs in zip(groups, logits.split(widths, 1), y.split(widths, 1), strict=True):
+        # Means over the attributes, so that many of them do not outweigh the classes.
         loss += (F.cross_entropy if kind == "one-hot" else F.binary_cross_entropy_with_logits)(ours, theirs)
     return loss
 
 
 def hold_out(draw: np.random.Generator, images: int) -> tuple[np.ndarray, np.ndarray]:
     """Rows of a tenth of the images, which the judge is tested on, and of the others, which it learns from."""
+    # A tenth, as layouts.complete_splits holds out.
     held, kept = np.split(draw.permutation(images), [max(1, images // 10)])
     return held, kept
 
@@ -161,19 +178,25 @@ def train_judge(
     draw = np.random.default_rng([seed, 3])
     labels, widths = torch.cat([y for _, _, y in groups], 1), [(kind, y.shape[1]) for kind, _, y in groups]
     held, kept = hold_out(draw, len(labels))
+    # Sorted, here and below: mapped images are best read in the order of the file.
     held = np.sort(held[:TESTED])
+    # The caller's random numbers stay as they are, whether a judge is trained or found on disk.
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
         judge = Judge(labels.shape[1]).to(device, memory_format=torch.channels_last)
         optimizer = torch.optim.AdamW(judge.parameters(), weight_decay=0.05)
+        # One cycle (Smith and Topin 2018): short trainings take a high rate, here up to 3e-3, that falls to almost 0.
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=steps)
         for _ in tqdm(range(steps), desc="independent judge", unit="step", leave=False, dynamic_ncols=True):
             rows = np.sort(draw.choice(kept, min(64, len(kept)), replace=False))
             x = images[rows][:, :, ::-1] if mirror and draw.random() < 0.5 else images[rows]
+            # An eighth of the side, as the discriminator's translation in stage 3.
             most = x.shape[1] // 8
             down, right = draw.integers(0, 2 * most + 1, 2)
+            # The border is repeated, since black bars would be a sight of their own.
             x = np.pad(x, ((0, 0), (most, most), (most, most), (0, 0)), "edge")
             x = x[:, down : down + images.shape[1], right : right + images.shape[2]].astype(np.float32)
+            # A tenth of the 255 levels and a fifth of the contrast, so that labels are not read off the exposure.
             light, contrast = draw.uniform(-25, 25, (len(x), 1, 1, 1)), draw.uniform(0.8, 1.2, (len(x), 1, 1, 1))
             x = torch.from_numpy(((x - 128) * contrast + 128 + light).clip(0, 255).astype(np.uint8))
             loss = loss_of(judge.look(x), labels[rows].to(device), widths)
@@ -186,10 +209,12 @@ def train_judge(
     accuracies, parts = [], [width for _, width in widths]
     for (kind, _), ours, y in zip(widths, logits.split(parts, 1), labels[held].split(parts, 1), strict=True):
         accuracies.append(balanced_accuracy(ours, y, kind))
+    # 2,000 images tell a standard deviation to within 2 %.
     rows = np.sort(draw.permutation(len(labels))[:2000])
     h, _ = judged(judge, images, rows)
     std = h.std(0, correction=0)
     judge.mean.copy_(h.mean(0))
+    # 1e-6, in case no feature varies at all.
     judge.std.copy_(std.clamp(min=0.1 * std.mean() + 1e-6))  # a feature that hardly varies must not outweigh the others
     return judge, accuracies
 
@@ -197,6 +222,7 @@ def train_judge(
 def balanced_accuracy(logits: Tensor, y: Tensor, kind: str) -> float:
     """Part of the labels y [N, Y] that logits [N, Y] have right, all labels alike, and on and off alike: as
     `control_accuracy` asks for them. Labels that never occur do not count."""
+    # By class, and by on and off: else always giving the most frequent answer would look good.
     if kind == "one-hot":
         right = logits.argmax(1) == y.argmax(1)
         parts = [right[on > 0.5] for on in y.T]
@@ -208,6 +234,7 @@ def balanced_accuracy(logits: Tensor, y: Tensor, kind: str) -> float:
 
 def judged(judge: Judge, images, rows: np.ndarray) -> tuple[Tensor, Tensor]:
     """The judge's features and logits of the images of these rows, on the CPU."""
+    # At most 256 at once, whatever the set: -(-a // b) rounds up.
     parts = [judge(torch.from_numpy(images[part])) for part in np.array_split(rows, -(-len(rows) // 256))]
     return tuple(torch.cat([part[i].cpu() for part in parts]) for i in range(2))
 
@@ -228,10 +255,12 @@ def load_judge(run, seed: int, steps: int) -> tuple[Judge, list[Group], list[flo
 
 def kept_judge(run, groups: Sequence[Group], seed: int, steps: int, mirror: bool = True) -> tuple[Judge, list[float]]:
     """What `train_judge` makes of a run's training images: trained once, and kept beside the packed images."""
+    # The labels as well as their names: clusters of the same names may hold other images.
     labels = torch.cat([y for _, _, y in groups], 1)
     facts = [run.train.fingerprint, run.train.size, seed, steps, mirror, JUDGE]
     text = json.dumps([[kind, names] for kind, names, _ in groups] + facts)
     key = hashlib.sha256(text.encode() + labels.numpy().tobytes()).hexdigest()
+    # 16 digits for the name; the file holds the whole key, which is compared.
     path, state = run.train.pack / f"judge-{key[:16]}.pt", {}
 
     def prepare() -> None:
@@ -243,6 +272,7 @@ def kept_judge(run, groups: Sequence[Group], seed: int, steps: int, mirror: bool
             with contextlib.suppress(OSError, RuntimeError), training.atomic(path) as temporary:
                 torch.save(state, temporary)  # it only saves time, so a full or read-only cache is no error
 
+    # All take the first process's: trained twice, a judge differs in the last digits.
     run.world.first(prepare)
     state = run.world.gather(state)[0]
     judge = Judge(labels.shape[1])
@@ -253,12 +283,14 @@ def kept_judge(run, groups: Sequence[Group], seed: int, steps: int, mirror: bool
 def measure_accuracy(run, n: int, seed: int, steps: int) -> dict:
     """Attribute control accuracy of n generated images by the run's classifier and by an independent judge."""
     published, balance = run.protocol == "paper", run.net.balance
+    # Even, so that half of an attribute's images can have it; at least one with it and one without.
     y, asked = questions(run.kind, run.real, max(2, n // len(run.names) // 2 * 2), seed, published)
     results, judge = {"accuracy_n": len(y)}, None
     if not published or run.kind == "one-hot":  # asking for an attribute only, always finding it is right
         results["accuracy_chance"] = 1 / len(run.names) if run.kind == "one-hot" else 0.5
     if run.labels("train") is not None:  # the first group that the judge knows is then this run's y
         judge, groups, right = load_judge(run, seed, steps)
+        # Drawn again as in train_judge, only to say of how many images its accuracy is.
         held, _ = hold_out(np.random.default_rng([seed, 3]), len(groups[0][2]))
         results |= {"judge_real": right[0], "judge_real_n": len(held[:TESTED])}
 
@@ -271,6 +303,7 @@ def measure_accuracy(run, n: int, seed: int, steps: int) -> dict:
     found = control_accuracy(own, y, asked, run.kind, run.names, balance, published)
     results |= {f"accuracy_{key}".removesuffix("_accuracy"): value for key, value in found.items()}
     for scores in others:
+        # No balance, which is the classifier's, and the plain rule under any protocol.
         found = control_accuracy(scores, y, asked, run.kind, run.names)
         results |= {"accuracy_judge": found["accuracy"], "accuracy_judge_labels": found["labels"]}
     return results
@@ -283,12 +316,14 @@ def measure_accuracy(run, n: int, seed: int, steps: int) -> dict:
 def groups_of_one_y(labels: Tensor, each: int, most: int = 10) -> list[Tensor]:
     """Indices of up to `each` images for each of the `most` most frequent rows of labels that occur more than once."""
     _, inverse, counts = torch.unique(labels, dim=0, return_inverse=True, return_counts=True)
+    # stable: equally frequent y come in the same order on every device.
     often = counts.argsort(descending=True, stable=True)[:most]
     return [(inverse == i).nonzero()[:each, 0] for i in often if counts[i] > 1]
 
 
 def spread(h: Tensor) -> float:
     """Mean distance between two different rows of h [N, D], N at least 2."""
+    # N (N - 1) distances: the matrix has every pair twice, and zeros in its diagonal.
     return (torch.cdist(h.double(), h.double()).sum() / (len(h) * (len(h) - 1))).item()
 
 
@@ -299,6 +334,7 @@ def measure_diversity(run, labels: Tensor, each: int, seed: int, notes: list[str
     if not groups:
         notes.append("no diversity: no two training images have the same y")
         return {}
+    # Real images of the same y beside them, since how far apart images of one y are depends on y.
     y, sizes = torch.cat([labels[g] for g in groups]), [len(g) for g in groups]
     sources = run.generated(len(y), seed, y), run.real_images("train", torch.cat(groups).numpy())
     fake, real = (np.mean([spread(h) for h in run.embed(source).split(sizes)]) for source in sources)
@@ -320,10 +356,12 @@ def measure_information(run, n: int, seed: int) -> dict:
     # y as in the data, whatever the protocol: H(Y) is that of the data, and eq. 4 means it so.
     y = run.real[torch.from_numpy(np.random.default_rng([seed, 1]).integers(0, len(run.real), n))]
     results = {"h_y_bits": h_y, "mi_generated_bits": bits(run.generated(n, seed, y), y), "information_n": n}
+    # Validation images, which training does not see unless --train-on-all is given.
     labels = run.labels("val")
     if labels is not None:
         index = np.sort(np.random.default_rng([seed, 9]).permutation(len(labels))[:n])
         results["mi_real_bits"] = bits(run.real_images("val", index), labels[index])
         results["mi_real_n"] = len(index)
+    # Eq. 1 by InfoNCE of stage 1's last steps; eqs. 6-7 by the discriminator's loss, which --loss ns alone allows.
     logged = {"mi_encoder_bits": run.logged("encoder", "mi_bits"), "jsd_bits": run.logged("gan", "jsd_bound")}
     return results | {key: value for key, value in logged.items() if value is not None}

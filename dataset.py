@@ -78,6 +78,7 @@ def squashed(image: Image.Image, size: int) -> np.ndarray:
 
     The paper's code did that to CelebA: 178 x 218 to 128 x 128, by torchvision's Resize on tensors.
     """
+    # EXTENT looks at four pixels for each of the result, as torchvision does on tensors; Image.resize would antialias.
     area = (0, 0, *image.size)
     planes = [  # in float, since Pillow rounds bytes down
         plane.convert("F").transform((size, size), Image.Transform.EXTENT, area, Image.Resampling.BILINEAR)
@@ -89,7 +90,9 @@ def squashed(image: Image.Image, size: int) -> np.ndarray:
 def open_image(root: Path, key: str | tuple[str, int], max_pixels: int = MAX_PIXELS) -> Image.Image:
     """Image `key` of a source, upright and RGB, of its own size. Raises one of UNREADABLE for one it cannot read."""
     if isinstance(key, tuple):
+        # IDX files hold grey images, and every network here takes three channels.
         return Image.fromarray(read_idx(root, key[0])[key[1]]).convert("RGB")
+    # A member of a zip is read as a whole: decoders jump back, and each jump would unpack it from its start again.
     return read_image(root / key if root.is_dir() else io.BytesIO(read(root, key, MAX_FILE)), max_pixels)
 
 
@@ -98,6 +101,7 @@ def load_image(
 ) -> np.ndarray:
     """Image `key` of a source as uint8 [size, size, 3] RGB. Raises one of UNREADABLE for an image it cannot read."""
     if root is None:
+        # Seed 0 for everybody, so that runs on critters compare.
         return critters.render(0, *key, size)[0]
     return (squashed if squash else square)(open_image(root, key, max_pixels), size)
 
@@ -108,17 +112,20 @@ def usual_size(root: Path | None, keys: list) -> int:
     for key in keys[:: max(1, len(keys) // 16)] if root else []:
         with contextlib.suppress(*UNREADABLE):  # packing names it
             sides.append(min(open_image(root, key).size))
+    # 32 and 256 are the smallest and the largest size of PRESETS; 256 px is the paper's AFHQ.
     return min(256, max(32, 1 << (min(sides, default=32).bit_length() - 1)))
 
 
 def most_by_default(device: torch.device) -> int:
     """The largest size of data without a preset where none is asked for: on two CPU cores half an hour for all stages."""
+    # Found by trying: at 64 px all stages took 41 minutes on two cores, and images followed y less.
     return 32 if device.type == "cpu" else 256
 
 
 def scan_critters() -> Source:
     """What critters.py draws: species as classes, its attributes, and the kinds, which training does not see."""
     keys = [(split, i) for split, count in critters.SPLITS.items() for i in range(count)]
+    # The offsets keep the splits apart: an image depends on its index alone.
     facts = [critters.factors(0, critters.OFFSETS[split] + i) for split, i in keys]
     hidden = {"kind": (np.array([f["kind"] for f in facts]), list(critters.KINDS))}
     classes, attributes = list(critters.SPECIES), list(critters.ATTRIBUTES)
@@ -134,6 +141,7 @@ def cache_folder() -> Path:
     """Where packs lie: $INFOSCC_CACHE, or ~/.cache/infoscc-gan, or a temporary folder for users without a home."""
     if folder := os.environ.get("INFOSCC_CACHE"):
         return Path(os.path.expanduser(folder))
+    # In a container the user may have no home, or one that belongs to somebody else.
     folder = Path(os.path.expanduser("~/.cache/infoscc-gan"))
     with contextlib.suppress(OSError):
         if folder.is_absolute():  # else nothing says where home is
@@ -142,7 +150,9 @@ def cache_folder() -> Path:
                 return folder
     folder = Path(tempfile.gettempdir()) / f"infoscc-gan-{os.getuid()}"
     with contextlib.suppress(OSError):
+        # 0700: nobody else may write here, as they may in the folder above.
         folder.mkdir(mode=0o700)
+    # lstat, not stat: somebody else may have put a link here that leads to a folder of yours.
     status = os.lstat(folder) if os.path.lexists(folder) else None
     if status is None or not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid():  # others can write there too
         fail(f"{folder} is not a folder of yours: set INFOSCC_CACHE to another")
@@ -186,6 +196,7 @@ def prepare(
     # Critters go by the bytes of critters.py, comments too: whoever edits it gets new data, and no old run fits them.
     files, folders, state = [], [], hashlib.sha256(Path(critters.__file__).read_bytes()).hexdigest()
     if root is not None:
+        # Packs within the data would change it while they are made; hidden folders of it are never looked at.
         inside, above = cache.resolve(), root.resolve()
         if inside.is_relative_to(above) and not any(map(is_hidden, inside.relative_to(above).parts)):
             fail(f"the cache {cache} lies within the data: set INFOSCC_CACHE to another folder")
@@ -194,14 +205,17 @@ def prepare(
     memo = cache / "seen" / f"{state}.json"
 
     def check(classes: list[str]) -> None:
+        # A path may hold anything, but whoever says afhq means the paper's data.
         if data == "afhq" and not {"cat", "dog", "wild"}.issuperset(classes):
             fail(f"{root} is not AFHQ: its classes are {', '.join(classes)}, not cat, dog, wild")
 
     def find(content: str, size: int) -> Path | None:
         fingerprint = fingerprint_of(content, squash, train_on_all)
+        # Whatever its name begins with: copies of the same data share a pack. 64 bits of the hash tell packs apart.
         return next(cache.glob(f"*-{size}-{fingerprint[:16]}-v{FORMAT}"), None)
 
     def recall() -> tuple[dict | None, Path | None]:
+        # A memo that is missing, damaged, or lacks one of the keys counts as none: it is written anew.
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
             seen = json.loads(memo.read_text())
             seen = {key: seen[key] for key in ("content", "size", "notes", "absent")}
@@ -211,24 +225,30 @@ def prepare(
     def make(alone: bool) -> tuple[dict, Path]:
         source = layouts.scan(root, files, folders) if root else scan_critters()
         check(source.classes)
+        # Before the packing, which takes long; the same question comes again below, for packs that are there.
         if strict and source.absent:
             fail(f"{root}: {source.notes[0]}")
         seen = {"content": content_of(root, source) if root else state, "size": usual_size(root, source.keys)}
         seen |= {"notes": source.notes, "absent": source.absent}
         pixels, fingerprint = size or min(seen["size"], most), fingerprint_of(seen["content"], squash, train_on_all)
+        # The state is new, the content need not be: copied, moved and touched files have their pack.
         if not (pack := find(seen["content"], pixels)):
             # Left by processes of this machine that were killed: locks of others may not reach here.
             for left in cache.glob(f".packing-*-{glob.escape(node)}-*") if alone else ():
                 shutil.rmtree(left, ignore_errors=True)
+            # 64 of the 255 bytes that a name may have: size, hash, host and process come beside.
             short = name.encode()[:64].decode(errors="ignore")  # file systems count bytes
             pack = cache / f"{short}-{pixels}-{fingerprint[:16]}-v{FORMAT}"
+            # In the same folder, since a rename is one step within a file system only.
             aside = cache / f".packing-{pack.name}-{node}-{os.getpid()}"
             load = functools.partial(load_image, root, size=pixels, squash=squash, max_pixels=max_pixels)
             info = {"size": pixels, "fingerprint": fingerprint, "squash": squash, "train_on_all": train_on_all}
+            # The command must lead to this very pack, so it has all that tells packs apart.
             remedy = f"python dataset.py --data {shlex.quote(data)} --size {pixels}"
             remedy += " --squash" * squash + " --train-on-all" * train_on_all
             try:
                 write_pack(root, source, aside, load, info, None if skip_broken else remedy)
+                # Else the pack could hold other images than its hash says, and keep them for ever.
                 if root and state_of(*list_files(root)) != state:
                     fail(f"{root} changed while it was being packed: run again")
                 try:
@@ -260,12 +280,14 @@ def prepare(
     info = read_info(pack)
     check(info["classes"])  # it may have been packed under another name
     skipped = info["skipped"]
+    # A pack does not say which limit it was made with: a larger one may find images that were left out.
     if skipped and max_pixels > MAX_PIXELS and not skip_broken:
         fail(f"{pack} was packed without {skipped} unreadable images: delete it to pack it with --max-pixels")
     if skipped and not skip_broken:
         say(f"Note on {data}: {skipped} unreadable images were left out when it was packed (--skip-broken)")
     if not size and seen["size"] > most:
         say(f"Images are resized to {most} px: a CPU takes hours for more; --size {seen['size']} keeps them larger")
+    # From the memo, so that every start says them and not only the one that packs.
     for note in seen["notes"]:
         say(f"Note on {data}: {note}")
     return pack
@@ -300,15 +322,19 @@ def state_of(root: Path, files: list[str], folders: list[str]) -> str:
             return status.st_size, status.st_mtime_ns
         return None
 
+    # Of a zip, its own size and time stand for all members.
     paths = [str(root)] if root.is_file() else [os.path.join(root, name) for name in files]
+    # The path too: class names may come from it. Folders too: an empty class folder is refused.
     return hash_of([str(root.resolve()), files, folders, [state(path) for path in paths]])
 
 
 @contextlib.contextmanager
 def only_one(cache: Path) -> Iterator[bool]:
     """Let one process at a time pack; the kernel drops the lock with its process. False where there are no locks."""
+    # The file stays there: without it, one process could wait for the old file while another locks a new one.
     with open(cache / ".lock", "a") as lock:
         try:
+            # First without waiting, to tell the user why nothing happens.
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             click.echo(f"Waiting for another process that packs into {cache}", err=True)
@@ -326,7 +352,7 @@ def content_of(root: Path, source: Source) -> str:
         digest = hashlib.sha256()
         try:
             with open_file(root, name) as file:
-                while block := file.read(2**20):
+                while block := file.read(2**20):  # 1 MB at a time, whatever the size of the file
                     digest.update(block)
         except UNREADABLE:
             return "unreadable"  # packing finds out as well, and says why
@@ -334,7 +360,7 @@ def content_of(root: Path, source: Source) -> str:
 
     names = sorted({*source.tables, *(key for key in source.keys if isinstance(key, str))})
     with ThreadPoolExecutor(4) as pool:  # enough to keep a disk busy
-        few = len(names) < 1000
+        few = len(names) < 1000  # read in a moment, so there is no bar
         hashes = tqdm(pool.map(hash_file, names), "reading", len(names), unit="file", dynamic_ncols=True, disable=few)
         # Names of classes may depend on what a folder is called, so they are part of it.
         return hash_of([source.classes, source.attributes, names, list(hashes)])
@@ -351,6 +377,7 @@ def create_array(path: Path, shape: tuple[int, ...]) -> int:
 def end_with_parent(parent: int) -> None:
     """Have the kernel end this process when its parent is killed: else it would hold the lock, and wait, for ever."""
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+    # If the parent ended before that call, the signal will never come.
     if os.getppid() != parent:
         os._exit(1)
 
@@ -358,6 +385,7 @@ def end_with_parent(parent: int) -> None:
 def pack_rows(load: Callable, keys: list, size: int, path: Path, offset: int) -> list[tuple[int, str]]:
     """Decode some images and write them from byte `offset` of `path` on; returns (position, reason) of the broken."""
     # Each process writes its own part of the file, all rows of a job at once.
+    # Rows of broken images stay black until write_pack drops them, or drops the pack.
     rows, broken = np.zeros((len(keys), size, size, 3), np.uint8), []
     for i, key in enumerate(keys):
         try:
@@ -376,8 +404,11 @@ def decode(
     """Decode the rows of all splits into <split>.npy, on all processors; returns {split: {position: why it is broken}}."""
     row, jobs, broken = size * size * 3, [], {s: {} for s in splits}
     chunk = max(1, min(64, 2**24 // row))  # images a job: at most 16 MB, and enough jobs for all processors
+    # The processors that this process may use: in containers and batch jobs the machine often has more.
+    # Up to 64 images are about one job: a second process would have nothing to do.
     processes = len(os.sched_getaffinity(0)) if len(source.keys) > 64 else 1
     context = multiprocessing.get_context("fork")  # a new interpreter would first import torch
+    # The lock of files.py works between threads; here several processes decode.
     if processes > 1:
         files.LARGE = context.Lock()  # for all of them
     pool = ProcessPoolExecutor(processes, context, end_with_parent, (os.getpid(),)) if processes > 1 else None
@@ -400,7 +431,7 @@ def decode(
     finally:
         bar.close()
         if pool:
-            pool.shutdown(cancel_futures=True)
+            pool.shutdown(cancel_futures=True)  # after an error, the jobs that are left would still be decoded
     return broken
 
 
@@ -413,12 +444,14 @@ def write_pack(root: Path | None, source: Source, folder: Path, load: Callable, 
     folder.mkdir()
     split_of, class_of = np.array(source.splits), np.array(source.class_of, np.int64)
     splits = {s: np.flatnonzero(split_of == s) for s in ("train", "val", "test") if s in source.splits}
+    # For CelebA, where the published runs train on all 202,599 images.
     if info["train_on_all"]:
         splits["train"] = np.arange(len(source.keys))
     broken = decode(source, splits, folder, load, info["size"])
     reasons = {source.keys[splits[s][i]]: reason for s in splits for i, reason in broken[s].items()}
     unreadable = [printable(f"{key} ({reason})") for key, reason in reasons.items()]
     if unreadable and remedy:
+        # Ten show what is wrong; there may be thousands.
         shown = ", ".join(unreadable[:10]) + (f" and {len(unreadable) - 10} more" if len(unreadable) > 10 else "")
         count = f"{len(unreadable)} of {len(source.keys)} images cannot be read"
         large = " (--max-pixels N packs larger ones)" if "--max-pixels" in shown else ""
@@ -430,6 +463,7 @@ def write_pack(root: Path | None, source: Source, folder: Path, load: Callable, 
             splits[s] = drop_rows(folder / f"{s}.npy", splits[s], list(broken[s]))
     if min(len(splits["train"]), len(splits["val"])) == 0:
         fail(f"{root}: no readable image is left for train or val")
+    # Label names and numbers stay as they are, so a class without training images would be asked for and never learned.
     if source.classes and (lost := set(source.class_of) - set(class_of[splits["train"]].tolist())):
         fail(f"{root}: no training image of the class {source.classes[min(lost)]} can be read: replace some of them")
 
@@ -441,6 +475,7 @@ def write_pack(root: Path | None, source: Source, folder: Path, load: Callable, 
         arrays |= {f"{s}.class": class_of[rows]} if source.classes else {}
         arrays |= {f"{s}.hidden.{h}": ints[rows] for h, (ints, _) in source.hidden.items()}
     np.savez(folder / "labels.npz", **arrays)
+    # Apart from info.json, which every start reads: names are as many as images, and seldom asked for.
     (folder / "names.json").write_text(json.dumps(names))
     info |= {"splits": {s: len(rows) for s, rows in splits.items()}, "skipped": len(unreadable)}
     info |= {"classes": source.classes, "attributes": source.attributes}
@@ -479,11 +514,13 @@ def select(
 ) -> tuple[str, list[str]]:
     """Resolve --attributes to ('class', []) or ('A,B', ['A', 'B']); fails naming the one that does not exist."""
     if spec is None:  # celeba5 are the attributes of the paper's first experiment on CelebA
+        # --preset celeba may be given for a table that lacks some of them.
         five = preset == "celeba" and set(CELEBA["celeba5"].split(",")) <= set(attributes)
         spec = "celeba5" if five else "class" if classes else ",".join(attributes)
     spec = spec.strip()
     if spec == "class" and classes:
         return spec, []
+    # Spelled as the tables were read: composed accents, no spaces around.
     names, there = [layouts.nfc(s.strip()) for s in CELEBA.get(spec, spec).split(",")], set(attributes)
     if len(names) > 1 and "class" in names and classes:
         fail(f"--attributes {spec}: class stands alone, it is no attribute")
@@ -515,6 +552,7 @@ class Dataset:
         try:
             if split not in info["splits"]:
                 fail(f"{data} has no split {split!r}: it has {', '.join(info['splits'])}")
+            # Mapped, so that a set may be larger than the memory and all processes of a machine share one copy.
             self.images = np.load(pack / f"{split}.npy", mmap_mode="r")
             with np.load(pack / "labels.npz") as file:
                 arrays = {k: file[k] for k in file.files if k.startswith(split + ".")}
@@ -533,9 +571,11 @@ class Dataset:
         self.label_names = names or info["classes"]
         # Labels are floats, as losses take them; the pack has them as bytes and class numbers.
         n, Y = len(self.images), len(self.label_names)
+        # 4 bytes a label: a wide table of a large set passes all other bounds, and would end in a killed process.
         if 4 * n * Y > os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2:
             fail(f"{data}: {Y:,} labels of {n:,} images take {4 * n * Y / 2**30:.1f} GB, more than half of the memory")
         if names:
+            # Looking 20,000 names up in a list took a minute.
             column_of = {name: i for i, name in enumerate(info["attributes"])}
             columns = [column_of[name] for name in names]
             self.labels = np.ascontiguousarray(arrays[f"{split}.attributes"][:, columns], np.float32)
@@ -589,6 +629,7 @@ class Dataset:
         """
         n = len(self)
 
+        # Two: a batch may begin in one epoch and end in the next.
         @functools.lru_cache(maxsize=2)
         def order(epoch: int) -> np.ndarray:
             return np.random.default_rng([seed, epoch]).permutation(n)
@@ -628,7 +669,7 @@ class Dataset:
                     yield move(ahead.popleft().result())
             while ahead:
                 yield move(ahead.popleft().result())
-        finally:
+        finally:  # also when the caller stops in the middle: no thread outlives the stream
             pool.shutdown(cancel_futures=True)
 
 
@@ -679,8 +720,10 @@ def sheet(ds: Dataset, columns: int = 8) -> np.ndarray:
     s is the size of the images, or a whole part of it, so that the picture has at most 67 million pixels.
     """
     rows = [np.flatnonzero(label)[:columns] for label in ds.labels.T]
+    # Every step-th pixel: thousands of labels at 1024 px would fill the memory.
     step = next(k for k in itertools.count(1) if len(rows) * columns * math.ceil(ds.size / k) ** 2 <= MAX_PIXELS)
     images = ds.images[:, ::step, ::step]
+    # Rows are equally long: white where a label has fewer images.
     blank = np.full((columns, *images.shape[1:]), 255, np.uint8)
     return np.concatenate([np.concatenate([*images[row], *blank[len(row) :]], axis=1) for row in rows])
 
@@ -707,6 +750,7 @@ def main(data, size, attributes, wanted, version, picture, **options) -> None:
     first = open_dataset(data, size, "train", attributes, **options)
     parts = {s: first.part(s) for s in first.splits}
     table = [("images", map(len, parts.values()))]
+    # As integers: a sum in float32 stops growing at 2**24.
     sums = [p.labels.sum(0, dtype=np.int64) for p in parts.values()]
     table += [(n, [s[i] for s in sums]) for i, n in enumerate(first.label_names)]
     facts = {"source": printable(str(layouts.locate(data)[1] or "critters.py")), "preset": first.preset or "none"}
@@ -722,7 +766,7 @@ def main(data, size, attributes, wanted, version, picture, **options) -> None:
     if picture:
         try:
             Image.fromarray(sheet(first)).save(picture)
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError) as error:  # ValueError: Pillow writes no format of that suffix
             fail(f"cannot write {picture}: {error}")
 
 

@@ -40,13 +40,14 @@ import metrics
 import trained
 import training
 
-PRETRAINED = Path(__file__).parent / "pretrained" / "critters.pt"
+PRETRAINED = Path(__file__).parent / "pretrained" / "critters.pt"  # for `serve` without --network
 PIXELS = 10**8  # of a picture, or of all frames of an animation: 1.2 GB as floats
 POINTS = 2000  # of an embedding: exact t-SNE takes half a minute for them
 COLUMNS = 24  # labels in a heat map, before it gets too wide to read
 PANELS = 6  # labels in the picture of an embedding, for the same reason
 
 matplotlib.rcParams["text.parse_math"] = False  # names are no formulas, whatever their dollar signs
+# Characters that the font lacks are drawn as boxes, which says enough without a warning for each.
 warnings.filterwarnings("ignore", "Glyph .* missing from font")
 
 
@@ -65,12 +66,15 @@ def gallery(images: Tensor, columns: int, tile: int, row_names: list[str], colum
     """x [rows * columns, 3, H, W] in [-1, 1] -> a picture of tiles of `tile` px with a name for each row and column."""
     tiles = gan.grid(images, columns)
     rows = len(images) // columns
+    # Bicubic: tiles are mostly larger than the images, whose pixels would else show as blocks.
     body = Image.fromarray(tiles).resize((columns * tile, rows * tile), Image.Resampling.BICUBIC)
     file = f"{matplotlib.get_data_path()}/fonts/ttf/DejaVuSans.ttf"  # Pillow's own has but ASCII
+    # Letters of a sixth of a tile, but of at least 10 px: smaller ones cannot be read.
     font = ImageFont.truetype(file, max(10, tile // 6))
     left = max((int(font.getlength(name)) for name in row_names), default=0)
     wide = max((int(font.getlength(name)) for name in column_names), default=0)
     upright = wide + 4 > tile  # names that are wider than a tile would run into each other
+    # Margins: 6 px on both sides of row names; 4 px at both ends of upright names, else 1.6 lines.
     left, top = left + 12 if left else 0, wide + 8 if upright else int(1.6 * font.size)
     picture = Image.new("RGB", (left + body.width, top + body.height), "white")
     picture.paste(body, (left, top))
@@ -80,6 +84,7 @@ def gallery(images: Tensor, columns: int, tile: int, row_names: list[str], colum
     for c, name in enumerate(column_names):
         x = left + (c + 0.5) * tile
         if upright:
+            # Pillow writes level lines only, so a name gets a picture of its own, which is turned.
             line = Image.new("RGB", (wide + 2, int(1.4 * font.size)), "white")
             ImageDraw.Draw(line).text((0, line.height / 2), name, fill="black", font=font, anchor="lm")
             line = line.rotate(90, expand=True)
@@ -110,6 +115,7 @@ def save(pictures: Sequence[Image.Image], path: Path, notes: dict[str, str], fra
             elif others or path.suffix.lower() == ".gif":
                 if path.suffix.lower() != ".gif":
                     raise ValueError("an animation is a .gif or an .mp4")
+                # loop 0: for ever. disposal 1: a frame stays, and the next one holds only what changes.
                 first.save(temporary, save_all=True, append_images=others, duration=frame_ms, loop=0, disposal=1,
                            comment=json.dumps(notes).encode())  # fmt: skip
             else:
@@ -131,8 +137,10 @@ def write_mp4(frames: Sequence[Image.Image], path: Path, rate: float) -> None:
     if program is None:
         raise ValueError("an MP4 needs ffmpeg, which is not installed: install it, or give a .gif")
     even = "pad=ceil(iw/2)*2:ceil(ih/2)*2:color=white"  # yuv420p, which every player shows, halves the colours
+    # Raw pixels through a pipe: no frame is compressed twice or written to a file of its own.
     command = [program, "-y", "-loglevel", "error", "-f", "rawvideo", "-pix_fmt", "rgb24", "-r", str(rate), "-s",
                f"{frames[0].width}x{frames[0].height}", "-i", "-", "-vf", even, "-pix_fmt", "yuv420p", str(path)]  # fmt: skip
+    # All frames at once: `check_size` keeps them to some hundred MB.
     done = subprocess.run(command, input=b"".join(f.tobytes() for f in frames), capture_output=True)
     if done.returncode:
         raise ValueError(f"ffmpeg: {(done.stderr.decode(errors='replace').strip() or 'failed').splitlines()[-1]}")
@@ -142,11 +150,12 @@ def scatter(points: np.ndarray, panels: Sequence[tuple], shown: str) -> Figure:
     """Picture of points [N, 2], once for each of the panels (title, integers [N], their names), coloured by it."""
     figure = Figure(figsize=(6 * len(panels), 6))
     for axis, (title, value, names) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+        # Distinct hues and no scale: classes have no order.
         colours = matplotlib.colormaps["tab10" if len(names) <= 10 else "tab20"]
         dots = [axis.scatter(*points[value == i].T, s=6, color=colours(i % colours.N)) for i in range(len(names))]
         axis.set_title(f"{shown}, by {title}")
-        axis.set_xticks([]), axis.set_yticks([])
-        if len(names) <= 20:
+        axis.set_xticks([]), axis.set_yticks([])  # t-SNE's axes mean nothing
+        if len(names) <= 20:  # beyond, colours repeat, and a legend would mislead
             axis.legend(dots, names, markerscale=2, fontsize=8)
     figure.tight_layout()
     return figure
@@ -166,14 +175,18 @@ def heat_map(found: list[dict]) -> Figure:
         by = d["labels"][name]
         return by.get("judge", by.get("classifier"))["effect"]
 
+    # Strongest first, because only COLUMNS of them are drawn.
     names = sorted(found[0]["labels"], key=lambda name: -max(abs(effect(d, name)) for d in found))[:COLUMNS]
     values = np.array([[effect(d, name) for name in names] for d in found]).reshape(len(found), len(names))
+    # Inches: 0.5 x 0.3 hold a number of 7 points; the rest is for names, title and colour bar.
     figure = Figure(figsize=(3.5 + 0.5 * len(names), 1.8 + 0.3 * len(found)), layout="constrained")
     axis = figure.subplots()
+    # At least 1: else a network whose dimensions do little would look as vivid as any other.
     top = max(1.0, float(np.abs(values).max(initial=0)))
     image = axis.imshow(values, cmap="RdBu_r", vmin=-top, vmax=top, aspect="auto")
     for (row, col), value in np.ndenumerate(values):
-        if abs(value) >= latents.LEAST:
+        if abs(value) >= latents.LEAST:  # smaller ones give a dimension no name
+            # Black cannot be read on the dark ends of the colour map.
             colour = "white" if abs(value) > 0.7 * top else "black"
             axis.text(col, row, f"{value:+.1f}", ha="center", va="center", fontsize=7, color=colour)
     axis.set_xticks(range(len(names)), names, rotation=45, ha="right", fontsize=8)
@@ -189,11 +202,12 @@ def table(found: list[dict]) -> list[str]:
     """What `latents.measure` found, as lines of text: of the label that names a dimension, what each reader saw."""
     lines = ["layer dim  change   name                              logit: classifier  judge   same way   also"]
     for d in found:
+        # A name is a label and its effect, 'Hat +0.9'. NAMELESS goes first: a class may be called 'no'.
         by = {} if d["name"] == latents.NAMELESS else d["labels"].get(d["name"].rpartition(" ")[0], {})
         logits = [f"{by[who]['logit']:+.1f}" if who in by else "" for who in ("classifier", "judge")]
-        same = f"{min(r['consistency'] for r in by.values()):.0%}" if by else ""
+        same = f"{min(r['consistency'] for r in by.values()):.0%}" if by else ""  # of the least agreed reader
         numbers = f"{logits[0]:>13s} {logits[1]:>6s} {same:>10s}"
-        also = ", ".join(d["also"][:3])
+        also = ", ".join(d["also"][:3])  # dimensions.json has all
         lines.append(f"{d['layer']:5d} {d['dim']:3d} {d['change']:7.1%}   {d['name']:38s} {numbers}   {also}".rstrip())
     return lines
 
@@ -205,6 +219,7 @@ def factor_table(found: list[dict], readable: Sequence[str]) -> list[str]:
     best = {name: f"layer {d['layer']}, dim {d['dim']} ({effect:+.1f})" for effect, name, d in moved}  # the last stays
     lines = ["What critters are drawn with, and the dimension that moves it most:"]
     for group, factors in latents.FACTORS.items():
+        # Only what the judge can read: 'none' would blame the generator for the judge's eyes.
         its = [f"{name}: {best.get(name, 'none')}" for name in factors if name in readable]
         lines.append(f"  {group:7s} {'; '.join(its)}")
     return lines
@@ -234,6 +249,7 @@ def find(context: click.Context, option: click.Parameter, value: str | None) -> 
     """The checkpoint that --network names: in a run's folder gan.pt, or else its encoder.pt."""
     path = None if value is None else Path(value)
     if path and path.is_dir():
+        # Where neither is there, the error is about gan.pt: that is what most commands need.
         return next((path / name for name in ("gan.pt", "encoder.pt") if (path / name).exists()), path / "gan.pt")
     return path
 
@@ -305,7 +321,7 @@ def sample_command(network, y, seeds, vary, latent, separate, truncation, tile, 
     eps and z. A seed gives the same image in any of them, whatever else is drawn.
     """
     if not separate:
-        check_out(out)
+        check_out(out)  # else it is a folder, made below
     file, network = network, gan.load(network, device)
 
     # Find what to draw: y and a latent of each image, the names of rows and columns, and what each PNG says of itself.
@@ -319,6 +335,7 @@ def sample_command(network, y, seeds, vary, latent, separate, truncation, tile, 
         whole, notes = {"latent": ", ".join(columns)}, [{"latent": name} for name in columns]
     else:
         labels, names = latents.parse_y(network, y)
+        # Defaults stand here and not in the options: None tells, above, that --latent came alone.
         seeds = "0-7" if seeds is None else seeds
         numbers, vary = latents.parse_seeds(seeds), vary or "eps,z"
         if vary == "y" and labels is None:
@@ -331,13 +348,14 @@ def sample_command(network, y, seeds, vary, latent, separate, truncation, tile, 
         whole = {"y": "; ".join(names), "seed": seeds, "vary": vary}
         notes = [{"y": row, "seed": column} for row in rows for column in columns]
         if vary == "y":
+            # Rows and columns have changed places, so here they also change meaning.
             notes = [{"y": its["seed"], "seed": its["y"]} for its in notes]
         if vary in ("eps", "z"):  # the other one is the first seed's
             held = {"held": f"{'z' if vary == 'eps' else 'eps'} of seed {numbers[0]}"}
             notes = [its | held for its in notes]
     folder = out or file.with_name("images")
     if separate:
-        folder.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)  # before the work, in case it cannot be made
     images = latents.generate(network, labels, truncation * codes)
     common = latents.notes_of(network, truncation=truncation)
 
@@ -346,7 +364,9 @@ def sample_command(network, y, seeds, vary, latent, separate, truncation, tile, 
         picture = gallery(images, len(columns), tile, rows, columns)
         return write([picture], out or file.with_name("sample.png"), common | whole)
     for i, (image, its) in enumerate(zip(images, notes, strict=True)):
+        # `held` is the same for all of them: it stays in the notes.
         title = "-".join(f"{key}-{value}" if key == "seed" else value for key, value in its.items() if key != "held")
+        # At most 80 characters: a file name has at most 255 bytes, and a character up to 3 or 4.
         name = re.sub(r"[^\w-]+", "-", title)[:80].strip("-")  # labels can have any character, and file names not
         picture = Image.fromarray(gan.grid(image[None], 1))
         save([picture], folder / f"{i:0{len(str(len(images) - 1))}}-{name}.png", common | its)  # sorted as drawn
@@ -364,6 +384,7 @@ def traverse_command(network, y, seeds, dims, steps, interpolate, frames, trunca
     if frames and not interpolate:
         raise click.UsageError("--frames goes with --interpolate; --steps is the number of images in a strip")
     check_out(out)
+    # Here, so that the checks above see what was given. 9 is odd: z = 0 is in the middle.
     frames, steps = frames or 25, steps or 9
     file, network = network, gan.load(network, device)
     labels, names = latents.parse_y(network, y)
@@ -379,11 +400,13 @@ def traverse_command(network, y, seeds, dims, steps, interpolate, frames, trunca
         codes = truncation * network.latents([numbers[i % len(numbers)] for i in range(stops)])
         labels = None if labels is None else labels[torch.arange(stops) % len(names)]
         labels, codes = latents.loop(labels, codes, frames, network.label_kind == "one-hot")
+        # In batches: the last bit, which they change, cannot be seen in a film of hundreds of frames.
         images = latents.generate(network, labels, codes, latents.BATCH)
         pictures = [
             Image.fromarray(gan.grid(x[None], 1)).resize((tile, tile), Image.Resampling.BICUBIC) for x in images
         ]
         notes = latents.notes_of(network, y="; ".join(names), seed=",".join(map(str, numbers)), truncation=truncation)
+        # 40 ms are the 25 frames a second of --frames.
         return write(pictures, out or file.with_name("interpolate.gif"), notes, frame_ms=40)
 
     # Strips, a picture for each seed.
@@ -393,6 +416,7 @@ def traverse_command(network, y, seeds, dims, steps, interpolate, frames, trunca
         raise click.UsageError("--out takes one picture: give one seed, or leave --out away")
     check_size(len(wanted) * steps, network, tile)
     values = torch.linspace(-latents.RANGE, latents.RANGE, steps)
+    # Names, where `dimensions` has been run on these weights.
     found = {(d["layer"], d["dim"]): f": {d['name']}" for d in latents.found_names(network, file)}
     order = None
     for seed in numbers:
@@ -404,7 +428,7 @@ def traverse_command(network, y, seeds, dims, steps, interpolate, frames, trunca
         path = out or file.with_name("traverse.png" if len(numbers) == 1 else f"traverse-{seed}.png")
         images = torch.stack([strips[d] for d in order])
         if path.suffix.lower() in (".gif", ".mp4"):  # there and back: a jump at the end would look like a change
-            there_and_back = [*range(steps), *range(steps - 2, 0, -1)]
+            there_and_back = [*range(steps), *range(steps - 2, 0, -1)]  # both ends once: twice would look like a halt
             pictures = [gallery(images[:, i], 1, tile, rows, [f"{values[i]:.1f}"]) for i in there_and_back]
         else:
             pictures = [gallery(images.flatten(0, 1), steps, tile, rows, [f"{v:.1f}" for v in values.tolist()])]
@@ -423,13 +447,15 @@ def dimensions_command(network, data, num, steps, json_file, seed, device, out):
     check_out(json_file, "--json")
     if json_file and json_file.suffix.lower() != ".json":
         raise click.UsageError(f"--json {json_file}: name a file that ends in .json")
+    # 64 images at once, as metrics.py has by default.
     file, run = network, trained.Run(str(network), metrics.start(device, 64), data)
     readers, quality = latents.readers_of(run, seed, steps)
+    # y as it occurs in the data: what a dimension does can depend on it.
     y = run.generated(num, seed).y
     found = latents.measure(run.net, y, run.net.latents(range(seed, seed + num)), readers)
 
     click.echo("\n".join(table(found)))
-    if run.train.data == "critters":
+    if run.train.data == "critters":  # of other data nobody knows what they were drawn from
         click.echo("\n".join(factor_table(found, readers["judge"].names)))
     unread = [name for name in quality if name not in readers["judge"].names]
     if unread:
@@ -438,12 +464,13 @@ def dimensions_command(network, data, num, steps, json_file, seed, device, out):
         click.echo(f"{file} holds no encoder, so the judge alone names the dimensions")
 
     # Write the files.
+    # The hash ties the names to these weights: after more training, dimensions do other things.
     content = dict(network=training.fingerprint(run.net.decoder.state_dict()), samples=num, seed=seed, judge=quality)
     path = json_file or file.with_name("dimensions.json")
     with training.atomic(path) as temporary:
         temporary.write_text(json.dumps(content | {"dimensions": found}, indent=1) + "\n")
     click.echo(f"wrote {path}")
-    if found[0]["labels"]:
+    if found[0]["labels"]:  # there are none where the judge can read nothing and no classifier is there
         write_figure(heat_map(found), out or file.with_name("dimensions.png"))
     if (labels := len(found[0]["labels"])) > COLUMNS:
         click.echo(f"for want of room, it has the {COLUMNS} labels that move most; {path} has all {labels}")
@@ -463,8 +490,10 @@ def project_command(picture, network, steps, seed, tile, device, out):
     file, network = network, gan.load(network, device)
     path = out or file.with_name("project.png")
     codes = path.with_suffix(".json")
+    # samefile() needs both; a picture that is missing gets its message below.
     if path.exists() and picture.exists() and path.samefile(picture):
         raise click.UsageError(f"--out {path} is the picture itself: give another --out")
+    # --out gan.png would write the latent over gan.json, the run's options. An earlier latent may go.
     if codes.exists():
         try:
             latents.read_json(network, codes)
@@ -474,6 +503,7 @@ def project_command(picture, network, steps, seed, tile, device, out):
         image = files.read_image(picture)
     except ValueError as error:
         raise click.ClickException(f"{picture} cannot be read as a picture: {error}") from None
+    # As the training images were cut: the generator knows no others.
     crop = dataset.squashed if network.data["squash"] else dataset.square
     given = training.to_float(torch.from_numpy(np.array(crop(image, network.size)))[None])[0]
     if network.encoder is None:
@@ -508,6 +538,7 @@ def embedding_command(network, data, seed, device, out):
     try:
         state = training.load(network, "encoder")
     except click.ClickException as error:
+        # A gan.pt is refused in these words, and taken below; any other error is the user's.
         if "written by gan.py" not in error.message:
             raise
 
@@ -517,12 +548,15 @@ def embedding_command(network, data, seed, device, out):
         info = state["data"]
         ds = dataset.open_dataset(data or info["data"], info["size"], "val", **dataset.same_images(info))
         training.check_images(info, ds, network, "give --data")
+        # Spread over the whole split, because images may lie class by class.
         index = np.linspace(0, len(ds) - 1, min(POINTS, len(ds))).astype(int)
+        # A few hundred at once: 2,000 of 256 px would be 1.6 GB as floats.
         images = (torch.from_numpy(ds.images[part]) for part in np.array_split(index, max(1, len(index) // 256)))
         with training.reading(network):
             net = stage1.build(state).to(run.device)
         h = stage1.embed(net, images, len(index), run)
         panels = label_panels(ds.label_names, ds.label_kind, np.asarray(ds.labels)[index])
+        # What training never saw, such as the kinds of wild animals in critters.
         panels += [(name, value[index], names) for name, (value, names) in ds.hidden.items()]
     else:
         run = trained.Run(str(network), metrics.start(device, 64), data)
@@ -531,14 +565,14 @@ def embedding_command(network, data, seed, device, out):
                 "give the run's gan.pt or encoder.pt" if run.names else "run encoder.py with the same --outdir first"
             )
             raise click.ClickException(f"{network} holds no encoder: {remedy}")
-        n = min(POINTS // 2, len(run.images["val"]))
+        n = min(POINTS // 2, len(run.images["val"]))  # the other half is generated
         index = np.linspace(0, len(run.images["val"]) - 1, n).astype(int)
         fake, labels = run.generated(n, seed), run.labels("val")
         h = torch.cat((run.embed(run.real_images("val", index)), run.embed(fake)))
         panels = [("origin", np.arange(2 * n) // n, ["real", "generated"])]
         if run.names and labels is not None:
             panels += label_panels(run.names, run.kind, torch.cat((labels[index], fake.y)).numpy())
-    if len(h) < 10:
+    if len(h) < 10:  # t-SNE's perplexity would be below 3
         raise click.ClickException(f"{len(index)} validation images are too few for a t-SNE")
     points = metrics.tsne(h, dims=2, perplexity=metrics.perplexity_of(len(h)))
     shown, left = panels[:PANELS], [title for title, *_ in panels[PANELS:]]
@@ -558,16 +592,19 @@ def export_command(network, out):
     path = out or network.with_name("export.pt")
     if path.is_dir():
         raise click.UsageError(f"--out {path} is a folder: name a file")
+    # Only exports may be written over: a gan.pt has D and Adam's state too, and those would be lost.
     if path.exists() and "exported" not in training.load(path, "gan"):
         raise click.ClickException(f"--out {path} is a checkpoint that training goes on from: give another --out")
 
     def half(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+        # Half the size; images in [-1, 1] change by less than 0.01.
         return {k: v.half() if v.is_floating_point() else v for k, v in weights.items()}
 
     found = latents.found_names(gan.load(network, "cpu"), network)
     named = [d for d in found if d["name"] != latents.NAMELESS]
     state = gan.read(network)
     data, classifier = state["data"], state.get("classifier")
+    # Without the encoder: a ResNet-18 alone has 22 MB in 16 bits, all the rest for critters 7 MB.
     content = {
         "stage": "gan", "labels": state.get("labels"), "images_seen": state["images_seen"], "exported": True,
         "ema": half(state["ema"]), "dimensions": found or None, "encoder": None,
@@ -586,14 +623,15 @@ def serve_command(network, host, port, device):
 
     Class or attributes, a slider for each dimension that changes something, new eps, truncation, downloads.
     """
-    if ":" in host or not host:
+    if ":" in host or not host:  # gradio takes no IPv6 address as it is usually written
         raise click.UsageError(f"--host {host}: give an IPv4 address or a name")
     if network is None and not PRETRAINED.exists():
         raise click.UsageError(f"--network: name a run's gan.pt; there is no {PRETRAINED}")
     try:
+        # Here, because requirements.txt leaves gradio out: nothing else needs it.
         import page
     except ModuleNotFoundError as error:
-        if error.name != "gradio":
+        if error.name != "gradio":  # one that gradio lacks: its traceback says more
             raise
         raise click.ClickException("the page needs gradio: pip install gradio") from None
     file = network or PRETRAINED

@@ -26,6 +26,7 @@ import numpy as np
 from PIL import Image, ImageOps, PngImagePlugin, UnidentifiedImageError
 
 # What reading a damaged file, or a damaged member of a zip, raises.
+# RuntimeError: a member with a password, or a zip of a later version; EOFError: a gzip file that is cut off.
 UNREADABLE = (OSError, ValueError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error, lzma.LZMAError)
 MAX_TABLE = 44 * 2**20  # bytes of a table: ImageNet's 1.3 million labels take 40 MB, and Python's lists 30 times that
 MAX_FILE = 2**28  # bytes of an image in a zip, which is read as a whole: more than 3 for each of MAX_PIXELS
@@ -36,6 +37,7 @@ MOST_BYTES = 2**32  # of any file in a folder: a few bytes on a disk can stand f
 def fail(message: str) -> NoReturn:
     """Stop with one line for the user, shortened in the middle where a name in it is very long."""
     message = printable(message)
+    # Both ends stay: what is wrong stands at the beginning, the remedy at the end. A path alone may have 4,096 bytes.
     raise click.ClickException(message if len(message) < 2000 else f"{message[:1000]} ... {message[-900:]}")
 
 
@@ -181,6 +183,7 @@ def list_files(root: Path) -> tuple[Path, list[str], list[str]]:
         files, folders, again = walk(root)
     except OSError as error:
         fail(f"{error.filename} cannot be read: {error.strerror}")
+    # Left out, the images below it would be missing without a word.
     if again:
         fail(f"{root / again[0]} is a link to a folder that is there under another name: remove one of the two")
     whole = [f for f in files if not f.endswith(".part")]  # the others are downloads that have not ended
@@ -198,17 +201,21 @@ def list_zip(root: Path) -> tuple[list[str], list[str]]:
         fail(f"{root} cannot be read as a zip: {error}")
     for name in members:
         parts = PurePosixPath(name).parts
+        # Linux opens no path of more than 4,096 bytes; 100 levels bound the list of folders that is made below.
         if len(name) > 4096 or len(parts) > 100:
             fail(f"{root}: member {name!r:.100} has a longer path than any file, so it is refused")
+        # Zips have slashes by their standard. With backslashes all members would lie in one folder, without classes.
         if "\\" in name:
             fail(f"{root}: member {name!r} has backslashes for slashes: unpack it, and give the folder")
         if name.startswith("/") or ".." in parts or re.match("[A-Za-z]:", name):
             fail(f"{root}: member {name!r} points outside the archive, so it is refused")
         if not any(is_hidden(p) for p in parts):
             found, plain = folders if name.endswith("/") else files, "/".join(parts)
+            # zipfile gives the last of two, so an image would be lost without a word.
             if found is files and plain in files:
                 fail(f"{root}: member {name!r} is there twice")
             found.add(plain)
+    # Many programs write no entries for folders.
     folders |= {str(p) for n in files for p in PurePosixPath(n).parents}
     return sorted(files), sorted(folders - {".", ""})
 
@@ -216,6 +223,7 @@ def list_zip(root: Path) -> tuple[list[str], list[str]]:
 @functools.lru_cache(maxsize=2)
 def _archive(path: Path, changed: int, pid: int) -> zipfile.ZipFile:
     """The open zip, for one process and one state of the file: an inherited one would share its file position."""
+    # Kept open, since opening it reads the list of all members, and every image asks for it.
     return zipfile.ZipFile(path)
 
 
@@ -236,6 +244,7 @@ def open_file(root: Path, name: str) -> BinaryIO:
         raise ValueError("its name in the zip is not a plain path")
     if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
         raise ValueError("zip it again by deflate")  # others unpack at once what a few bytes stand for
+    # What a zip claims counts: zipfile gives no more bytes of a member than that.
     if member.file_size > MAX_IDX:
         raise ValueError(f"it is larger than {MAX_IDX >> 20} MB")
     return archive.open(member)
@@ -244,20 +253,23 @@ def open_file(root: Path, name: str) -> BinaryIO:
 def read(root: Path, name: str, most: int) -> bytes:
     """The content of a file of at most `most` bytes: a few kB of a zip can hold gigabytes."""
     with open_file(root, name) as file:
+        # One byte more tells a file that is larger from one that just fits.
         content = file.read(most + 1)
     if len(content) > most:
         raise ValueError(f"it is larger than {most >> 20} MB")
     return content
 
 
+# Four files are one data set: images and labels, for training and test. Every image of it comes from here.
 @functools.lru_cache(maxsize=4)
 def read_idx(root: Path, name: str) -> np.ndarray:
     """An IDX file of unsigned bytes (the format of MNIST), gzipped or not, as uint8 of the shape it names."""
     try:
         with open_file(root, name) as raw, gzip.open(raw) if name.endswith(".gz") else raw as file:
+            # Two zero bytes, the type of the numbers (8: unsigned bytes), the number of dimensions; then the sizes.
             zeros, kind, dimensions = struct.unpack(">HBB", file.read(4))
             shape = struct.unpack(f">{dimensions}I", file.read(4 * dimensions))
-            size = int(np.prod(shape, dtype=object))
+            size = int(np.prod(shape, dtype=object))  # Python's numbers: those of a damaged header overflow int64
             content = file.read(min(size, MAX_IDX) + 1)  # one more than there should be: gzip then checks its CRC
             if zeros or kind != 8 or len(content) != size:
                 raise ValueError

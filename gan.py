@@ -45,16 +45,27 @@ LOG_EVERY = 2_000  # images: a minute on a CPU, a second on a GPU
 
 # Defaults by preset; '' is all other data. None: it depends on the image size, see `set_by_size`. squash and train_on_all
 # count only where there is no encoder.pt.
+# Why defaults are not the published settings (figures are of small images, most of one seed):
+# lr_decay: usual in short runs. In 15,000 images a constant rate was better, in 50,000 little of that was left.
+# projection: where the classifier is often wrong, the regularisation alone does not make images follow y.
+# reg_clip: on critters its gradient was 4 to 200 times the adversarial one's, whose steps by the same Adam then shrank.
+# reg_stretch: icons ceased to follow y where that gradient was 0.6 of reg_clip's limit; beyond 2 FD got worse.
+# draw_y, reg_over: eq. 4 has the labels' own distribution, and a sum over attributes.
+# reg_augment: control under a judge was 57.9 % with crops and 53.6 % with shifts (icons, 64 px, one seed).
+# blur: without it, icons at 64 px had 13 and 33 times the real power at the Nyquist frequencies, with it 0.3 times.
+# tanh_slope: without it, half of all pixels of icons were saturated after 512 images; with 0.05, 3 % after 2,560.
 PRESETS = {
     "":              dict(width=None, batch=None, lr=None, lr_decay=0.5, beta1=None, kimg=None, snap=None, projection=True, r1=None,
                           augment="color,translation,cutout", reg_every=2, reg_clip=True, reg_stretch=2.0, penalty=None, draw_y="data",
                           reg_over="sum", reg_augment="crop", blur=True, tanh_slope=0.05, start="he", squash=False,
                           train_on_all=False),
+    # 12,000 images and more: augmentation is for few. critters without blur have the power at Nyquist that they should.
     "critters":      dict(augment="none", reg_augment="none", reg_stretch=1.0, blur=False, tanh_slope=0.0),
     "fashion-mnist": dict(augment="none", reg_augment="none", reg_stretch=1.0, blur=False, tanh_slope=0.0),
 }  # fmt: skip
 
 # --protocol paper: the published settings, for AFHQ at 256 px and CelebA at 128 px; 200,000 iterations each.
+# kimg: 200,000 times the batch. reg_every stands at its published value, 2, in PRESETS already.
 PAPER = {
     "":       dict(width=16, batch=32, lr=1e-4, lr_decay=0.0, beta1=0.5, kimg=6400.0, snap=200.0, projection=False, r1=10.0,
                    augment="color,translation,cutout", reg_clip=False, reg_stretch=1.0, penalty="r1", draw_y="uniform",
@@ -80,10 +91,12 @@ def he_init(network: nn.Module) -> None:
     for layer in network.modules():
         if isinstance(layer, (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)):
             up = isinstance(layer, nn.ConvTranspose2d)
+            # Bilinear weights that meet in a pixel sum to 1, so only the channels of a transposed convolution count.
             inputs = layer.in_channels if up else layer.weight[0].numel()
+            # A leaky ReLU of slope s passes (1 + s^2) / 2 of the power; this makes up for it, layer by layer.
             nn.init.normal_(layer.weight, std=(2 / (1 + 0.2**2) / inputs) ** 0.5)
             if up:
-                tent = torch.tensor([0.5, 1.0, 0.5])
+                tent = torch.tensor([0.5, 1.0, 0.5])  # bilinear upsampling at stride 2
                 layer.weight.data = layer.weight.data[:, :, :1, :1] * tent[:, None] * tent
             if layer.bias is not None:
                 nn.init.zeros_(layer.bias)
@@ -101,9 +114,11 @@ class Subspace(nn.Module):
         # Channels last in memory. Not four dimensions: .to(memory_format=channels_last) would change their order.
         self.U = nn.Parameter(torch.empty(BASIS, resolution**2, channels))
         self.L = nn.Parameter(3.0 * torch.arange(BASIS, 0, -1))  # 18, 15, .. 3, as published
-        self.mu = nn.Parameter(torch.zeros(resolution, resolution, channels))
+        self.mu = nn.Parameter(torch.zeros(resolution, resolution, channels))  # from 0, as published
         self.orthonormal = orthonormal
+        # From white noise, as published, the first images would be grainy.
         smooth = F.interpolate(torch.randn(BASIS, channels, 4, 4), size=resolution, mode="bilinear")
+        # QR makes columns orthonormal, hence the transposes; the penalty then has nothing to undo at the start.
         U = torch.linalg.qr(smooth.permute(0, 2, 3, 1).flatten(1).T)[0].T
         self.U.data.copy_(U.reshape(self.U.shape))
 
@@ -111,6 +126,7 @@ class Subspace(nn.Module):
         """U as it is used: [basis, r * r, C], in full precision."""
         if not self.orthonormal:
             return self.U
+        # U U^T = R R^T, so the rows of R^-1 U are orthonormal. 16 bits have no Cholesky factorisation.
         with torch.autocast(self.U.device.type, enabled=False):
             U = self.U.flatten(1)
             R = torch.linalg.cholesky_ex(U @ U.T).L  # cholesky() would wait for the device to check its result
@@ -118,6 +134,7 @@ class Subspace(nn.Module):
 
     def gram(self) -> Tensor:
         """U U^T [basis, basis], in full precision."""
+        # U U^T is so close to I that of the difference 16 bits would leave only their rounding.
         with torch.autocast(self.U.device.type, enabled=False):
             U = self.basis().flatten(1)
             return U @ U.T
@@ -125,6 +142,7 @@ class Subspace(nn.Module):
     def maps(self) -> Tensor:
         """The scaled basis and the origin, [basis + 1, C, r, r]: phi of z is their sum weighted by (z, 1)."""
         scaled = (self.L.view(-1, 1, 1) * self.basis()).view(-1, *self.mu.shape)
+        # U has its channels last in memory, so this is channels_last without a copy.
         return torch.cat((scaled, self.mu[None])).permute(0, 3, 1, 2)
 
 
@@ -136,13 +154,15 @@ class Upsample(nn.ConvTranspose2d):
     """
 
     def __init__(self, in_channels: int, out_channels: int, blurred: bool):
-        super().__init__(in_channels, out_channels, 3, stride=2, padding=1, output_padding=1)
+        super().__init__(in_channels, out_channels, 3, stride=2, padding=1, output_padding=1)  # to 2r, not 2r - 1
         tent = torch.tensor([0.25, 0.5, 0.25], device="cpu")  # `training.rebuild` makes all else without memory
+        # Its sum is 1, so flat areas keep their value; [1, 2, 1] is 0 at the Nyquist frequency, the one of the dots.
         blur = (tent[:, None] * tent).expand(out_channels, 1, 3, 3).contiguous() if blurred else None
-        self.register_buffer("blur", blur, persistent=False)
+        self.register_buffer("blur", blur, persistent=False)  # a constant, which checkpoints need not hold
 
     def forward(self, x: Tensor) -> Tensor:
         x = conv_transpose2d(x, self.weight, stride=2, padding=1, output_padding=1)
+        # Zeros beyond the border leave a line at the right and the bottom; two runs with continued maps did no better.
         return x if self.blur is None else F.conv2d(x, self.blur, padding=1, groups=len(self.blur))
 
 
@@ -159,6 +179,7 @@ class EigenBlock(nn.Module):
     ):
         super().__init__()
         self.last = last
+        # As published: phi goes through 1x1 and through 3x3 transposed, h through 3x3 transposed, then 3x3.
         self.subspace = Subspace(in_channels, resolution, orthonormal=orthonormal)
         self.subspace_conv1 = nn.Conv2d(in_channels, in_channels, 1)
         self.feature_conv1 = Upsample(in_channels, out_channels, blurred)
@@ -167,6 +188,7 @@ class EigenBlock(nn.Module):
 
     def convolve(self, maps: Tensor) -> tuple[Tensor, Tensor]:
         """Both subspace convolutions, without bias: [K, C, r, r] -> [K, C, r, r], [K, C', 2r, 2r]."""
+        # Without bias: mixing the maps would multiply it by the sum of their coefficients.
         return conv2d(maps, self.subspace_conv1.weight), self.subspace_conv2(maps)
 
     def forward(self, h: Tensor, z: Tensor, convolved: tuple[Tensor, Tensor] | None = None) -> Tensor:
@@ -175,9 +197,11 @@ class EigenBlock(nn.Module):
         if convolved is None:
             maps = self.subspace.maps()
             if len(z) < len(maps):  # a small batch: fewer phi than basis maps
+                # einsum may choose another memory order, and conv2d's CPU kernels take channels_last alone.
                 maps = torch.einsum("bk,kchw->bchw", coef, maps).contiguous(memory_format=torch.channels_last)
-                coef = torch.eye(len(z), dtype=z.dtype, device=z.device)
+                coef = torch.eye(len(z), dtype=z.dtype, device=z.device)  # each phi now belongs to one image
             convolved = self.convolve(maps)
+        # In place: a convolution's gradient does not need its result, so h can be written over.
         h = subspace_lrelu(h, coef, convolved[0], self.subspace_conv1.bias, inplace=True)
         h = self.feature_conv1(h)
         bias = self.feature_conv1.bias + self.subspace_conv2.bias  # both are added at the same place
@@ -195,13 +219,14 @@ class TanhWithFloor(torch.autograd.Function):
     @staticmethod
     def forward(ctx, a: Tensor, slope: float) -> Tensor:
         x = torch.tanh(a)
-        ctx.save_for_backward(x)
+        ctx.save_for_backward(x)  # all that the slope needs: 1 - x^2
         ctx.slope = slope
         return x
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
         (x,) = ctx.saved_tensors
+        # Descent moves a by -grad: toward 0, out of saturation, where grad and x have the same sign.
         return grad * torch.maximum(1 - x * x, ctx.slope * (grad * x > 0)), None
 
 
@@ -213,9 +238,10 @@ class Generator(nn.Module):
     def __init__(self, size: int, orthonormal: bool = False, width: int = 16, blurred: bool = False):
         super().__init__()
         self.size = size
+        # A layer for each of 4, 8, .. size / 2, which doubles it; `channels` has one entry more, for the full size.
         resolutions = [4 * 2**i for i in range(int(math.log2(size)) - 1)]
         channels = [channels_at(size, r, width) for r in resolutions]
-        self.first = nn.Linear(NOISE, 16 * channels[0])
+        self.first = nn.Linear(NOISE, 16 * channels[0])  # 16: the places of a 4x4 map
         self.blocks = nn.ModuleList(
             EigenBlock(C, narrower, r, orthonormal, blurred, last=2 * r == size)
             for r, (C, narrower) in zip(resolutions, itertools.pairwise(channels), strict=False)
@@ -227,12 +253,15 @@ class Generator(nn.Module):
         return [block.convolve(block.subspace.maps()) for block in self.blocks]
 
     def forward(self, eps: Tensor, z: Tensor, convolved: list[tuple[Tensor, Tensor]] | None = None) -> Tensor:
+        # The linear layer gives the channels last, so that the map is channels_last without a copy.
         h = self.first(eps).view(len(eps), 4, 4, -1).permute(0, 3, 1, 2)
         h = h.clone()  # the blocks write over their input, which a view of a layer's output does not allow
         for i, block in enumerate(self.blocks):
             h = block(h, z[:, i], convolved[i] if convolved else None)
         h = bias_lrelu(h, self.blocks[-1].feature_conv2.bias, inplace=True)
+        # From here in fp32: near 1, a step of bf16 is half a level of an 8-bit image.
         a = training.full(conv2d(h, self.last.weight, self.last.bias, padding=3))
+        # At 0 it is torch.tanh itself, whose gradient is then the published one bit for bit.
         return TanhWithFloor.apply(a, self.tanh_slope) if self.tanh_slope else torch.tanh(a)
 
 
@@ -241,6 +270,7 @@ class Decoder(nn.Module):
 
     def __init__(self, size: int, labels: int, orthonormal: bool = False, width: int = 16, blurred: bool = False):
         super().__init__()
+        # As published: two linear layers and no activation.
         self.embed = nn.Linear(labels, labels) if labels else None
         self.mapper = nn.Linear(labels + NOISE, NOISE) if labels else None
         self.generator = Generator(size, orthonormal, width, blurred)
@@ -265,7 +295,7 @@ class Decoder(nn.Module):
 
 def build_decoder(options: dict, size: int, labels: int) -> Decoder:
     """The decoder that the options of a run describe."""
-    options = BEFORE | options
+    options = BEFORE | options  # older checkpoints lack some names
     return Decoder(size, labels, options["orth"] == "exact", options["width"], options["blur"])
 
 
@@ -275,7 +305,7 @@ def start_decoder(decoder: Decoder, start: str, disc: str) -> None:
     if start == "torch":
         for block in G.blocks:
             nn.init.orthogonal_(block.subspace.U.data.flatten(1))  # white, not smooth
-        return
+        return  # all other layers keep PyTorch's own first weights, as published
     he_init(decoder)
     G.last.weight.data.mul_(0.5)  # keeps the first images out of tanh's saturation
     if disc == "patch":  # its batch norm hides colours, which the regularisation would drive into saturation
@@ -303,6 +333,7 @@ class ConvNormLrelu(nn.Module):
 
     def __init__(self, in_channels: int, out_channels: int, stride: int):
         super().__init__()
+        # No bias: the norm would subtract it again.
         self.conv = nn.Conv2d(in_channels, out_channels, 4, stride, 1, bias=False)
         self.norm = nn.BatchNorm2d(out_channels)
 
@@ -323,11 +354,13 @@ class GlobalDiscriminator(nn.Module):
     def __init__(self, size: int, width: int = 16, labels: int = 0):
         super().__init__()
         widths = [channels_at(size, size >> i, width) for i in range(int(math.log2(size)) - 1)]
+        # The generator's layers in reverse: 7x7 at full size, then two 3x3 for each halving.
         layers: list[nn.Module] = [ConvLrelu(3, widths[0], 7, padding=3)]
         for C, wider in itertools.pairwise(widths):
             layers += [ConvLrelu(C, C, 3, padding=1), ConvLrelu(C, wider, 3, 2, padding=1)]
         self.features = nn.Sequential(*layers, ConvLrelu(widths[-1], widths[-1], 3, padding=1))
         self.hidden = nn.Linear(widths[-1] * 16, widths[-1], bias=False)
+        # Apart from the layer, for the fused op. The published one starts at PyTorch's random bias.
         self.hidden_bias = nn.Parameter(torch.zeros(widths[-1]))
         self.score = nn.Linear(widths[-1], 1)
         # From 0: with random rows, D asks for the label before it knows the images, and classes collapse to one look.
@@ -339,6 +372,7 @@ class GlobalDiscriminator(nn.Module):
         score = training.full(self.score(h))
         if self.projection is None:
             return score
+        # Divided by the root of the number of features: a wide network must not give y more weight than a narrow one.
         by_label = training.full(F.linear(h, self.projection)) / h.shape[1] ** 0.5  # [B, labels]
         return score + (by_label * y).sum(1, keepdim=True)
 
@@ -354,6 +388,7 @@ class PatchDiscriminator(nn.Module):
 
     def __init__(self, layers: int):
         super().__init__()
+        # pix2pix's: 4x4 kernels, 64 to 512 channels, no norm in the first and the last layer, stride 1 in the last two.
         widths = [64 * min(2**i, 8) for i in range(layers + 1)]
         blocks: list[nn.Module] = [ConvLrelu(3, widths[0], 4, 2, padding=1)]
         for i, (C, wider) in enumerate(itertools.pairwise(widths), 1):
@@ -382,7 +417,7 @@ class PerClass(nn.Module):
         own, everywhere = torch.stack((own, everywhere)).long().tolist()  # the one wait for the device
         parts = x[order].split(own)
         scores = [D(part) for D, part, n in zip(self.members, parts, everywhere, strict=True) if n]
-        return torch.cat(scores)[order.argsort()]
+        return torch.cat(scores)[order.argsort()]  # back in the order of x
 
 
 def patch_layers(size: int) -> int:
@@ -424,7 +459,8 @@ def augment(x: Tensor, policy: str, p: float = 0.6) -> Tensor:
     if "crop" in names:
         x = training.random_crop(x, 0.6)  # as the encoder's own views, where the data have no preset
     B, _, H, W = x.shape
-    coins = torch.rand(5, device=x.device) < p
+    coins = torch.rand(5, device=x.device) < p  # on the device: a CUDA graph must draw them anew
+    # For brightness, saturation, contrast, shift down and right, top and left of the cutout; ranges as Zhao et al.'s.
     u = torch.rand(7, B, 1, 1, 1, device=x.device, dtype=x.dtype)
     runs = coins.tolist() if x.device.type == "cpu" else [True] * 5
     if "color" in names:
@@ -440,15 +476,17 @@ def augment(x: Tensor, policy: str, p: float = 0.6) -> Tensor:
     columns = torch.arange(W, device=x.device)
     if "translation" in names and runs[3]:
         # A shift is a product with a 0/1 matrix: exact, batched, and its gradient needs no scatter.
+        # floor: each whole number of pixels from -s / 8 to s / 8 is as likely. A shift of 0 is the identity matrix.
         down, right = (coins[3] * (((2 * (s // 8) + 1) * u).floor() - s // 8) for s, u in ((H, u[3]), (W, u[4])))
         shift_rows = (rows - down == rows[:, None]).to(x.dtype).transpose(2, 3)
         shift_columns = (columns - right == columns[:, None]).to(x.dtype)
         x = shift_rows @ x @ shift_columns
     if "cutout" in names and runs[4]:
+        # Its centre may be any pixel, so at a border less than a quarter is cut, as in Zhao et al.'s code.
         top = ((H + 1 - H // 2 % 2) * u[5]).floor() - H // 4
         left = ((W + 1 - W // 2 % 2) * u[6]).floor() - W // 4
         inside = ((rows >= top) & (rows < top + H // 2)).transpose(2, 3) & (columns >= left) & (columns < left + W // 2)
-        x = x * ~(inside & coins[4])
+        x = x * ~(inside & coins[4])  # 0 is mid-grey
     return x
 
 
@@ -467,7 +505,7 @@ def loss_d(kind: str, real: Tensor, fake: Tensor) -> Tensor:
     if kind in ("hinge", "hinge-v1"):
         return F.relu(1 - real).mean() + F.relu(1 + fake).mean()
     if kind == "ns":
-        return F.softplus(-real).mean() + F.softplus(fake).mean()
+        return F.softplus(-real).mean() + F.softplus(fake).mean()  # softplus(-v) = -log sigmoid(v), but stable
     if kind == "lsgan-published":
         return (real - 1).pow(4).mean() + fake.pow(4).mean()
     return 0.5 * (real - 1).square().mean() + 0.5 * fake.square().mean()
@@ -500,6 +538,7 @@ def gradient_penalty(scores: Tensor, *images: Tensor) -> list[Tensor]:
     `ops.no_weight_gradients()` too: on GPUs the convolutions then take the derivatives that this asks for.
     """
     with no_weight_gradients():
+        # One pass for all images: where no score depends on another image, the sum's gradient has each image's own.
         gradients = torch.autograd.grad(scores.sum(), images, create_graph=True)
     return [g.square().sum(dim=(1, 2, 3)).mean() for g in gradients]
 
@@ -535,6 +574,7 @@ class Graphs:
 
         Raises click.ClickException if the update cannot be captured: torch's state is unusable then.
         """
+        # A graph holds the branches that were taken at its capture, so each set of flags needs one of its own.
         key = update.__name__, *flags.items(), *(x is None for x in inputs)
         self.calls[key] = self.calls.get(key, 0) + 1
         if not self.on or self.calls[key] <= self.EAGER:
@@ -557,6 +597,7 @@ class Graphs:
             with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
                 stats = {name: value.detach() for name, value in update(*static, **flags).items()}
         except RuntimeError as error:
+            # Leaving the capture raises an error over the first one, and it is the first that says why.
             why = str(error.__context__ or error).splitlines()[0]
             raise click.ClickException(f"{update.__name__} cannot be a CUDA graph ({why}): give --graph off") from error
         return graph, static, stats
@@ -584,7 +625,7 @@ class Trainer:
     ):
         self.options, self.run, self.kind = options, run, kind
         self.encoder, self.classifier = encoder, classifier
-        self.labels = None if labels is None else labels.to(run.device)
+        self.labels = None if labels is None else labels.to(run.device)  # drawn from there without a copy
         self.entropy = 0.0 if labels is None else training.entropy_bits(self.labels)  # H(Y)
         torch.manual_seed(run.seed)  # the same weights in every process
         width, classes = (0, 0) if labels is None else (labels.shape[1], labels.shape[1] * options["per_class"])
@@ -598,16 +639,20 @@ class Trainer:
         if options["start"] == "he":
             he_init(D)
         self.decoder, self.D = (n.to(run.device, memory_format=torch.channels_last) for n in (decoder, D))
+        # Pictures and metrics use this average: the weights of single steps jump about.
         self.ema = copy.deepcopy(self.decoder).requires_grad_(False).eval()
         one_gpu = run.device.type == "cuda" and run.world == 1
+        # One discriminator per class waits for the device to learn whose images are whose, which no graph can.
         possible = one_gpu and run.dtype is not torch.float16 and not options["per_class"]
         self.graphs = Graphs(possible and options["graph"] == "auto")
+        # fused: it can skip a gradient that is not finite without asking the device first, see `training.Stepper`.
         adam = dict(lr=options["lr"], betas=(options["beta1"], BETA2), fused=True)
         if self.graphs.on:
+            # A rate that is a Python number would be frozen into the graph; Adam's count of steps likewise.
             adam |= dict(lr=torch.tensor(adam["lr"], device=run.device), capturable=True)
         self.step_g = training.Stepper(run, torch.optim.Adam(self.decoder.parameters(), **adam))
         self.step_d = training.Stepper(run, torch.optim.Adam(self.D.parameters(), **adam))
-        self.batch = options["batch"] // run.world
+        self.batch = options["batch"] // run.world  # this process's share
 
     def draw_y(self, how: str) -> Tensor | None:
         """Labels to generate for. 'data': rows of the training labels; 'uniform': classes alike, fair coins."""
@@ -616,6 +661,7 @@ class Trainer:
         n, Y, device = self.batch, self.labels.shape[1], self.run.device
         if how == "data":
             return self.labels[torch.randint(len(self.labels), (n,), device=device)]
+        # As published: every class or attribute as often as the others, however rare it is.
         if self.kind == "one-hot":
             return torch.eye(Y, device=device)[torch.randint(Y, (n,), device=device)]
         return torch.randint(2, (n, Y), device=device).float()
@@ -641,9 +687,11 @@ class Trainer:
         penalised = self.options["penalty"] == "r1r2" and self.options["r1"] > 0
         with torch.no_grad():
             fake, y_fake = self.fake()
+        # detach: without augmentation these are the batch itself, which is not to be marked.
         images = [augment(x, self.options["augment"]).detach().requires_grad_(penalised) for x in (real, fake)]
         with no_weight_gradients() if penalised else self.run.autocast():  # a penalty is computed in fp32
             score_real, score_fake = scores_real_fake(self.D, *images, y_real, y_fake)
+        # The log gets the loss alone, by which runs with and without penalties compare.
         loss = total = loss_d(self.options["loss"], score_real, score_fake)
         stats = {"loss_d": loss, "score_real": score_real.detach().mean(), "score_fake": score_fake.detach().mean()}
         if penalised:
@@ -652,6 +700,7 @@ class Trainer:
             stats |= {"r1": r1, "r2": r2}
         self.step_d.step(total)
         if self.options["loss"] == "ns":  # its discriminator bounds the Jensen-Shannon divergence from below, in bits
+            # The best D has a loss of 2 ln 2 - 2 JSD (Goodfellow et al. 2014), any other a higher one.
             stats["jsd_bound"] = 1 - loss.detach() / 2 / math.log(2)
         return stats
 
@@ -662,6 +711,7 @@ class Trainer:
         with no_weight_gradients():
             score = self.D(augment(x, self.options["augment"]), y_real)
         (r1,) = gradient_penalty(score, x)
+        # Not times R1_EVERY, as StyleGAN2 has it for its lazy penalties: as published.
         self.step_d.step(self.options["r1"] * r1)
         return {"r1": r1}
 
@@ -669,7 +719,9 @@ class Trainer:
         """One adversarial step of the decoder, eqs. 6-7, with the orthogonality penalty; joint: with eqs. 4-5 too."""
         self.drop_gradients()
         x, y = self.fake("data" if joint else None)
+        # As in D's step: if the decoder were spared it, shifts and holes would get into its images (Zhao et al. 2020).
         augmented = augment(x, self.options["augment"])
+        # Gradients of D's weights would be computed and thrown away.
         self.D.requires_grad_(False)
         with self.run.autocast():
             score = self.D(augmented, y)
@@ -678,6 +730,7 @@ class Trainer:
         loss = adversarial + (ORTH * orthogonality if self.options["orth"] == "penalty" else 0)
         stats = {"loss_g": adversarial, "orthogonality": orthogonality}
         if joint:
+            # For comparison: the paper's contribution is to update by the two losses separately.
             classification, more = self.classification(x, y)
             loss, stats = loss + classification, stats | more
         stats["norm_g"] = self.step_g.step(loss)  # of its gradient: what `regularise` is limited by
@@ -694,6 +747,7 @@ class Trainer:
         """
         self.drop_gradients()
         loss, stats = self.classification(*self.fake("data"))
+        # By the same Adam as the adversarial step, as published.
         self.step_g.step(loss, norm, self.options["reg_stretch"])
         return stats
 
@@ -709,6 +763,7 @@ class Trainer:
         with self.run.autocast():
             logits = self.classifier(self.encoder(x))
         loss = loss_y(self.kind, logits, y)
+        # Any module serves as the classifier: one that knows of no balance has none.
         h = loss_y(self.kind, logits.detach() - getattr(self.classifier, "balance", 0), y)
         mean = self.kind == "multi-label" and self.options["reg_over"] == "mean"
         loss = loss / self.labels.shape[1] if mean else loss
@@ -720,7 +775,9 @@ class Trainer:
 
         Its half-life is EMA_HALF_LIFE images, or 1/40 of those seen if that is less, so that short runs forget their start.
         """
+        # A ramp as StyleGAN2-ADA's, which takes 1/20 of the images seen.
         decay = 0.5 ** (self.options["batch"] / min(EMA_HALF_LIFE, images / 40))
+        # Parameters are all: the decoder has no batch norm, so no running statistics to average.
         update = torch.optim.swa_utils.get_ema_multi_avg_fn(decay)
         update(list(self.ema.parameters()), list(self.decoder.parameters()), None)
 
@@ -749,6 +806,7 @@ class Trainer:
         norm = stats.pop("norm_g")
 
         # Every n-th iteration, train it to show what the labels say.
+        # Published code does this first. Here it comes last, since reg_clip needs the norm of this iteration's step.
         if regularised and not joint:
             stats |= self.graphs(self.regularise, norm * o["reg_every"] if o["reg_clip"] else None)
 
@@ -804,6 +862,7 @@ class Network:
     def latents(self, seeds: Sequence[int]) -> Tensor:
         """Standard normal latents [len(seeds), width], each drawn from its own seed alone, on the CPU."""
         width = self.decoder.latent_width
+        # A GPU's generator draws other numbers: with the CPU's, a seed is the same image everywhere.
         return torch.stack([torch.randn(width, generator=torch.Generator().manual_seed(s)) for s in seeds])
 
     @torch.inference_mode()
@@ -851,6 +910,7 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> Network:
         rows = None
         if labels:  # kept as distinct rows, and how often each of them occurs
             rows, counts = labels["rows"], labels["counts"]
+            # Before they are repeated: a count in a damaged file may ask for any amount of memory.
             if counts.sum() != data["splits"]["train"]:
                 raise ValueError("its labels are not those of its images")
             if not (rows.dtype == torch.uint8 and rows.max() <= 1 and counts.min() > 0):
@@ -859,6 +919,7 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> Network:
                 raise ValueError(f"{len(names)} label names, but labels of {rows.shape[1]}")
             rows = rows.float().repeat_interleave(counts, dim=0)
         with torch.inference_mode():
+            # The weights no longer change, so these convolutions are done once for all images.
             convolved = decoder.generator.convolved()
         kind = data["label_kind"] if labels else "none"
         return Network(
@@ -873,8 +934,10 @@ def frozen_encoder(encoder: nn.Module, size: int, device: torch.device, dtype: t
     It keeps `features`, their number, and the `fingerprint` of the weights as they were in the checkpoint.
     dtype: autocast's, where it runs under that alone: its weights are then converted once, and not at every update.
     """
+    # The size matters on CPUs: convolutions of maps of a few pixels become matrix products.
     frozen = freeze(encoder.to(device, memory_format=torch.channels_last), (3, size, size))
     for layer in frozen.modules() if dtype else ():
+        # Batch norms that were not folded away stay in fp32, as autocast leaves them.
         if isinstance(getattr(layer, "weight", None), Tensor) and not isinstance(layer, nn.BatchNorm2d):
             layer.to(dtype)
     return frozen
@@ -884,6 +947,7 @@ def grid(images: Tensor, columns: int) -> np.ndarray:
     """x [N, 3, H, W] in [-1, 1] -> one uint8 picture [rows * H, columns * W, 3], filled row by row."""
     tiles = training.to_uint8(images).cpu()
     N, H, W, _ = tiles.shape
+    # White tiles fill the last row.
     tiles = torch.cat((tiles, tiles.new_full((-N % columns, H, W, 3), 255)))
     return tiles.view(-1, columns, H, W, 3).permute(0, 2, 1, 3, 4).reshape(-1, columns * W, 3).numpy()
 
@@ -897,6 +961,7 @@ def grid_inputs(trainer: Trainer, seed: int) -> tuple[Tensor | None, Tensor]:
 
     Of more than eight classes the first eight are drawn.
     """
+    # Numbers of its own: the grid is the same in every snapshot, and training draws what it would without.
     draw = torch.Generator().manual_seed(seed)
     latents = torch.randn(64, trainer.decoder.latent_width, generator=draw)
     y = None
@@ -905,6 +970,7 @@ def grid_inputs(trainer: Trainer, seed: int) -> tuple[Tensor | None, Tensor]:
         rows = min(classes, 8)
         y, latents = torch.eye(classes)[:rows].repeat_interleave(8, dim=0), latents[:8].repeat(rows, 1)
     elif trainer.kind == "multi-label":
+        # Rows of the data: fair coins would ask for combinations that no image has.
         rows = torch.randint(len(trainer.labels), (8,), generator=draw)
         y = trainer.labels.cpu()[rows].repeat_interleave(8, dim=0)
     return None if y is None else y.to(trainer.run.device), latents.to(trainer.run.device)
@@ -923,6 +989,7 @@ def save_grid(trainer: Trainer, path: Path, y: Tensor | None, latents: Tensor) -
 @torch.inference_mode()
 def logged_control(trainer: Trainer, n: int = 256) -> float:
     """Part of n averaged images in which the run's classifier finds the labels asked for, the same latents each time."""
+    # Of 256 images, a part near 1/2 has a standard error of 3 %. 64 at a time bounds the memory.
     draw = torch.Generator().manual_seed(0)
     y = trainer.labels[torch.randint(len(trainer.labels), (n,), generator=draw).to(trainer.run.device)]
     latents = torch.randn(n, trainer.decoder.latent_width, generator=draw).to(trainer.run.device)
@@ -969,6 +1036,7 @@ def earlier_stages(outdir: Path, conditional: bool) -> tuple[dict | None, dict |
         return encoder if "results" in encoder else None, None
     encoder = training.load(outdir / "encoder.pt", "encoder")
     classifier = training.load(outdir / "classifier.pt", "classifier", finished=True)
+    # Features of another encoder have the same shape, and mean something else.
     if classifier["encoder_hash"] != training.fingerprint(encoder["model"]):
         raise click.ClickException(
             f"{outdir}/classifier.pt belongs to another encoder than {outdir}/encoder.pt: run classifier.py again"
@@ -1024,6 +1092,7 @@ def default_kimg(size: int) -> float:
 def set_by_size(options: dict) -> None:
     """Set the options whose default depends on others, and on the size of the images once that is known."""
     patch, size = options["disc"] == "patch", options["size"]
+    # Patches take no y, one discriminator per class knows it already, and without labels there is none.
     if patch or options["per_class"] or options["unconditional"]:
         options["projection"] = False
     # Found by trying: with the global discriminator, both penalties and no momentum keep classes from collapsing; with
@@ -1033,10 +1102,13 @@ def set_by_size(options: dict) -> None:
         return
     if patch and options["disc_layers"] is None:
         options["disc_layers"] = patch_layers(size)
+    # 10 is published. At 32 px it kept patches so flat that the decoder saturated; by area they learnt.
     r1 = (0.5 if size <= 32 else 0.25) if options["penalty"] == "r1r2" else 10 * (size / 256) ** 2 if patch else 10.0
     # Small images take a higher rate, smaller batches and wider maps, found by trying at 32 px; above, the published ones.
     batch, lr = (16, 5e-4) if size <= 64 else (32, 1e-4)
     kimg = options["kimg"] or default_kimg(size)
+    # width: FD 229 with 32, 455 with the published 16 (critters, 15,000 images, three seeds). Above, 32 is slow.
+    # beta1 0: better pictures, of more kinds of animals (critters, 30,000 images, one seed); 0.5 is published.
     width, beta1 = 32 if size <= 32 else 16, 0.5 if patch else 0.0
     by_size = dict(width=width, batch=batch, lr=lr, beta1=beta1, r1=r1, kimg=kimg, snap=kimg / 6)
     options |= {name: value for name, value in by_size.items() if options[name] is None}
@@ -1044,6 +1116,7 @@ def set_by_size(options: dict) -> None:
 
 def default_options(size: int, **given) -> dict:
     """What `Trainer` takes, for images of `size`: the defaults of the command for any data, and the options given."""
+    # By the command's own parser, so that the defaults stand in one place.
     options = click.Command.make_context(main, "gan.py", []).params | {"size": size} | given
     options = training.resolve(PRESETS, PAPER, "", options)
     set_by_size(options)
@@ -1052,6 +1125,7 @@ def default_options(size: int, **given) -> dict:
 
 def check_options(options: dict, given: dict) -> None:
     """Raise click.UsageError for options that contradict each other; given: as the user gave them."""
+    # 8 is the number for the largest images, 1024 px, as long as the size is not known.
     size, most = options["size"], patch_layers(options["size"]) if options["size"] else 8
     patch, never = options["disc"] == "patch", options["unconditional"] or options["reg_every"] == 0
     for bad, why in (
@@ -1086,14 +1160,17 @@ def main(**options):
     Writes gan.pt (latest), snapshots/, samples/, stats.jsonl and tensorboard/ to the output folder. The same command
     again goes on where it stopped.
     """
+    # Here, not at the top: the networks and the updates need none of these files.
     import classifier as stage2
     import dataset
     import encoder as stage1
     import layouts
 
     # Resolve the options.
+    # Eight iterations of eight images, and two snapshots.
     smoke = {"batch": 8, "width": 4, "kimg": 0.064, "snap": 0.032} if options["smoke"] else {}
     options |= {name: value for name, value in smoke.items() if options[name] is None}
+    # Before the defaults are filled in: only what the user asked for can be a contradiction.
     given = dict(options)
     preset = layouts.preset_of(options["data"], options["preset"])
     options = training.resolve(PRESETS, PAPER, preset, options)
@@ -1139,7 +1216,7 @@ def main(**options):
     if kind == "one-hot" and given["reg_over"]:
         raise click.UsageError("--reg-over is for several attributes that an image can have at once, not for classes")
     options |= {"size": data.size, "attributes": attributes}
-    check_options(options, given)
+    check_options(options, given)  # again, now that the size is known
     set_by_size(options)
     if options["batch"] % run.world:
         raise click.UsageError(f"--batch {options['batch']} must be a multiple of the {run.world} processes")
@@ -1157,7 +1234,8 @@ def main(**options):
     checkpoint, images, iteration, anew = outdir / "gan.pt", 0, 0, ""
     if start:
         training.init_weights(trainer.decoder, start["ema"], options["init"])
-        trainer.ema.load_state_dict(trainer.decoder.state_dict())
+        trainer.ema.load_state_dict(trainer.decoder.state_dict())  # the average starts from the same weights
+        # With another of these, D has other weights, and cannot take those of the file.
         other = [k for k in ("disc", "disc_layers", "per_class", "projection") if start["options"].get(k) != options[k]]
         if "trainer" in start and not other:
             training.init_weights(trainer.D, start["trainer"]["D"], options["init"])
@@ -1195,6 +1273,7 @@ def main(**options):
         "stage": "gan", "data": data.info(), "options": options,
         "labels": {"rows": rows.byte(), "counts": counts} if conditional else None,
     }  # fmt: skip
+    # gan.pt takes the earlier stages along, so that pictures and metrics need this one file.
     stages = {
         "encoder": {key: encoder_pt[key] for key in ("config", "model", "data")} if encoder_pt else state.get("encoder"),
         "classifier": {key: classifier_pt[key] for key in ("config", "model", "data", "balance")} if classifier_pt else None,
@@ -1208,19 +1287,21 @@ def main(**options):
             training.write_options(outdir / "gan.json", options)
             click.echo(introduction(trainer, data, images, total))
         fixed = grid_inputs(trainer, options["seed"])
-        snap = max(round(1000 * options["snap"]), options["batch"])
+        snap = max(round(1000 * options["snap"]), options["batch"])  # at most one an iteration
         batches = data.batches(trainer.batch, run.device, run.seed, images, run.rank, run.world, options["workers"])
         for real, y in batches:
             # Train on one batch, count, log.
-            run.reseed(images)
+            run.reseed(images)  # a resumed run draws the same numbers
             log.add(**trainer.iteration(iteration, training.to_float(real), y if conditional else None))
             before, images, iteration = images, images + options["batch"], iteration + 1
             log.step(options["batch"])
             done, stopping = images >= total, run.stopping(iteration)
+            # Whenever a multiple of `snap` has been passed: with most batches, images never hit one.
             due = done or images // snap > before // snap
             control = {"control": logged_control(trainer)} if due and run.rank == 0 and trainer.classifier else {}
             if due or stopping or images // LOG_EVERY > before // LOG_EVERY:
                 log.write(images, **control)
+                # Only beside a line of the log: both wait for the device.
                 training.check_finite([trainer.step_g, trainer.step_d], images, options)
 
             # Save now and then a snapshot and a picture, then the networks: a run that is killed amid it does it again.
@@ -1229,18 +1310,20 @@ def main(**options):
                     state = facts | {"images_seen": images, "iteration": iteration, "ema": trainer.ema.state_dict()}
                     if due:
                         snapshot = outdir / "snapshots" / f"gan-{images:08d}.pt"
+                        # The decoder alone, so that many can be kept; every tenth stays for good.
                         training.save_snapshot(snapshot, state, options["keep"], 10 * snap)
                         with log.on_disk("a picture"):
                             picture = save_grid(trainer, outdir / "samples" / f"{images:08d}.png", *fixed)
                             log.picture("samples", picture, images)
                     state |= stages | {"trainer": trainer.state()}
+                    # On a full disk a save in the middle is skipped with a warning; the last one raises an error.
                     training.save(checkpoint, state, must=bool(done or stopping))
                 run.wait()
             if stopping and not done:
                 raise training.Stopped(stopping, f"stopped and saved at {images:,} images")
             if done:
                 break
-        batches.close()
+        batches.close()  # ends the threads that prepare batches
     if run.rank == 0:
         click.echo(f"wrote {checkpoint} and {outdir / 'samples'}")
 

@@ -26,7 +26,7 @@ import training
 
 RANGE = 4.5  # a traversal covers z in [-4.5, 4.5], as in EigenGAN
 END = 2.0  # dimensions are measured from z = -2 to 2: 95 % of what the generator met in training lies there
-MOST = 1000  # seeds of a range
+MOST = 1000  # seeds of a range, images of a strip, frames from seed to seed: more is a typo
 BATCH = 32  # images at once where rounding does not matter
 
 
@@ -41,6 +41,7 @@ def parse_seeds(text: str) -> list[int]:
         for part in text.split(","):
             first, dash, last = part.partition("-")
             chosen = range(int(first), int(last if dash else first) + 1)
+            # Below 2^32, as on the page. Checked as a range: the list of a typo could fill the memory.
             if not 0 <= chosen.start < chosen.stop <= min(2**32, chosen.start + MOST):
                 raise ValueError
             seeds += chosen
@@ -57,10 +58,11 @@ def find_label(network: gan.Network, text: str) -> str | None:
     def plain(name: str) -> str:
         return name.strip().replace("_", " ").casefold()
 
+    # Exactly first: two names may differ in nothing but case or underscores.
     if text in network.label_names:
         return text
     alike = [name for name in network.label_names if plain(name) == plain(text)]
-    return alike[0] if len(alike) == 1 else None
+    return alike[0] if len(alike) == 1 else None  # of several, nobody knows which was meant
 
 
 def parse_y(network: gan.Network, texts: Sequence[str]) -> tuple[Tensor | None, list[str]]:
@@ -76,6 +78,7 @@ def parse_y(network: gan.Network, texts: Sequence[str]) -> tuple[Tensor | None, 
     rows, titles = [], []
     for text in texts or names:
         whole = find_label(network, text)  # classes may have commas, attributes have none
+        # "none" is for attributes: of classes exactly one is on, and one may be called "none".
         parts = [] if text == "none" and not one_hot else [text] if whole else text.split(",")
         found = [find_label(network, part) for part in parts]
         if None in found:
@@ -103,7 +106,7 @@ def parse_dimensions(network: gan.Network, text: str) -> list[tuple[int, int]]:
                 f"--dims {part}: this network has layers 1 to {known[-1][0]}, each with dimensions 1 to {gan.BASIS}: "
                 "give 3.2 for one, 3 for all of a layer, or all"
             )
-        found += [d for d in chosen if d not in found]
+        found += [d for d in chosen if d not in found]  # once each, in the order asked for
     return found or known
 
 
@@ -119,6 +122,7 @@ def generate(network: gan.Network, y: Tensor | None, latents: Tensor, batch: int
     parts = []
     with tqdm(total=len(latents), desc="images", unit="img", leave=False, dynamic_ncols=True) as bar:
         for i in range(0, len(latents), batch):
+            # To the CPU at once, so that the device holds one batch alone.
             parts.append(network.decode(None if y is None else y[i : i + batch], latents[i : i + batch]).cpu())
             bar.update(len(parts[-1]))
     return torch.cat(parts)
@@ -133,7 +137,7 @@ def png_info(notes: dict[str, str]) -> PngInfo:
     """Notes as the text chunks of a PNG, in UTF-8."""
     info = PngInfo()
     for key, value in notes.items():
-        info.add_itxt(key, value)
+        info.add_itxt(key, value)  # plain tEXt knows Latin-1 alone
     return info
 
 
@@ -150,6 +154,7 @@ def exploration(
         latents = torch.cat((noise, z[:1].expand_as(z)), 1)
     if vary == "z":
         latents = torch.cat((noise[:1].expand_as(noise), z), 1)
+    # The noise is held. eps still changes, because the mapper sees y.
     if vary == "y":
         return y.repeat(len(seeds), 1), latents.repeat_interleave(rows, 0)
     return None if y is None else y.repeat_interleave(len(seeds), 0), latents.repeat(rows, 1)
@@ -157,6 +162,7 @@ def exploration(
 
 def column(layer: int, dim: int) -> int:
     """Where a latent holds the z of a dimension."""
+    # The noise comes first, then the z of layer 1, of layer 2, and so on; both count from 1.
     return gan.NOISE + (layer - 1) * gan.BASIS + dim - 1
 
 
@@ -175,13 +181,14 @@ def strips(
     Returns [len(dims), N, 3, size, size] in [-1, 1].
     """
     moved = torch.cat([move(latent.expand(len(values), -1), *d, values) for d in dims])
+    # In batches: the last bit, which they change, cannot be seen in a strip.
     images = generate(network, None if y is None else y.expand(len(moved), -1), moved, BATCH)
     return images.unflatten(0, (len(dims), len(values)))
 
 
 def spread(images: Tensor) -> float:
     """How much a strip [N, 3, H, W] in [-1, 1] changes: the mean deviation of its pixels from their mean, of [0, 1]."""
-    return (images - images.mean(0)).abs().mean().item() / 2
+    return (images - images.mean(0)).abs().mean().item() / 2  # [-1, 1] is 2 wide
 
 
 def loop(y: Tensor | None, latents: Tensor, frames: int, one_hot: bool) -> tuple[Tensor | None, Tensor]:
@@ -191,16 +198,19 @@ def loop(y: Tensor | None, latents: Tensor, frames: int, one_hot: bool) -> tuple
     latent keeps a length between its neighbours'.
     """
     n = len(latents)
-    at = np.arange(n * frames) / frames
+    at = np.arange(n * frames) / frames  # ends before n, where the first latent comes again
 
     def path(points: Tensor) -> Tensor:
+        # A periodic spline needs the first point at its end too; then the loop closes without a corner.
         closed = torch.cat((points, points[:1])).double().numpy()
         return torch.from_numpy(CubicSpline(np.arange(n + 1), closed, bc_type="periodic")(at)).float()
 
     moving, length = path(latents), latents.norm(dim=1)
     length = np.interp(at, np.arange(n + 1), [*length.tolist(), length[0].item()])
+    # At truncation 0 all is 0, and 0 / 0 would give black pictures.
     moving *= torch.from_numpy(length).float()[:, None] / moving.norm(dim=1, keepdim=True).clamp(min=1e-12)
     if y is not None:
+        # A spline overshoots; the decoder knows y in [0, 1] only, and classes that add up to 1.
         y = path(y).clamp(0, 1)
         y = y / y.sum(1, keepdim=True) if one_hot else y
     return y, moving
@@ -223,12 +233,14 @@ def read_json(network: gan.Network, path: str | Path) -> tuple[Tensor | None, Te
     def numbers(values: object, count: int, what: str) -> list[float]:
         if not isinstance(values, list) or len(values) != count:
             raise ValueError(f"{what} must be a list of {count}")
+        # type(), because True is an int to isinstance(). 1000: far from any draw, but safe from overflow.
         if not all(type(v) in (int, float) and abs(v) <= 1000 for v in values):  # not NaN either
             raise ValueError(f"{what} must hold finite numbers of at most 1000")
         return [float(v) for v in values]
 
     names, layers = network.label_names, len(network.generator.blocks)
     try:
+        # A pipe could keep open() waiting for ever; a folder gets open()'s own message.
         if Path(path).exists() and not (Path(path).is_file() or Path(path).is_dir()):
             raise ValueError("it is no regular file")
         with open(path, "rb") as file:
@@ -244,6 +256,7 @@ def read_json(network: gan.Network, path: str | Path) -> tuple[Tensor | None, Te
         z = [numbers(layer, gan.BASIS, "each layer of z") for layer in content["z"]]
     except OSError as error:
         raise click.ClickException(f"{path}: {error.strerror}") from None
+    # RecursionError: lists nested deeper than Python goes.
     except (json.JSONDecodeError, UnicodeDecodeError, RecursionError):
         raise click.ClickException(f"{path} is not a latent of this network: it is no JSON") from None
     except ValueError as error:
@@ -256,6 +269,7 @@ def read_json(network: gan.Network, path: str | Path) -> tuple[Tensor | None, Te
 
 LEAST = 0.5  # standard deviations: what can just be seen in strips of critters
 AGREE = 0.8  # of the samples must move in the same direction: chance gives 64 samples that about once in a million
+# The area is the part of pairs, one image with the label and one without, in their right order: chance is 0.5.
 READABLE = 0.85  # least area under the ROC curve, on real images, with which the judge names dimensions by a label
 NAMELESS = "no attribute"
 VISIBLE = 1 / 255  # mean change of the picture: below one level of 8 bits a dimension does nothing
@@ -280,6 +294,7 @@ def log_odds(logits: Tensor, kind: str) -> Tensor:
     """Logits [B, Y] of each label against all else: of a softmax ('one-hot') or of sigmoids ('multi-label')."""
     if kind != "one-hot":
         return logits
+    # log p - log(1 - p), in float64: in float32 a sure answer has 1 - p = 0. 1e-12 keeps it finite.
     log_p = logits.double().log_softmax(1)
     return (log_p - (-log_p.expm1()).clamp(min=1e-12).log()).float()
 
@@ -297,7 +312,9 @@ def measure(network: gan.Network, y: Tensor | None, latents: Tensor, readers: di
         change, moved = 0.0, {who: [] for who in readers}
         for i in range(0, len(latents), BATCH):
             part, its = latents[i : i + BATCH], None if y is None else y[i : i + BATCH]
+            # In 8 bits, as the readers were trained and as pictures are saved.
             ends = [training.to_uint8(network.decode(its, move(part, layer, dim, z))) for z in (-END, END)]
+            # As int: differences of uint8 wrap around.
             change += (ends[1].int() - ends[0].int()).abs().sum().item()
             for who, r in readers.items():
                 moved[who].append((r.look(ends[1]) - r.look(ends[0])).float().cpu())
@@ -305,7 +322,9 @@ def measure(network: gan.Network, y: Tensor | None, latents: Tensor, readers: di
         for who, r in readers.items():
             for name, logit, scale in zip(r.names, torch.cat(moved[who]).T, r.scale.tolist(), strict=True):
                 mean = logit.mean().item()
+                # 1e-6: a reader that says the same of all real images has no scale.
                 values = {"logit": mean, "effect": mean / max(scale, 1e-6)}
+                # A logit that stays has the sign 0 and counts against it.
                 values["consistency"] = (logit.sign() == math.copysign(1, mean)).float().mean().item()
                 labels.setdefault(name, {})[who] = values
         names = [f"{name} {effect:+.1f}" for name, effect in names_of(labels)]
@@ -331,6 +350,7 @@ def names_of(labels: dict[str, dict]) -> list[tuple[str, float]]:
 
 
 # What critters.py drew, by what a person would call it. light is the logarithm of red, green and blue light.
+# Colours are (hue, lightness, saturation). Hues stay out: they go round, so they have no ranks.
 FACTORS: dict[str, dict[str, Callable[[dict], float]]] = {
     "pose": {
         "yaw": lambda f: f["yaw"],
@@ -368,9 +388,12 @@ def known_labels(run, split: str) -> tuple[list[str], Tensor]:
     data, columns = run.images[split], {}
     for _, names, y in control.known_labels(run, split):
         columns |= dict(zip(names, y.T, strict=True))
+    # --train-on-all joins the splits: an image's place no longer tells what it was drawn from.
     if data.data == "critters" and not data.train_on_all:
+        # 0 is the seed of the data set.
         drawn = [critters.factors(0, critters.OFFSETS[split] + i) for i in range(len(data))]
         for name, value in [item for group in FACTORS.values() for item in group.items()]:
+            # Two argsorts give ranks: labels that fill [0, 1] evenly, whatever the factor's unit.
             ranks = np.argsort(np.argsort([value(f) for f in drawn]))
             columns[name] = torch.from_numpy(ranks / (len(ranks) - 1)).float()
     if not columns:
@@ -387,12 +410,16 @@ def readers_of(run, seed: int, steps: int) -> tuple[dict[str, Reader], dict[str,
     from sklearn.metrics import roc_auc_score  # slow to import
 
     names, targets = known_labels(run, "train")
+    # Classes too are asked for one by one, so that every label has a logit of its own.
     groups = [("multi-label", names, targets)]
+    # No mirror images: in them yaw, roll and the shift to the right change their signs.
     judge, _ = control.kept_judge(run, groups, seed, steps, mirror=False)
     split, rows = "val", np.arange(len(run.images["val"]))
     if len(rows) < 100:  # too few to tell what the judge reads: those that it did not learn from
+        # The same draw as in `control.train_judge`, so these are the images that it held out.
         split, rows = "train", np.sort(control.hold_out(np.random.default_rng([seed, 3]), len(targets))[0])
     data, (_, truth) = run.images[split], known_labels(run, split)
+    # From 1,000 images the area is known to about 0.01.
     rows = rows[np.linspace(0, len(rows) - 1, min(1000, len(rows))).astype(int)]
     real = [torch.from_numpy(data.images[part]) for part in np.array_split(rows, -(-len(rows) // 64))]
 
@@ -407,6 +434,7 @@ def readers_of(run, seed: int, steps: int) -> tuple[dict[str, Reader], dict[str,
     if run.features and run.features.classifier is not None and run.names:
 
         def classify(images: Tensor) -> Tensor:
+            # Against all other classes: the logits of a softmax may all rise together.
             return log_odds(run.features.classifier(run.features.embed(images)), run.kind)
 
         readers = {"classifier": reader(run.names, classify, real)} | readers
@@ -422,6 +450,7 @@ def found_names(network: gan.Network, file: str | Path) -> list[dict]:
     try:
         if network.dimensions is None:
             content = json.loads(Path(file).with_name("dimensions.json").read_text())
+            # Names found for other weights would be wrong.
             if content["network"] != training.fingerprint(network.decoder.state_dict()):
                 return []
         found = [dict(layer=d["layer"], dim=d["dim"], name=str(d["name"])[:200], change=float(d["change"]))
@@ -454,6 +483,7 @@ def project(network: gan.Network, image: Tensor, steps: int, seed: int = 0) -> t
         logits = torch.zeros(1, network.labels, device=device)
         if encoder is not None and network.classifier is not None:
             logits = network.classifier(encoder(target)).clamp(-8, 8)  # sure, but still with a gradient
+        # Logits may go anywhere, and `squash` keeps y where labels can be.
         y = logits.repeat(STARTS, 1).requires_grad_()
     h = None if encoder is None else encoder(target)
     squash = (lambda y: y.softmax(1)) if network.label_kind == "one-hot" else torch.sigmoid
@@ -468,10 +498,12 @@ def project(network: gan.Network, image: Tensor, steps: int, seed: int = 0) -> t
     latents = (0.5 * draws[torch.cat(errors).cpu().topk(STARTS, largest=False).indices]).to(device).requires_grad_()
 
     parameters = [latents] if y is None else [latents, y]
+    # 0.99 averages squares over 100 steps; PyTorch's 0.999 over 1,000, more than a search has.
     optimizer = torch.optim.Adam(parameters, RATE, betas=(0.9, 0.99))
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, RATE, total_steps=steps)
     bar = tqdm(range(steps), desc="project", unit="step", leave=False, dynamic_ncols=True)
     for step in bar:
+        # `network.decode` runs in inference mode, without gradients.
         x = network.decoder(None if y is None else squash(y), latents)
         error = (x - target).square().mean((1, 2, 3))
         loss = error + PRIOR * latents.square().mean(1)
@@ -479,7 +511,7 @@ def project(network: gan.Network, image: Tensor, steps: int, seed: int = 0) -> t
             features = encoder(x.contiguous(memory_format=torch.channels_last))
             loss = loss + FEATURES * (features - h).square().sum(1) / h.square().sum()
         optimizer.zero_grad()
-        loss.sum().backward()
+        loss.sum().backward()  # the searches share nothing, so each gets the gradient of its own loss
         optimizer.step()
         schedule.step()
         if step % 20 == 0:  # it waits for the device
@@ -487,9 +519,9 @@ def project(network: gan.Network, image: Tensor, steps: int, seed: int = 0) -> t
     best = loss.argmin()  # of the last step but for one update at a rate near 0
     y = None if y is None else squash(y.detach()[best][None]).cpu()
     latent = latents.detach()[best][None].cpu()
-    return y, latent, generate(network, y, latent)[0]
+    return y, latent, generate(network, y, latent)[0]  # alone, as `sample --latent` draws it
 
 
 def psnr(error: float) -> float:
     """Peak signal-to-noise ratio in dB of a mean squared error between pictures in [-1, 1]."""
-    return 10 * math.log10(4 / max(error, 1e-12))
+    return 10 * math.log10(4 / max(error, 1e-12))  # 4: the square of the range; equal pictures have 126 dB

@@ -31,9 +31,11 @@ import numpy as np
 
 from files import MAX_TABLE, SUFFIXES, UNREADABLE, fail, list_files, read, read_idx
 
+# 256 and 128 px are the paper's sizes, 32 the power of two above Fashion-MNIST's 28; critters are made for CPUs.
 PRESETS = {"critters": 32, "afhq": 256, "celeba": 128, "fashion-mnist": 32}  # data sets with a name: usual image size
 SPLITS = {"train": "train", "training": "train", "test": "test", "testing": "test"}  # folder name -> split
 SPLITS |= dict.fromkeys(("val", "valid", "validation", "dev", "eval", "evaluation"), "val")
+# In the order of the numbers in Fashion-MNIST's label files.
 FASHION = ["T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot"]
 CELEBA = {  # the attribute sets of the paper's tables 1 to 3
     "celeba5": "Bald,Eyeglasses,Mustache,Wearing_Hat,Wearing_Necktie",
@@ -46,11 +48,13 @@ CELEBA_TABLES = {  # table of the attributes: folder of the images
     **dict.fromkeys(("list_attr_celeba.txt", "list_attr_celeba.csv"), "img_align_celeba"),
     "CelebAMask-HQ-attribute-anno.txt": "CelebA-HQ-img",
 }
+# Which images CelebA's authors give to train, val and test.
 PARTITIONS = ("list_eval_partition.txt", "list_eval_partition.csv")
 UNDERSTOOD = (
     "class folders (also below train/ and val/), labels.csv, CelebA (img_align_celeba/ with list_attr_celeba), "
     "CelebAMask-HQ, StyleGAN's dataset.json, or Fashion-MNIST's idx files"
 )
+# Their owners take these for images, so a class of them must not vanish without a word.
 PICTURES = (".heic", ".heif", ".hif", ".jxl", ".svg", ".psd", ".ico", ".exr", ".hdr")  # which are not read, but named
 PICTURES += (".apng", ".dds", ".dib", ".icns", ".j2k", ".jpc", ".jpf", ".jpx", ".mpo", ".pcx", ".sgi", ".xbm")
 PICTURES += (".arw", ".cr2", ".cr3", ".dng", ".nef", ".orf", ".raf", ".raw", ".rw2")
@@ -67,10 +71,12 @@ BESIDE += (
     ".yml",
     ".sh",
 )  # what often lies beside images
+# Bounds on what a table may ask for: each of these takes far more memory than bytes in the file.
 MAX_LINE = 2**20  # characters of a line in a table: room for thousands of attributes
 MAX_LABELS = 2**14  # label names: labels are rows of that many numbers
 MAX_LISTS = 4 * 10**6  # lists in a dataset.json, of which each takes 60 bytes or more: three times ImageNet's
 MAX_IMAGES = 2**21  # images in an IDX file: the largest known, EMNIST's, has 0.7 million
+# MNIST's file names, which its successors kept; t10k are the 10,000 test images.
 IDX = [f"{part}-{what}-ubyte" for part in ("train", "t10k") for what in ("images-idx3", "labels-idx1")]
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -89,6 +95,7 @@ def locate(data: str) -> tuple[str, Path | None]:
     if data == "critters":
         return data, None
     root = data_folder(data) if data in PRESETS else Path(os.path.expanduser(data))
+    # data/celeba.zip will do in place of the folder data/celeba.
     if data in PRESETS and not root.exists() and root.with_name(root.name + ".zip").is_file():
         root = root.with_name(root.name + ".zip")
     if not os.path.exists(root):  # unlike Path.exists, it takes names that no file can have
@@ -119,6 +126,7 @@ def recognise(root: Path | None) -> str:
     if root is None:
         return "critters"
     root, files, folders = list_files(root)
+    # In the order of `scan`, so that both see the same layout.
     base = base_names(files)
     if idx_name(IDX[0], base):
         return "fashion-mnist" if idx_classes(root, base)[0] == FASHION else ""
@@ -126,7 +134,9 @@ def recognise(root: Path | None) -> str:
         folder, table = found
         names, _ = celeba_header(root, table, read_rows(root, table))
         complete = set(CELEBA["celeba5"].split(",")) <= set(names)  # other data comes in this layout as well
+        # Not CelebAMask-HQ: the paper's settings are for the aligned photos.
         return "celeba" if folder == "img_align_celeba" and complete else ""
+    # A table says what the labels are, whatever the folders are called.
     if {"labels.csv", "dataset.json"} & set(base):
         return ""
     # AFHQ: the class folders cat, dog and wild, and no others, in a train folder beside another split.
@@ -188,6 +198,7 @@ def scan(root: Path, files: list[str], folders: list[str]) -> Source:
         elif top + "labels.csv" in files:
             source = scan_csv(root, images, top)
         else:
+            # A zip stands for the data only where it lies alone; beside other files it is not opened.
             zips = [f"{name} is not unpacked: give it as --data" for name in files if name.lower().endswith(".zip")]
             hints = [hint for hint in (unread, unused_tables(files, []), *zips[:1]) if hint]
             source = scan_folders(root, images, folders, top, "".join(f"; {hint}" for hint in hints))
@@ -204,6 +215,7 @@ def unread_pictures(files: list[str]) -> str:
     found = sorted({PurePosixPath(name).suffix.lower() for name in files if name.lower().endswith(PICTURES)})
     if found:
         return f"{', '.join(found)} files are not read: convert them to PNG or JPEG"
+    # READMEs and the like lie at the top; within folders a file of an unknown ending may be an image.
     others = [name for name in files if "/" in name and not name.lower().endswith((*SUFFIXES, *BESIDE))]
     others = [name for name in others if not re.fullmatch(r".*-(ubyte|idx\d)(\.gz)?", name)]
     return f"{len(others)} files are not read, like {others[0]}: images end in .png, .jpg or the like" if others else ""
@@ -216,6 +228,7 @@ def unused_tables(files: list[str], used: list[str]) -> str:
     found = []
     for name in set(files) - set(used):
         base = name.rpartition("/")[2].lower()
+        # Most .txt files are notes, so only those that are called after labels count.
         text = base.endswith(".txt") and any(word in base for word in ("label", "attr", "anno", "class"))
         if (base.endswith(ends) or text) and not base.startswith(known):
             found.append(name)
@@ -235,6 +248,7 @@ def find_top(images: list[str], files: list[str], folders: list[str]) -> str:
         inside = [f for f in folders if f.startswith(top) and "/" not in f[len(top) :]]
         if top[:-1] in with_images | with_table or len(inside) != 1:
             return top
+        # A split that is the only folder is a part of the layout, too.
         if inside[0][len(top) :].lower() in SPLITS:
             return top
         if inside[0] in with_images - with_table:  # a class folder that is the only one
@@ -247,6 +261,7 @@ def check_names(root: Path, source: Source) -> None:
     if (count := max(len(source.classes), len(source.attributes))) > MAX_LABELS:
         fail(f"{root}: {count:,} label names are more than {MAX_LABELS:,}: is a column of numbers taken for classes?")
     for name, times in [*Counter(source.classes).items(), *Counter(source.attributes).items()]:
+        # --attributes A,B separates names by commas; classes are never asked for one by one.
         if times > 1 or not name or (source.attributes and "," in name):
             fail(f"{root}: label name {name!r} is {'used twice' if times > 1 else 'empty or has a comma'}")
         if not name.isprintable():
@@ -265,13 +280,16 @@ def complete_splits(root: Path, source: Source) -> None:
         splits[splits == "test"] = "val"
     if "val" not in splits:
         digests = np.array([hashlib.sha256(json.dumps(key).encode()).hexdigest() for key in source.keys])
+        # Without classes all images are one group.
         for c in range(len(source.classes) or 1):
             members = np.flatnonzero(class_of == c) if source.classes else np.arange(len(source.keys))
             # At least one, so that val knows every class; a class of one image is for training.
+            # A tenth is about what AFHQ (1,500 of 16,130) and critters (1,500 of 13,500) have in val.
             held_out = 0 if len(members) < 2 else max(1, round(len(members) / 10))
             splits[members[np.argsort(digests[members])[:held_out]]] = "val"
     if "train" not in splits or "val" not in splits:
         fail(f"{root}: no images are left for train or val; each class needs at least two")
+    # A class that is in val alone would be asked of a generator that never saw it.
     if source.classes and (missing := set(class_of.tolist()) - set(class_of[splits == "train"].tolist())):
         fail(f"{root}: class {source.classes[min(missing)]} has no training images: add some or remove it")
     if unused := sorted(set(range(len(source.classes))) - set(class_of.tolist())):  # tables may name more than they use
@@ -283,6 +301,7 @@ def complete_splits(root: Path, source: Source) -> None:
 def scan_folders(root: Path, images: list[str], folders: list[str], top: str, hints: str) -> Source:
     """Class folders, alone or in folders that name a split. hints: what to add where images or labels are missed."""
     # Folders as tuples of names, and which of those at the top name a split.
+    # Composed names: train/ from macOS and val/ from Linux must not make two classes of one.
     below = [tuple(nfc(f[len(top) :]).split("/")) for f in folders if f.startswith(top)]
     first = [p[0] for p in below if len(p) == 1]
     inner = {f: {p[1] for p in below if len(p) == 2 and p[0] == f} for f in first}
@@ -297,6 +316,7 @@ def scan_folders(root: Path, images: list[str], folders: list[str], top: str, hi
         fail(f"{root / top / min(other)} is neither train, val nor test: rename it or move it away")
     if not images:
         fail(f"{root} holds no images: expected {UNDERSTOOD}{hints}")
+    # Splits called training_set or seg_train would pass for classes, so they are refused with the names to use.
     words = {f: [SPLITS[word] for word in re.split("[^a-z]+", f.lower()) if word in SPLITS] for f in first if inner[f]}
     like = {f: found[0] for f, found in words.items() if found}
     inside = set().union(*(inner[f] for f in like))
@@ -320,6 +340,7 @@ def scan_folders(root: Path, images: list[str], folders: list[str], top: str, hi
     found = {p for p in below if len(p) == at + 1}
     for p in sorted(found - {p[: at + 1] for p in parts}):
         fail(f"class folder {root / top / '/'.join(p)} has no images: add some or remove it{hints}")
+    # Numbered in alphabetical order, as by torchvision's ImageFolder.
     classes = sorted({p[at] for p in found})
     train = {p[at] for p in found if not split or splits[p[0]] == "train"}
     if set(classes) - train:
@@ -327,11 +348,13 @@ def scan_folders(root: Path, images: list[str], folders: list[str], top: str, hi
     index = {c: i for i, c in enumerate(classes)}
     names = Counter(name for f in first for name in inner[f])
     notes = []
+    # Classes whose images all lie deeper: perhaps the deeper folders were meant, as in birds/owl and birds/hen.
     deep = sorted({p[at] for p in parts} - {p[at] for p in parts if len(p) == at + 2})
     if not split and (twice := sorted(name for name, times in names.items() if times > 1)):
         notes = [f"several classes have a folder called {twice[0]}: folders within classes do not count"]
     elif deep:
         notes = [f"the images of class {deep[0]} lie in folders below it, which do not count as classes"]
+    # StyleGAN's dataset_tool puts a thousand images into each of 00000, 00001, ..., whatever their labels.
     if all(re.fullmatch(r"\d{5}", c) for c in classes):
         notes.append(f"classes called {classes[0]} look like the shards of StyleGAN's layout, without its dataset.json")
     class_of = [index[p[at]] for p in parts]
@@ -364,11 +387,14 @@ def read_rows(root: Path, table: str) -> Iterator[tuple[str, list[str]]]:
     place = root / table
     try:
         raw = read(root, table, MAX_TABLE)
+        # -sig, since Excel begins UTF-8 with a mark, which would become a part of the first name.
         text = raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
+        # 10 is the byte that ends a line.
         fail(f"{place} line {raw[: error.start].count(10) + 1} is not UTF-8: save the table as UTF-8")
     except UNREADABLE as error:
         fail(f"{place} cannot be read: {getattr(error, 'strerror', None) or error}")
+    # Before a line is split: every character of it may become a cell.
     if max(map(len, io.StringIO(text)), default=0) > MAX_LINE:
         fail(f"{place} has a line of more than {MAX_LINE:,} characters: it is no table of labels")
     if not table.lower().endswith(".csv"):
@@ -377,15 +403,19 @@ def read_rows(root: Path, table: str) -> Iterator[tuple[str, list[str]]]:
                 yield f"{place} line {i}", [nfc(cell) for cell in line.split()]
         return
     # Excel writes semicolons in countries where the comma is the decimal sign.
+    # Of equal counts max takes the first, so a line without any of them has commas.
     end = max(",\t;", key=text.lstrip()[:4096].split("\n")[0].count)
+    # newline='' leaves line breaks within quotes; strict: else an open quote makes one cell of the rest of the table.
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=end, skipinitialspace=True, strict=True)
     columns = 0  # of the first row; separators at the ends of lines make no more
     try:
         for row in reader:
             cells = [nfc(cell.strip()) for cell in row]
+            # A first line `sep=;` tells Excel what separates the columns.
             if not any(cells) or (not columns and text.lstrip().startswith(f"sep={end}") and "".join(cells) == "sep="):
                 continue
             columns = columns or len(cells) - next(i for i, cell in enumerate(reversed(cells)) if cell)
+            # Something beyond the columns stays in the row, so that it is counted and refused.
             yield f"{place} line {reader.line_num}", cells if any(cells[columns:]) else cells[:columns]
     except csv.Error as error:
         fail(f"{place} line {reader.line_num} cannot be read: {error}")
@@ -409,6 +439,7 @@ def matcher(images: list[str], top: str = "") -> Callable[[str], list[str]]:
 
     def find(name: str) -> list[str]:
         name = nfc(name)
+        # Not at once: on Linux the name of a file may have a backslash in it.
         if name not in paths:
             name = name.replace("\\", "/").removeprefix("./")  # Windows and find(1) write them so
         return [paths[name]] if name in paths else ends().get(name, [])
@@ -445,6 +476,7 @@ def by_image(
         if found[0] in result:
             fail(f"{where}: {name} is there twice")
         result[found[0]] = convert(cells, where)
+    # Not a part of the images but another table, or one with a column before the names.
     if absent and not result:
         fail(f"{place}: none of its {absent:,} rows names an image that is there; the last one names {name}")
     for image in images:
@@ -456,6 +488,7 @@ def by_image(
 def binary(cells: list[str], where: str) -> list[int]:
     """Attribute values, 0 and 1 or -1 and 1, as 0 and 1."""
     try:
+        # CelebA writes -1 where an image does not have the attribute.
         return [{"0": 0, "1": 1, "-1": 0}[c] for c in cells]
     except KeyError as error:
         fail(f"{where}: {error.args[0]!r} is not an attribute value (0 or 1, or -1 or 1)")
@@ -464,6 +497,7 @@ def binary(cells: list[str], where: str) -> list[int]:
 def from_columns(table: str, keys: list[str], splits: list | None, names: list[str], values: list) -> Source:
     """The source of a table with a column of 0 and 1 for each of `names`."""
     source = Source(keys, splits, attributes=names, values=values, tables=[table])
+    # The columns stay attributes as well, so that --attributes can still ask for them.
     if len(names) > 1 and all(sum(row) == 1 for row in values):
         source.classes, source.class_of = list(names), [row.index(1) for row in values]
         source.notes = [
@@ -478,12 +512,14 @@ def scan_csv(root: Path, images: list[str], top: str) -> Source:
     place, rows, find = root / table, read_rows(root, table), matcher(images, top)
     where, header = next(rows, (f"{place} line 1", [""]))
     second = next(rows, None)
+    # Told by the second row: its first cell names no image, and the one after it does.
     if second and not header[0] and len(second[1]) > 1 and not find(second[1][0]) and find(second[1][1]):
         fail(f"{where}: the first column numbers the rows: write the table without its index (pandas: index=False)")
     rows = itertools.chain([second] if second else [], rows)
     # The first column has the file names; of the others, one may be the split.
     split_at = next((i for i, h in enumerate(header[1:]) if h.lower() == "split"), None)
     names = [h for i, h in enumerate(header[1:]) if i != split_at]
+    # A first cell that names an image belongs to a row: the header is missing.
     if not names or find(header[0]):
         fail(f"{where}: expected a header: file name, then the names of the labels")
 
@@ -500,7 +536,9 @@ def scan_csv(root: Path, images: list[str], top: str) -> Source:
     labels = [label for _, label in found.values()]
     if len(names) > 1:
         return from_columns(table, list(found), splits, names, labels)
+    # Fewer than 20 digits, since Python refuses to read numbers of thousands of them.
     numbers = all(c.isdecimal() and len(c) < 20 for c in labels)  # then 9 comes before 10
+    # By c too, since 1 and 01 are two classes, and the order of a set is another one in every process.
     classes = sorted(set(labels), key=lambda c: (int(c), c) if numbers else (0, c))
     index = {c: i for i, c in enumerate(classes)}
     return Source(list(found), splits, classes, [index[c] for c in labels], tables=[table])
@@ -514,6 +552,7 @@ def find_celeba(base: dict[str, str]) -> tuple[str, str] | None:
 def celeba_header(root: Path, table: str, rows: Iterator) -> tuple[list[str], str]:
     """Take the header from CelebA's table: names of the attributes, and in a .txt the announced number of images."""
     where, first = next(rows, (f"{root / table} line 1", []))
+    # Kaggle's .csv has the names in its first line, the original .txt the number of images, then the names.
     if table.lower().endswith(".csv"):
         if len(first) < 2:
             fail(f"{where}: expected a header: file name, then the names of the attributes")
@@ -531,9 +570,11 @@ def scan_celeba(
 
     Lines without an image are counted and left out: many people keep a part of the images with the full table.
     """
+    # CelebAMask-HQ comes with its masks, which are PNGs in other folders.
     images = [name for name in images if folder in name.split("/")[:-1]]
     for names in (CELEBA_TABLES, PARTITIONS):
         tables = sorted(f for f in files if f.rpartition("/")[2] in names)
+        # Nothing tells which of two is right, as where a .csv lies beside the .txt.
         if len(tables) > 1:
             fail(f"{root} has {tables[0]} and {tables[1]}: keep the one that its images go with")
     if not images:
@@ -541,6 +582,7 @@ def scan_celeba(
     place, rows, find = root / table, read_rows(root, table), matcher(images)
     names, announced = celeba_header(root, table, rows)
     if announced:  # a table that was cut off while it was copied shows here
+        # Less the line with the number and that with the names.
         count = sum(1 for _ in read_rows(root, table)) - 2
         if announced != str(count):
             fail(f"{place} line 1: announces {announced} images, but {count} lines follow the names")
@@ -571,24 +613,27 @@ def scan_json(root: Path, images: list[str], top: str) -> Source:
     place = root / table
     try:
         raw = read(root, table, MAX_TABLE)
+        # Before json.loads, which would make all of them: two bytes of a file become a list of 60 or more.
         if raw.count(b"[") + raw.count(b"{") > MAX_LISTS:
             raise ValueError(f"it has more than {MAX_LISTS:,} lists")
         content = json.loads(raw, object_pairs_hook=once)
     except json.JSONDecodeError as error:
         fail(f"{place} line {error.lineno} column {error.colno}: this is not JSON ({error.msg})")
-    except (*UNREADABLE, RecursionError) as error:
+    except (*UNREADABLE, RecursionError) as error:  # RecursionError: thousands of lists within each other
         fail(f"{place} cannot be read: {getattr(error, 'strerror', None) or error}")
     pairs, names = (content.get("labels"), content.get("label_names")) if isinstance(content, dict) else (None, None)
     if not isinstance(pairs, list) or not pairs or not all(is_pair(pair) for pair in pairs):
         fail(f'{place} has no labels in StyleGAN\'s form: {{"labels": [["00000/img.png", 3], ...]}}')
     if names is not None and not (isinstance(names, list) and names and all(isinstance(n, str) for n in names)):
         fail(f"{place}: label_names must be a list of names")
+    # type, not isinstance: to Python true is a whole number as well, but it is no class.
     named, kind = names is not None, type(pairs[0][1])
     numbers = {label for _, label in pairs if type(label) is int}
     if not named:  # the names are the numbers of the classes, or of the places in the lists
         most = max(numbers) + 1 if kind is int else len(pairs[0][1]) if kind is list else 0
         names = [str(i) for i in range(min(most, 2**16))]  # more classes than that are a mistake, reported below
     names = [nfc(name).strip() for name in names]
+    # Else class 0 would be empty, and all classes one place off their names.
     if kind is int and min(numbers) == 1 and (not named or max(numbers) == len(names)):
         fail(f"{place}: classes are counted from 1 to {max(numbers)}, but must be from 0: subtract 1 from each label")
 
@@ -601,6 +646,7 @@ def scan_json(root: Path, images: list[str], top: str) -> Source:
             return label
         if not label or len(label) != len(names):
             fail(f"{where}: {len(label)} values, but there are {len(names)} labels")
+        # Some programs write 1.0 for 1.
         return binary([f"{v:g}" if isinstance(v, float) else str(v) for v in label], where)
 
     rows = ((f"{place}: entry {i}", pair) for i, pair in enumerate(pairs))
@@ -608,6 +654,7 @@ def scan_json(root: Path, images: list[str], top: str) -> Source:
     splits = splits_of([*found], top)
     if kind is list:
         return from_columns(table, list(found), splits, names, list(found.values()))
+    # A number that no image has is a mistake; a class with a name may be empty, which complete_splits says.
     if not named and (gaps := set(range(len(names))) - set(found.values())):
         fail(f"{root}: class {min(gaps)} has no training images: add some or remove it")
     return Source(list(found), splits, names, list(found.values()), tables=[table])
@@ -639,6 +686,7 @@ def idx_classes(root: Path, base: dict[str, str]) -> tuple[list[str], list[str]]
     whole = root.resolve()
     below = PurePosixPath(idx_name(IDX[0], base)).parts
     for part in (*reversed(below), whole.name, whole.parent.name):  # far above, a name says nothing
+        # Fashion first, since its name has mnist in it as well.
         if "fashion" in part.lower() or "fmnist" in part.lower():
             return FASHION, []
         if "mnist" in part.lower():
@@ -650,10 +698,12 @@ def scan_idx(root: Path, files: list[str], base: dict[str, str]) -> Source:
     """The four IDX files of Fashion-MNIST, MNIST and their like; their test images become val."""
     read_idx.cache_clear()  # the files may have changed
     for name in IDX:
+        # torchvision keeps MNIST/raw, FashionMNIST/raw, ... below one folder, with the same file names.
         places = sorted({f.rpartition("/")[0] for f in files if f.rpartition("/")[2] in (name, name + ".gz")})
         if len(places) > 1:
             fail(f"{root} has {name} in {places[0] or '.'} and in {places[1]}: give one of these folders as --data")
     keys, splits, labels, tables = [], [], [], []
+    # MNIST and its successors have no validation split; a run looks at its test images instead.
     for names, split in ((IDX[:2], "train"), (IDX[2:], "val")):
         for name in names:
             if not idx_name(name, base):
@@ -690,6 +740,7 @@ def read_clusters(tables: str, dataset) -> tuple[dict[str, np.ndarray], list[str
     paths = cluster_tables(tables)
     train, val = (dataset.part(split).names for split in ("train", "val"))
     held_out = set(val)  # val may be a part of train
+    # Two tables are how the published clusterings of AFHQ come: train_K.csv and val_K.csv.
     wanted = [[name for name in train if name not in held_out], val]
     if len(paths) != 2:
         wanted = [[*wanted[0], *wanted[1]]]
@@ -712,6 +763,7 @@ def read_clusters(tables: str, dataset) -> tuple[dict[str, np.ndarray], list[str
 
 def cluster_tables(tables: str) -> list[Path]:
     """The files that FILE.csv or TRAIN.csv,VAL.csv names."""
+    # A file comes first, since its name may have a comma.
     names = [tables] if os.path.isfile(os.path.expanduser(tables)) else tables.split(",")
     return [Path(os.path.expanduser(name.strip())) for name in names]
 
@@ -730,6 +782,7 @@ def cluster_rows(file: Path) -> Iterator[tuple[str, list[str]]]:
 
 def cluster_number(cells: list[str], where: str) -> int:
     """The number of a cluster."""
+    # At most nine digits, which always fit the int64 of the result.
     if not re.fullmatch("[0-9]{1,9}", cells[0]):
         fail(f"{where}: {cells[0]!r} is not the number of a cluster: a whole number from 0")
     return int(cells[0])

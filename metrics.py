@@ -56,16 +56,19 @@ try:
 except ImportError:  # a copy of this file alone
     tsne_forces = tsne_neighbourhoods = None
 
+# pytorch-fid's conversion of the TensorFlow network of 2015, which FID is defined by.
 WEIGHTS_URL = (
     "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/pt_inception-2015-12-05-6726825d.pth"
 )
 WEIGHTS_HASH = "6726825d"  # how the SHA-256 of the published file begins
+# torchvision's Inception v3, through which the published code computes IS.
 IMAGENET_URL = "https://download.pytorch.org/models/inception_v3_google-0cc3c7bd.pth"
+# "fid" and "kid" stand for FD and KD too, where features are not Inception's.
 METRICS = (
     "fid", "is", "is_published", "kid", "pr", "spectrum", "chamfer", "chamfer_sum", "accuracy", "diversity",
     "information",
 )  # fmt: skip
-OF_FOLDERS = ("fid", "is", "kid", "pr", "chamfer")
+OF_FOLDERS = ("fid", "is", "kid", "pr", "chamfer")  # what needs no run
 FEWEST = 64  # points a side for t-SNE: with fewer, two samples of one distribution can score worse than two far apart
 MAX_STATS = 2**29  # bytes of unpacked statistics: those of 8,000 features
 MOST = 10_000  # features a side for precision and recall, whose time grows with their product
@@ -229,9 +232,10 @@ class Folder:
             what = "only one image, but a distance needs at least two" if self.files else "no image"
             raise click.ClickException(f"{path} has {what} ({', '.join(SUFFIXES)})")
         if num and num < len(self.files):
+            # 6: what else is drawn by this seed has other numbers there.
             chosen = np.random.default_rng([seed, 6]).choice(len(self.files), num, replace=False)
             self.files = [self.files[i] for i in np.sort(chosen)]
-        self.sizes: set[tuple] = set()
+        self.sizes: set[tuple] = set()  # a note says if they differ
 
     def __len__(self) -> int:
         return len(self.files)
@@ -240,12 +244,14 @@ class Folder:
         """Image i as `prepare` makes it."""
         image = load_image(self.files[i], self.max_pixels)
         self.sizes.add(tuple(image.shape))
+        # One at a time here too: as floats, a picture takes four times the bytes.
         with LARGE if image.numel() > 3 * MAX_PIXELS // 2 else contextlib.nullcontext():
             return self.prepare(image[None])
 
     def batches(self, blocks: Sequence[np.ndarray]) -> Iterator[Tensor]:
         if not blocks:  # more processes than blocks
             return
+        # Each thread holds a picture at its own size: 8 at most, so that memory stays bounded.
         with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
 
             def submit(block: Sequence[int]) -> list:
@@ -257,6 +263,7 @@ class Folder:
                     ahead.append(submit(block))
                     yield torch.cat([job.result() for job in ahead.pop(0)])
             finally:
+                # Where an error ends the pass, nobody waits for the pictures still in the queue.
                 pool.shutdown(wait=False, cancel_futures=True)
 
 
@@ -271,16 +278,20 @@ def resize(images: Tensor, how: str) -> Tensor:
     antialiased bicubic, clipped to [0, 255]. The last two scale by (x - 128)/128.
     """
     x = images.permute(0, 3, 1, 2).float()
+    # Arithmetic and scale are each library's own, so that features agree with it to 1e-4.
     if how == "torch":
         return F.interpolate(x / 255, (299, 299), mode="bilinear", align_corners=False) * 2 - 1
     if how == "clean":
+        # Bicubic overshoots at edges. clean-fid clips that, and does not round.
         x = F.interpolate(x, (299, 299), mode="bicubic", align_corners=False, antialias=True).clamp(0, 255)
-    else:
+    else:  # "tf": no half pixel is added, so that pixel 0 stays where it is
         for dim in (3, 2):
             n = x.shape[dim]
+            # In float32, as TensorFlow: rounded otherwise, a place at a whole number may fall to the pixel before.
             at = torch.arange(299, device=x.device, dtype=torch.float32) * torch.tensor(n / 299, dtype=torch.float32)
             low = at.long()
             weight = (at - low).view(-1, 1) if dim == 2 else at - low
+            # The last pixel has no next one, and takes itself.
             a, b = x.index_select(dim, low), x.index_select(dim, (low + 1).clamp(max=n - 1))
             x = a + (b - a) * weight
     return (x - 128) / 128
@@ -290,6 +301,7 @@ def resize(images: Tensor, how: str) -> Tensor:
 HEADS = {
     **{f"Mixed_5{b}": ["branch1x1", "branch5x5_1", "branch3x3dbl_1", "branch_pool"] for b in "bcd"},
     **{f"Mixed_6{b}": ["branch1x1", "branch7x7_1", "branch7x7dbl_1", "branch_pool"] for b in "bcde"},
+    # 6a has only one such branch. In 7a and 7c a maximum is pooled, which changes places with no convolution.
     "Mixed_7a": ["branch3x3_1", "branch7x7x3_1"],
     "Mixed_7b": ["branch1x1", "branch3x3_1", "branch3x3dbl_1", "branch_pool"],
     "Mixed_7c": ["branch1x1", "branch3x3_1", "branch3x3dbl_1"],
@@ -317,10 +329,13 @@ class Inception(nn.Module):
 
     def __init__(self, weights: dict[str, Tensor]):
         super().__init__()
+        # The published file has no auxiliary classifier. Random first weights would take seconds and be overwritten.
         net = torchvision.models.inception_v3(num_classes=1008, aux_logits=False, weights=None, init_weights=False)
         load_weights(net, weights)
+        # In eval mode the statistics of a batch norm are fixed, so that it folds into its convolution.
         net.eval().requires_grad_(False)
         self.classes = net.fc.weight  # of the logits, which IS takes without their bias
+        # Plain dicts: nn.Module moves none of their tensors, so `to` below does.
         self.convs: dict[str, tuple] = {}  # name: weight, bias, stride, padding
         self.sizes: dict[str, list[int]] = {}  # block: channels of its branches' first layers
         for name, module in net.named_modules():
@@ -333,7 +348,7 @@ class Inception(nn.Module):
             self.sizes[block] = [len(b) for b in bias]
 
     def to(self, device: torch.device) -> "Inception":
-        self.convs = {
+        self.convs = {  # channels_last: fastest for convolutions
             name: (w.detach().to(device, memory_format=torch.channels_last), b.detach().to(device), stride, padding)
             for name, (w, b, stride, padding) in self.convs.items()
         }
@@ -352,6 +367,7 @@ class Inception(nn.Module):
         sizes = self.sizes[block]
         if "branch_pool" not in HEADS[block]:
             return list(F.conv2d(x, weight, bias).relu_().split(sizes, 1))
+        # Bias and ReLU come after the pooling, as in the network before the two changed places.
         x = F.conv2d(x, weight)
         *branches, pool = x.split(sizes, 1)
         *biases, pool_bias = (b.view(-1, 1, 1) for b in bias.split(sizes))
@@ -368,6 +384,7 @@ class Inception(nn.Module):
         for b in ("Mixed_5b", "Mixed_5c", "Mixed_5d"):
             one, five, three, pool = heads(x, b)
             three = conv(three, f"{b}.branch3x3dbl_2", f"{b}.branch3x3dbl_3")
+            # In torchvision's order of branches, which the next layer's weights expect.
             x = torch.cat([one, conv(five, f"{b}.branch5x5_2"), three, pool], 1)
         b = "Mixed_6a"
         three = conv(x, *(f"{b}.branch3x3dbl_{i}" for i in (1, 2, 3)))
@@ -383,13 +400,14 @@ class Inception(nn.Module):
         x = torch.cat([conv(three, f"{b}.branch3x3_2"), seven, F.max_pool2d(x, 3, 2)], 1)
         for b in ("Mixed_7b", "Mixed_7c"):
             one, three, double, *pool = heads(x, b)
+            # 7c pools by maximum: probably a slip in the original network, but every published FID has it.
             pool = pool or [conv(F.max_pool2d(x, 3, 1, 1), f"{b}.branch_pool")]
             double = conv(double, f"{b}.branch3x3dbl_2")
             ends = [conv(three, f"{b}.branch3x3_2{i}") for i in "ab"]
             ends += [conv(double, f"{b}.branch3x3dbl_3{i}") for i in "ab"]
             x = torch.cat([one, *ends, *pool], 1)
         x = x.mean((2, 3))
-        return x, F.linear(x, self.classes)
+        return x, F.linear(x, self.classes)  # without bias, as in the original IS
 
 
 def published_weights(url: str, option: str) -> Path:
@@ -402,20 +420,21 @@ def published_weights(url: str, option: str) -> Path:
     if folder.startswith("~"):  # of a user without a home: a folder of that name would be made here
         folder = os.path.join(tempfile.gettempdir(), f"torch-hub-{os.getuid()}")
     path = Path(folder) / "checkpoints" / url.rsplit("/", 1)[1]
-    digits = path.stem.rsplit("-", 1)[1]
+    digits = path.stem.rsplit("-", 1)[1]  # of the SHA-256, by the custom of PyTorch's hub
     if not path.exists():
         timeout = socket.getdefaulttimeout()
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             socket.setdefaulttimeout(15)  # seconds without an answer; torch.hub would wait for ever
             torch.hub.download_url_to_file(url, str(path), hash_prefix=digits)
-        except (OSError, RuntimeError, ValueError) as error:
+        except (OSError, RuntimeError, ValueError) as error:  # RuntimeError: it has another hash
             raise click.ClickException(
                 f"the Inception weights are not on this machine and cannot be downloaded ({error}): fetch {url} "
                 f"elsewhere and save it as {path}, or give it by {option} FILE"
             ) from None
         finally:
-            socket.setdefaulttimeout(timeout)
+            socket.setdefaulttimeout(timeout)  # it is the whole program's
+    # A file that lay there is checked too: other weights would give numbers that look all right.
     if not file_hash(path).startswith(digits):
         raise click.ClickException(f"{path} is not the published weight file (SHA-256 {digits}...): delete it")
     return path
@@ -424,7 +443,7 @@ def published_weights(url: str, option: str) -> Path:
 def file_hash(path: Path | str) -> str:
     with open(path, "rb") as file:
         digest = hashlib.sha256()
-        while chunk := file.read(1 << 20):
+        while chunk := file.read(1 << 20):  # the files have about 100 MB
             digest.update(chunk)
     return digest.hexdigest()
 
@@ -443,7 +462,7 @@ class InceptionFeatures:
     def __init__(self, file: str | None, how: str, device: torch.device):
         net, path = inception_network(file, WEIGHTS_URL, "--inception", Inception)
         self.net = net.to(device)
-        self.hash = file_hash(path)[:16]
+        self.hash = file_hash(path)[:16]  # statistics keep it: those of other weights are refused
         self.published = self.hash.startswith(WEIGHTS_HASH)
         self.resize, self.device = how, device
 
@@ -452,7 +471,9 @@ class InceptionFeatures:
 
     def __call__(self, images: Tensor) -> tuple[Tensor, Tensor]:
         images = images.to(self.device)
+        # A folder's images come prepared, those of a run do not.
         features, logits = self.net(self.prepare(images) if images.dtype == torch.uint8 else images)
+        # In float64, as torch-fidelity: IS adds up the small probabilities of 50,000 images.
         return features, logits.double().log_softmax(1)
 
 
@@ -463,6 +484,7 @@ def inception_network(file: str | None, url: str, option: str, build: Callable) 
     """
     path = Path(file) if file else published_weights(url, option)
     try:
+        # Mapped, a damaged zip cannot make torch.load read beyond its end. Older weight files are no zips.
         return build(torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))), path
     except Exception as error:  # damaged files raise nearly anything
         why = "it is no file of tensors"
@@ -486,6 +508,7 @@ class Moments:
 
     def add(self, x: Tensor) -> None:
         """Take in features [B, D]."""
+        # FID is a small difference of large traces, so float32 would not do.
         x = x.double()
         mean = x.mean(0)
         x = x - mean
@@ -496,6 +519,7 @@ class Moments:
             self.n, self.mean, self.scatter = other.n, other.mean, other.scatter
         elif other.n:
             n, shift = self.n + other.n, other.mean - self.mean
+            # The two scatters, and that of their two means (Chan et al. 1979).
             self.scatter.add_(other.scatter).addr_(shift, shift, alpha=self.n * other.n / n)
             self.mean = self.mean + shift * (other.n / n)
             self.n = n
@@ -517,22 +541,27 @@ def frechet_distance(mean1: np.ndarray, cov1: np.ndarray, mean2: np.ndarray, cov
     means [D], covariances [D, D] symmetric. Raises ValueError if they are not finite.
     """
     cov1, cov2 = np.asarray(cov1, np.float64), np.asarray(cov2, np.float64)
+    # LAPACK is called directly below, and does not look for NaN.
     if not all(np.isfinite(a).all() for a in (mean1, cov1, mean2, cov2)):
         raise ValueError("a mean or covariance is not finite")
 
     def factor(cov: np.ndarray) -> np.ndarray:
+        # LAPACK counts rows from 1. Above the diagonal and beyond the rank there is nothing of the factor.
         lower, pivot, rank, _ = scipy.linalg.lapack.dpstrf(cov, lower=1)
         a = np.empty((len(cov), rank))
         a[pivot - 1] = np.tril(lower)[:, :rank]
         return a
 
-    product = factor(cov1).T @ factor(cov2)
+    product = factor(cov1).T @ factor(cov2)  # [rank, rank]: small if a set has few images
     if min(product.shape) <= 256:  # the more exact way, while it is cheap
         trace = scipy.linalg.svdvals(product).sum() if product.size else 0.0
     else:
+        # Of the shorter side: the longer one adds nothing but zeros to the eigenvalues.
         gram = product @ product.T if product.shape[0] <= product.shape[1] else product.T @ product
+        # Rounding puts some eigenvalues just below 0, where the root would be NaN.
         trace = np.sqrt(scipy.linalg.eigvalsh(gram, check_finite=False, overwrite_a=True).clip(0)).sum()
     shift = np.asarray(mean1, np.float64) - np.asarray(mean2, np.float64)
+    # For equal sets, rounding would give a distance just below 0.
     return max(0.0, float(shift @ shift + np.trace(cov1) + np.trace(cov2) - 2 * trace))
 
 
@@ -545,6 +574,7 @@ class InceptionScore:
     def __init__(self, n: int, splits: int = 10, seed: int = 2020):  # torch-fidelity's seed
         if n < splits:
             raise click.ClickException(f"IS needs at least {splits} images, one a split; there are {n}")
+        # NumPy's old generator and these bounds of the splits, since torch-fidelity has them.
         order = np.random.RandomState(seed).permutation(n)
         self.split = np.empty(n, np.int64)
         for i in range(splits):
@@ -557,6 +587,7 @@ class InceptionScore:
         p = log_p.exp()
         if self.p is None:
             self.p = torch.zeros(len(self.entropy), p.shape[1], dtype=torch.float64)
+        # Sums of p log p, which are 0 at p = 0.
         self.entropy.index_add_(0, split, -torch.special.entr(p).sum(1))
         self.p.index_add_(0, split, p)
 
@@ -569,10 +600,12 @@ class InceptionScore:
         """Mean and standard deviation over the splits."""
         n = torch.from_numpy(np.bincount(self.split, minlength=len(self.entropy)))
         q = self.p / n[:, None]
+        # Mean KL(p || q) = mean of sum p log p - sum q log q: so one pass is enough, before q is known.
         scores = (self.entropy / n - torch.special.xlogy(q, q).sum(1)).exp()
-        return scores.mean().item(), scores.std(correction=0).item()
+        return scores.mean().item(), scores.std(correction=0).item()  # of the population, as torch-fidelity
 
 
+# The defaults are torch-fidelity's: 100 subsets of 1,000, drawn by the seed 2020.
 def kernel_distance(
     x: Tensor, y: Tensor, subset: int = 1000, subsets: int = 100, seed: int = 2020
 ) -> tuple[float, float]:
@@ -588,6 +621,7 @@ def kernel_distance(
 
     def pick(points: Tensor, drawn: Sequence[np.ndarray]) -> tuple[Tensor, Tensor]:
         """The points that were drawn, and a column for each subset that is 1 at its own."""
+        # A point that many subsets have drawn has its kernels computed once.
         rows = np.unique(np.concatenate(drawn))
         members = torch.zeros(len(rows), len(drawn), dtype=torch.float64, device=points.device)
         for column, index in enumerate(drawn):
@@ -596,14 +630,17 @@ def kernel_distance(
 
     def sums(a: Tensor, b: Tensor, in_a: Tensor, in_b: Tensor, block: int = 1024) -> Tensor:
         """The sum of the kernel over all pairs, for each subset."""
+        # 1,024 rows at a time: a matrix of all pairs in float64 could fill the memory.
         parts = zip(a.split(block), in_a.split(block), strict=True)
         return sum((m * ((part @ b.T).div_(a.shape[1]).add_(1).pow_(3) @ in_b)).sum(0) for part, m in parts)
 
     def within(a: Tensor, in_a: Tensor) -> Tensor:
+        # The unbiased estimate leaves out pairs of a point with itself.
         own = (a.square().sum(1) / a.shape[1] + 1).pow(3)  # of each point with itself
         return (sums(a, a, in_a, in_a) - own @ in_a) / (subset * (subset - 1))
 
     draw, values = np.random.RandomState(seed), []
+    # For each subset first x, then y: torch-fidelity's order of draws.
     drawn = [[draw.choice(len(s), subset, replace=False) for s in (x, y)] for _ in range(subsets)]
     # One matrix of all kernels serves all subsets; where that is larger than all of theirs, each has its own.
     step = subsets if max(len(x), len(y)) ** 2 < subsets * subset**2 else 1
@@ -614,6 +651,7 @@ def kernel_distance(
     return float(np.mean(values)), float(np.std(values))
 
 
+# k = 3: the paper's choice. block: rows of distances in memory at a time.
 def precision_recall(real: Tensor, fake: Tensor, k: int = 3, block: int = 1024) -> tuple[float, float]:
     """Improved precision and recall (Kynkaanniemi et al. 2019) of features real [N, D] and fake [M, D].
 
@@ -631,7 +669,7 @@ def precision_recall(real: Tensor, fake: Tensor, k: int = 3, block: int = 1024) 
         radius = torch.cat([d.kthvalue(k_th, 1).values for d in distances(centres, centres)])
         return torch.cat([(d <= radius).any(1) for d in distances(points, centres)]).double().mean().item()
 
-    real, fake = real.double(), fake.double()
+    real, fake = real.double(), fake.double()  # close points cancel in the expanded square
     return within(fake, real), within(real, fake)
 
 
@@ -644,12 +682,14 @@ def save_stats(path: Path, moments: Moments, features) -> None:
     """Write a reference's statistics as an .npz that pytorch-fid reads too."""
     mean, cov = moments.gaussian()
     with aside(path) as temporary, open(temporary, "wb") as file:
+        # mu and sigma are pytorch-fid's names; the others tell `load_stats` whether they fit.
         np.savez(file, mu=mean, sigma=cov, n=moments.n, network=features.hash, resize=features.resize)
 
 
 @contextlib.contextmanager
 def aside(path: Path) -> Iterator[Path]:
     """A file to write in place of `path`, which it becomes if nothing fails. Raises click.ClickException if it cannot."""
+    # In the same folder, since renaming does not cross disks.
     temporary = path.with_name(f".{os.getpid()}.{path.name}")
     try:
         yield temporary
@@ -663,10 +703,12 @@ def aside(path: Path) -> Iterator[Path]:
 def is_result(file: str, option: str) -> bool:
     """Whether a file is what --json or --save-stats wrote earlier, so that it may be written anew."""
     try:
+        # A slip in the name must not cost a user another file.
         if option == "--save-stats":
             with zipfile.ZipFile(file) as parts:
                 return {"mu.npy", "sigma.npy"} <= set(parts.namelist())
         content = json.loads(Path(file).read_text())
+        # Every result has its seed: of one run at the top, of several within each.
         return any("seed" in found for found in (content, *content.values()) if isinstance(found, dict))
     except Exception:  # anything may be there
         return False
@@ -681,11 +723,14 @@ def load_stats(path: Path | str, features) -> tuple[Moments, bool]:
         with zipfile.ZipFile(path) as parts:
             if sum(part.file_size for part in parts.infolist()) > MAX_STATS:  # a few kB can unpack to any size
                 raise ValueError
+        # A pickle could run any code.
         with np.load(path, allow_pickle=False) as file:
             stats = {k: file[k] for k in ("mu", "sigma", "n", "network", "resize") if k in file.files}
+        # Real numbers alone: no text, nothing complex.
         if any(stats[name].dtype.kind not in "fiu" for name in ("mu", "sigma")):
             raise ValueError
         mean, cov = (torch.from_numpy(np.asarray(stats[name], np.float64)) for name in ("mu", "sigma"))
+        # pytorch-fid does not say how many: then so many that no note below calls them too few.
         n = int(stats.get("n", 10**9))
     except Exception as error:  # damaged files raise nearly anything
         why = f": {error.strerror}" if getattr(error, "strerror", None) else ""
@@ -693,6 +738,7 @@ def load_stats(path: Path | str, features) -> tuple[Moments, bool]:
     if mean.ndim != 1 or cov.shape != (len(mean), len(mean)) or not all(t.isfinite().all() for t in (mean, cov)):
         raise click.ClickException(f"{path}: mu {[*mean.shape]} and sigma {[*cov.shape]} are no mean and covariance")
     scale = cov.abs().max().item()
+    # Symmetric up to rounding: 1e-3 of an entry, or 1e-6 of the largest.
     if n < 2 or (cov.diagonal() < 0).any() or not torch.allclose(cov, cov.T, rtol=1e-3, atol=1e-6 * scale):
         raise click.ClickException(f"{path}: sigma is no covariance of two images or more")
     if len(mean) != features.dims:
@@ -702,7 +748,7 @@ def load_stats(path: Path | str, features) -> tuple[Moments, bool]:
     for key, ours in (("network", features.hash), ("resize", features.resize)):
         if str(stats.get(key, ours)) != ours:
             raise click.ClickException(f"{path} was made with {key} {stats[key]}, here it is {ours}: make it again")
-    return Moments(n, mean, cov * (n - 1)), "network" in stats
+    return Moments(n, mean, cov * (n - 1)), "network" in stats  # back from covariance to scatter
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -717,9 +763,11 @@ def neighbourhoods(d: Tensor, first: int, perplexity: float) -> None:
     """
     target = math.log(perplexity)
     own = (torch.arange(len(d), device=d.device), torch.arange(first, first + len(d), device=d.device))
+    # Only differences count: from the nearest at 0 on, exp() neither overflows nor loses all its terms.
     d[own] = torch.inf
     d -= d.amin(1, keepdim=True)
     d[own] = 0
+    # Start where the mean distance counts as one. 1e-30: log(0) is infinite, where all points are one.
     log_beta = -d.mean(1, keepdim=True).clamp(min=1e-30).log()
     low, high = log_beta - 40, log_beta + 40  # a factor of 10^17 either way
     for _ in range(60):  # enough for bisection alone; Newton's method takes a handful
@@ -730,32 +778,35 @@ def neighbourhoods(d: Tensor, first: int, perplexity: float) -> None:
         ed = e.div_(total) * d
         mean = ed.sum(1, keepdim=True)
         gap = total.log() + beta * mean - target  # entropy minus what it should be
-        found = gap.abs() < 1e-5
+        found = gap.abs() < 1e-5  # scikit-learn's tolerance
         if found.all():
             break
+        # Too much entropy: the neighbourhood has to shrink, so beta has to grow.
         low, high = torch.where(gap > 0, log_beta, low), torch.where(gap > 0, high, log_beta)
+        # By log(beta) the entropy falls at the rate beta^2 var(d). Steps above 1 would go beyond where that holds.
         variance = ed.mul_(d).sum(1, keepdim=True) - mean.square()
         step = log_beta + (gap / (beta.square() * variance)).clamp(-1, 1)
         step = torch.where((step > low) & (step < high), step, (low + high) / 2)
-        log_beta = torch.where(found, log_beta, step)
+        log_beta = torch.where(found, log_beta, step)  # a found row stays, however long others take
     d.copy_(e)
 
 
 def affinities(x: Tensor, perplexity: float, block: int = 1024) -> Tensor:
     """P of t-SNE, symmetric float32 [N, N] with sum 1: Gaussian neighbourhoods of the given perplexity in x [N, D]."""
     n = len(x)
+    # Distances come from a matrix product, which loses digits where all points are far from 0.
     x = x.float() - x.float().mean(0)
     square = x.square().sum(1)
-    p = torch.empty(n, n, device=x.device)
+    p = torch.empty(n, n, device=x.device)  # distances first, then neighbourhoods, then P
     for a in range(0, n, block):
         d = torch.addmm(square[a : a + block, None] + square, x[a : a + block], x.T, alpha=-2, out=p[a : a + block])
-        (tsne_neighbourhoods or neighbourhoods)(d.clamp_(min=0), a, perplexity)
+        (tsne_neighbourhoods or neighbourhoods)(d.clamp_(min=0), a, perplexity)  # rounding makes some negative
     for a in range(0, n, block):  # P = (P + P^T) / 2N in place
         for b in range(a, n, block):
             both = (p[a : a + block, b : b + block] + p[b : b + block, a : a + block].T) / (2 * n)
             p[a : a + block, b : b + block] = both
             p[b : b + block, a : a + block] = both.T
-    return p.clamp_(min=torch.finfo(torch.float64).eps)
+    return p.clamp_(min=torch.finfo(torch.float64).eps)  # scikit-learn's floor
 
 
 def forces(p: Tensor, y: Tensor, dims: int, block: int = 1024) -> tuple[Tensor, Tensor, Tensor]:
@@ -770,8 +821,8 @@ def forces(p: Tensor, y: Tensor, dims: int, block: int = 1024) -> tuple[Tensor, 
         own = points[a : a + block]
         w = torch.cdist(own, points, compute_mode="donot_use_mm_for_euclid_dist")  # exact for close pairs too
         w = w.square_().div_(v).add_(1).reciprocal_()
-        q = w * w.sqrt() if dims == 3 else w
-        total = total + q.sum(dtype=torch.float64) - len(own)
+        q = w * w.sqrt() if dims == 3 else w  # w^((v + 1) / 2); in space, without a power
+        total = total + q.sum(dtype=torch.float64) - len(own)  # q of a point with itself is 1
         for out, weight in ((attract, p[a : a + block] * w), (repel, q * w)):
             out[a : a + block] = weight.sum(1, keepdim=True) * own - weight @ points
     return attract.T.contiguous(), repel.T.contiguous(), total
@@ -792,22 +843,29 @@ def tsne(x: Tensor, dims: int = 3, perplexity: float = 30.0, iterations: int = 1
     if n <= perplexity:
         raise ValueError(f"t-SNE of perplexity {perplexity:g} needs more than {perplexity:g} points, got {n}")
     p = affinities(x, perplexity)
-    y = torch.zeros(3, n, device=x.device)
+    y = torch.zeros(3, n, device=x.device)  # in the plane the third row stays 0
     centred = (x - x.mean(0)).double()
+    # Eigenvalues ascend: the last vectors are the first principal components.
     vectors = torch.linalg.eigh(centred.T @ centred)[1][:, -dims:].flip(1)
     vectors = vectors * vectors.gather(0, vectors.abs().argmax(0, keepdim=True)).sign()  # as scikit-learn's
     y[:dims] = (centred @ vectors).T
+    # scikit-learn's first scale, for random starts as well. 1e-30: where all points are one, they stay at 0.
     y *= 1e-4 / y[0].std(correction=0).clamp(min=1e-30)
+    # n / 48 = n / exaggeration / 4: scikit-learn's "auto" (Belkina et al. 2019). v: degrees of freedom.
     rate, v = max(n / 48, 50.0), max(dims - 1, 1)
     step = tsne_forces or forces
+    # These, and the 0.8, 0.2, 0.01, 50 and 1e-7 below, are scikit-learn's.
     exaggeration, momentum, end = 12.0, 0.5, 250
     gains, velocity = torch.ones_like(y), torch.zeros_like(y)
     for i in tqdm(range(iterations), desc=f"t-SNE of {n:,} points", unit="it", leave=False, dynamic_ncols=True):
         if i == end:
             exaggeration, momentum = 1.0, 0.8
+            # scikit-learn's second phase starts its gains and its velocity anew.
             gains, velocity = torch.ones_like(y), torch.zeros_like(y)
         attract, repel, total = step(p, y, dims)
+        # Exaggeration multiplies P, and so the attraction alone.
         gradient = (attract.mul_(exaggeration) - repel.div_(total)).mul_(2 * (v + 1) / v)
+        # The velocity goes against the gradient, so a negative product means that the two still agree.
         gains = torch.where(velocity * gradient < 0, gains + 0.2, gains * 0.8).clamp_(min=0.01)
         gradient *= gains
         velocity = momentum * velocity - rate * gradient
@@ -825,6 +883,7 @@ def chamfer(a: Tensor, b: Tensor, block: int = 1024) -> tuple[float, float]:
     """
 
     def nearest(a: Tensor, b: Tensor) -> Tensor:
+        # By differences: a matrix product would lose the distances of close points, which are the ones that count.
         exact = "donot_use_mm_for_euclid_dist"
         return torch.cat([torch.cdist(part, b, compute_mode=exact).amin(1) for part in a.split(block)]).square()
 
@@ -834,6 +893,7 @@ def chamfer(a: Tensor, b: Tensor, block: int = 1024) -> tuple[float, float]:
 
 def perplexity_of(points: int) -> float:
     """t-SNE's perplexity for `points` a side: 30, or of fewer than 91 points a third of them."""
+    # 30: scikit-learn's default. (n - 1) / 3: the most that van der Maaten's own t-SNE takes of n points.
     return min(30.0, (points - 1) / 3)
 
 
@@ -843,12 +903,14 @@ def tsne_chamfer(real: Tensor, other: Tensor, seed: int, device: torch.device | 
     published: as the published code has it, by scikit-learn's t-SNE with the defaults of that time (Barnes-Hut, from
     points drawn by the seed) on the CPU, the sum from real to other. Raises click.ClickException without scikit-learn.
     """
+    # One t-SNE of both sets: two of them would share no axes.
     x, perplexity = torch.cat([real, other]), perplexity_of(min(len(real), len(other)))
     if published:
         try:
             from sklearn.manifold import TSNE
         except ImportError:
             raise click.ClickException("chamfer_sum needs scikit-learn: pip install scikit-learn") from None
+        # scikit-learn's defaults up to version 1.1; later ones start from principal components, at another rate.
         how = {"init": "random", "learning_rate": 200.0, "random_state": seed, "n_jobs": torch.get_num_threads()}
         y = torch.from_numpy(TSNE(3, perplexity=perplexity, **how).fit_transform(x.cpu().numpy()))
     else:
@@ -892,12 +954,13 @@ class World:
                 action()
             except click.ClickException as e:
                 error = e.message
-        if error := self.gather(error)[0]:
+        if error := self.gather(error)[0]:  # the others wait here
             raise click.ClickException(error)
 
     def scan(self, source, network: Callable, what: str) -> Iterator[tuple[np.ndarray, object]]:
         """network(images) for the blocks of a source that are this process's, with the images' indices."""
         n, b = len(source), self.batch
+        # Every size-th block: the processes' shares differ by one block at most.
         blocks = [np.arange(i, min(i + b, n)) for i in range(0, n, b)][self.rank :: self.size]
         total = sum(map(len, blocks))
         with tqdm(total=total, desc=what, unit="img", leave=False, dynamic_ncols=True, disable=self.rank > 0) as bar:
@@ -922,14 +985,16 @@ def start(device: str, batch: int) -> World:
         if chosen.type not in ("cpu", "cuda"):
             raise RuntimeError("neither a CPU nor a CUDA device")
         if chosen.type == "cuda" and chosen.index is None:
-            chosen = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-        torch.empty(1, device=chosen)
+            chosen = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))  # torchrun's: a GPU for each process
+        torch.empty(1, device=chosen)  # only memory on it shows that it works
+    # AssertionError: so says a PyTorch that was built without CUDA.
     except (RuntimeError, AssertionError, ValueError, OverflowError) as error:
         raise click.ClickException(f"--device {device}: {str(error).splitlines()[0]}") from None
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
         torch.backends.cudnn.allow_tf32 = False  # features must agree to 1e-4 with other code
     if size > 1 and not dist.is_initialized():
+        # For objects on CPUs: NCCL would send their pickles by way of the GPUs.
         dist.init_process_group("gloo")
     return World(chosen, rank, size, batch)
 
@@ -942,7 +1007,7 @@ def measure(source, features: Callable, world: World, what: str, score: bool = F
         if score:
             scores.add(index, log_p)
         if keep:
-            kept[index[0]] = f.cpu()
+            kept[index[0]] = f.cpu()  # by the first image's index: `in_order` sorts by it
     if moments.n:  # sent from a GPU, they would arrive on that same one in every process
         moments = Moments(moments.n, moments.mean.cpu(), moments.scatter.cpu())
     joined = world.joined(moments), world.joined(scores) if score else None
@@ -953,10 +1018,12 @@ def imagenet_inception(file: str | None, world: World) -> nn.Module:
     """torchvision's Inception v3 with the 1,000 classes of ImageNet, for IS as published."""
 
     def build(weights: dict[str, Tensor]) -> nn.Module:
+        # The file has the auxiliary classifier, which eval mode leaves out. Images come in [-1, 1], as published.
         net = torchvision.models.inception_v3(weights=None, init_weights=False, transform_input=False)
         load_weights(net, weights)
         return net.eval()
 
+    # One process downloads, and the others find the file.
     world.first(lambda: file or published_weights(IMAGENET_URL, "--imagenet-inception"))
     return inception_network(file, IMAGENET_URL, "--imagenet-inception", build)[0].to(world.device)
 
@@ -969,9 +1036,10 @@ def measure_is_published(images, net: nn.Module, world: World) -> dict:
 
     @torch.inference_mode()
     def classes(images: Tensor) -> Tensor:
+        # "torch" is what the published code's nn.Upsample does.
         return net(resize(images.to(world.device), "torch")).double().log_softmax(1)
 
-    score = InceptionScore(len(images), splits=1)
+    score = InceptionScore(len(images), splits=1)  # as published
     for index, log_p in world.scan(images, classes, "IS as published"):
         score.add(index, log_p)
     return {"is_published": world.joined(score).value()[0], "is_published_n": len(images)}
@@ -984,6 +1052,7 @@ def measure_chamfer(name: str, clouds: Callable, seeds: Sequence[int], points: i
     scikit-learn adds. clouds(points, seed) draws features [points, D] of real images, of those to score, and of other
     real ones or None: these give the floor, the same number between two sets of real images.
     """
+    # Drawn for all seeds ahead, since a run's processes embed the images of each seed together.
     published, drawn = name == "chamfer_sum", {seed: clouds(points, seed) for seed in seeds}
     if published and world.rank == 0:
         click.echo(f"t-SNE of {2 * points:,} points by scikit-learn, {2 * len(seeds)} times: minutes", err=True)
@@ -996,7 +1065,7 @@ def measure_chamfer(name: str, clouds: Callable, seeds: Sequence[int], points: i
     for v, f in world.gather((values, floors)):
         values, floors = values | v, floors | f
     results: dict = {"_n": points, "_values": [values[seed] for seed in seeds]}
-    for key, found in (("", values), ("_floor", floors)):
+    for key, found in (("", values), ("_floor", floors)):  # the floor tells what value no difference would have
         if found:
             results[key] = float(np.mean([*found.values()]))
         if len(found) > 1:  # one seed has no spread
@@ -1018,6 +1087,7 @@ def draw_clouds(real: Tensor, images: Tensor, points: int, seed: int) -> tuple[T
 # IS and KID, with Inception `inception`; points: images a side for chamfer, seeds: of it; control: images for attribute
 # control and information; each: images of one y for diversity; judge: its training steps; imagenet: images for
 # is_published.
+# 50,000 is usual for FID since Heusel et al. 2017. 6,400 (200 batches of 32) and 100,000 are the published code's.
 AMOUNTS = {
     "gpu": dict(num=50_000, inception=50_000, points=6400, seeds=5, control=20_000, each=500, judge=4000, imagenet=100_000),
     "cpu": dict(num=5000, inception=1000, points=500, seeds=3, control=1500, each=100, judge=1500, imagenet=100_000),
@@ -1052,7 +1122,7 @@ def choose_features(options: dict, steps: int, run, world: World):
             world.first(lambda: published_weights(WEIGHTS_URL, "--inception"))
         features = InceptionFeatures(inception, options["resize"] or "torch", world.device)
     except click.ClickException as error:
-        if option == "inception" or inception or run is None:
+        if option == "inception" or inception or run is None:  # asked for by name, or nothing to take instead
             raise
         features = run.judge(steps, seed) or run.features
         if features is None:
@@ -1089,7 +1159,7 @@ def measure_fidelity(options: dict, amounts: dict, need: set, run, world: World,
         images, real = run.sides(num, seed)
         results["reference"] = f"{len(real):,} of {len(run.train):,} training images"
     else:
-        num = num or (amounts["num"] if options["smoke"] else None)
+        num = num or (amounts["num"] if options["smoke"] else None)  # None: all of a folder
         how = (features.prepare, num, seed, options["max_pixels"])
         images = Folder(options["images"], *how)
         real = Folder(reference, *how) if reference and not is_stats(reference) else None
@@ -1108,13 +1178,14 @@ def measure_fidelity(options: dict, amounts: dict, need: set, run, world: World,
         notes.append(f"no IS: it needs at least 10 images, one per split; there are {len(images)}")
         need = need - {"is"}
     if "is" in need and len(images) < 1000:
+        # q is the mean of its split's p, so p <= n q: KL is at most log n, for the n images of a split.
         most = -(-len(images) // 10)
         notes.append(
             f"IS of {len(images)} images is at most {most}, as many as a split has: compare it at equal n only"
         )
     if "kid" in need:
         fewest = min(len(images), len(real))
-        subset = options["kid_subset"] or min(1000, fewest)
+        subset = options["kid_subset"] or min(1000, fewest)  # 1,000 as torch-fidelity
         if subset > fewest:
             raise click.UsageError(f"--kid-subset {subset} must be at most the {fewest} images there are")
     if "chamfer" in need:
@@ -1134,11 +1205,11 @@ def measure_fidelity(options: dict, amounts: dict, need: set, run, world: World,
     # One pass over each side, or the statistics of one.
     compared = need - {"is"}
     if compared and real is None:
-        theirs, named = load_stats(reference, features)
+        theirs, named = load_stats(reference, features)  # first: a wrong file ends it before the pass
         if not named:
             notes.append(f"{reference} does not name its network and resize: assumed to be the ones used here")
         results |= {"n_reference": theirs.n} if theirs.n < 10**9 else {}  # files of pytorch-fid do not say it
-    keep = bool(need & {"kid", "pr", "chamfer"})
+    keep = bool(need & {"kid", "pr", "chamfer"})  # FID and IS need sums alone
     spectra = [import_trained("--metrics spectrum").Spectrum() for _ in range(2)] if "spectrum" in need else []
     look, look_real = [spectrum.watch(features) for spectrum in spectra] or [features, features]
     what = "generated" if run else "images"
@@ -1170,12 +1241,14 @@ def measure_fidelity(options: dict, amounts: dict, need: set, run, world: World,
             results[f"{name}_std"] = std
     if "pr" in need:
         n = results["pr_n"] = min(MOST, len(kept), len(kept_real))  # both sides alike: both numbers depend on it
+        # Drawn, since the first images of a folder may all be of one class.
         parts = (
             f[np.random.default_rng([seed, 7]).permutation(len(f))[:n]].to(world.device) for f in (kept_real, kept)
         )
         results["precision"], results["recall"] = precision_recall(*parts)
     if "spectrum" in need:
         fake, true = (world.joined(spectrum).nyquist() for spectrum in spectra)
+        # b = 0: real images without any detail, of which there is no ratio.
         results |= {f"nyquist_{way}": a / b for way, a, b in zip("hv", fake, true, strict=True) if b > 0}
     if "chamfer" in need:
         seeds = range(seed, seed + (options["seeds"] or amounts["seeds"]))
@@ -1234,8 +1307,9 @@ def evaluate(options: dict, world: World) -> dict:
     if run:
         seeds = range(seed, seed + (options["seeds"] or amounts["seeds"]))
         for name in [m for m in ("chamfer", "chamfer_sum") if m in need]:
+            # A sum grows with the number of points, so as many as published wherever it is measured.
             points = 6400 if name == "chamfer_sum" and not options["smoke"] else amounts["points"]
-            points = min(options["points"] or points, len(run.train) // 2)
+            points = min(options["points"] or points, len(run.train) // 2)  # the other half is for the floor
             notes.extend(few_points(points))
             results |= measure_chamfer(name, run.clouds, seeds, points, world)
         if "is_published" in need:
@@ -1343,6 +1417,7 @@ OPTIONS = [
 @contextlib.contextmanager
 def one_line() -> Iterator[None]:
     """Within it, errors about options and files become one line, without the usage that click prints above them."""
+    # Within, errors become click's; around it, the text of all of these is cut to one line.
     try:
         try:
             yield
@@ -1356,6 +1431,7 @@ def one_line() -> Iterator[None]:
     except click.ClickException as error:
         # Names come from anywhere, and may hold control characters, or be as long as a page.
         text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in error.message)
+        # The middle goes: what is wrong stands at the beginning, what to do about it at the end.
         error.message = text if len(text) < 500 else f"{text[:250]} ... {text[-200:]}"
         raise
 
@@ -1375,6 +1451,7 @@ class OneLine(click.Command):
 @click.command(
     cls=OneLine,
     params=OPTIONS,
+    # \b: click leaves the lines of the next paragraph, the commands, as they are.
     help=__doc__.replace("\n\n", "\n\n\b\n", 1),
     context_settings=dict(max_content_width=120, show_default=True),
 )
@@ -1385,6 +1462,7 @@ def main(network: tuple[str, ...], json_file: str | None, **options) -> None:
     for stream in (sys.stdout, sys.stderr):  # names of files must not end a run in an ASCII terminal
         with contextlib.suppress(AttributeError, ValueError):  # notebooks put streams of their own there
             stream.reconfigure(errors="backslashreplace")
+    # What options and names of files tell is said before anything is measured, or processes join.
     if bool(network) == bool(options["images"]) or bool(network and options["reference"]):
         raise click.UsageError("give either --network FILE, or --images DIR and --reference DIR|NPZ")
     for name in ("data", "protocol"):
@@ -1410,7 +1488,7 @@ def main(network: tuple[str, ...], json_file: str | None, **options) -> None:
     for file in network:
         if not os.path.isfile(file):
             raise click.ClickException(f"--network {file}: there is no such file; gan.py writes gan.pt to its --outdir")
-    world = start(options["device"], options["batch"])
+    world = start(options["device"], options["batch"])  # it joins torchrun's processes
     results = []
     for file in network or (None,):
         try:
@@ -1421,6 +1499,7 @@ def main(network: tuple[str, ...], json_file: str | None, **options) -> None:
         if world.rank == 0:
             click.echo(report(results[-1]))
             if json_file:  # after each run: what is measured is not lost
+                # One run: its numbers at the top level, where scripts look for them.
                 found = results[0] if len(network) < 2 else {r["network"]: r for r in results}
                 with aside(Path(json_file)) as temporary:
                     temporary.write_text(json.dumps(found, indent=2) + "\n")

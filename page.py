@@ -36,7 +36,9 @@ def visible_dimensions(network: gan.Network, file: Path) -> list[dict]:
     found = latents.found_names(network, file)
     if not found:
         click.echo("explore.py dimensions finds names for the sliders; until then they have numbers alone")
+        # Equal labels lie together, so four at equal distances are as different as can be.
         y = None if network.real_labels is None else network.real_labels[:: max(1, len(network.real_labels) // 4)][:4]
+        # Without readers, on four images: it finds no names but the order, and the page opens soon.
         found = latents.measure(network, y, network.latents(range(4 if y is None else len(y))), {})
     return [d for d in found if d["change"] >= latents.VISIBLE]
 
@@ -52,26 +54,31 @@ def build(network: gan.Network, file: Path, folder: Path) -> gr.Blocks:
         """y and latents: eps from the seeds, z from the sliders; a z without a slider is that of seed 0."""
         codes = torch.cat((network.latents(seeds)[:, : gan.NOISE], start[:, gan.NOISE :].repeat(len(seeds), 1)), 1)
         codes[:, columns] = torch.tensor(z, dtype=codes.dtype)
+        # Checkboxes give a list, a radio one name.
         chosen = chosen if isinstance(chosen, list) else [chosen]
         y = torch.tensor([[float(name in chosen) for name in names]]) if names else None
         return None if y is None else y.repeat(len(seeds), 1), truncation * codes
 
     def draw(request: gr.Request, chosen, seed, truncation, *z) -> tuple[str, str, str]:
         """The picture, and the two files to download."""
+        # An emptied field gives None.
         y, codes = code(chosen, [int(seed or 0)], truncation, z)
+        # Hashed, because it comes from the browser: '../x' must not name a folder.
         own = folder / hashlib.sha256(str(request.session_hash).encode()).hexdigest()[:16]  # of this visitor
         own.mkdir(exist_ok=True)
         picture, latent = own / "picture.png", own / "latent.json"
+        # Alone, as `sample --latent` draws the saved latent: the same bytes.
         image = Image.fromarray(gan.grid(latents.generate(network, y, codes), 1))
         y_note = ", ".join(chosen) if isinstance(chosen, list) else chosen or ""
+        # 'eps': the seed draws the noise alone, z comes from the sliders.
         notes = latents.notes_of(network, y=y_note or "none", seed=f"eps {int(seed or 0)}", truncation=truncation)
         image.save(picture, pnginfo=latents.png_info(notes))
         latent.write_text(json.dumps(latents.to_json(network, None if y is None else y[0], codes[0])) + "\n")
-        return str(picture), str(picture), str(latent)
+        return str(picture), str(picture), str(latent)  # shown, and the two to save
 
     def draw_batch(chosen, seed, truncation, *z) -> Image.Image:
         """16 pictures in a square: the eps of this seed and of the 15 after it."""
-        seeds = [(int(seed or 0) + i) % 2**32 for i in range(16)]
+        seeds = [(int(seed or 0) + i) % 2**32 for i in range(16)]  # after the last comes 0
         return Image.fromarray(gan.grid(latents.generate(network, *code(chosen, seeds, truncation, z), 16), 4))
 
     # delete_cache: gradio keeps every picture that was shown; those of ten minutes ago go, looked for as often.
@@ -85,9 +92,11 @@ def build(network: gan.Network, file: Path, folder: Path) -> gr.Blocks:
                 elif names:
                     labels = gr.CheckboxGroup(names, value=[], label="Attributes", elem_id="labels")
                 else:
-                    labels = gr.State(None)
+                    labels = gr.State(None)  # stands for them, so that `draw` is called alike
                 with gr.Row():
+                    # Seeds that `sample --seeds` takes too.
                     seed = gr.Number(0, label="Seed of eps", precision=0, minimum=0, maximum=2**32 - 1, elem_id="seed")
+                    # 0: the mean; 1: as in training; above: rarer latents than those.
                     truncation = gr.Slider(0, 1.5, 1, step=0.05, label="Truncation", elem_id="truncation")
                 new = gr.Button("New eps", elem_id="new")
                 gr.Markdown("Dimensions z, those that change the picture most first" if dims else "No z changes it.")
@@ -115,9 +124,12 @@ def build(network: gan.Network, file: Path, folder: Path) -> gr.Blocks:
         # Every control redraws; while a slider moves, only its last place counts.
         inputs = [labels, seed, truncation, *sliders]
         moves = [control.change for control in inputs if not isinstance(control, gr.State)]
+        # Else the picture would fade at every move. private: not for other programs to call.
         quietly = dict(show_progress="hidden", api_visibility="private")
         outputs = [picture, save_picture, save_latent]
+        # page.load: the first picture, before anything is touched.
         gr.on([page.load, *moves], draw, inputs, outputs, trigger_mode="always_last", **quietly)
+        # The new seed is a change like any other, and redraws.
         new.click(lambda: random.randrange(2**31), None, seed, **quietly)
         more.click(draw_batch, inputs, batch, **quietly)
     return page
@@ -125,11 +137,12 @@ def build(network: gan.Network, file: Path, folder: Path) -> gr.Blocks:
 
 def serve(network: gan.Network, file: Path, host: str, port: int) -> None:
     """Show the page until Ctrl-C. Raises click.ClickException if the port is taken."""
-    with tempfile.TemporaryDirectory(prefix="infoscc-page-") as folder:
+    with tempfile.TemporaryDirectory(prefix="infoscc-page-") as folder:  # what visitors saved goes with it
         os.environ["GRADIO_TEMP_DIR"] = f"{folder}/cache"  # files go there by their content, so a new one is loaded
         page = build(network, file, Path(folder))
         fonts = dict(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])  # the reader's own
         try:
+            # ssr_mode would need Node.js. prevent_thread_lock: launch() returns, and the address is printed.
             page.launch(
                 server_name=host, server_port=port, theme=gr.themes.Default(**fonts), css=CSS, quiet=True, share=False,
                 ssr_mode=False, footer_links=[], prevent_thread_lock=True,

@@ -28,8 +28,11 @@ import encoder as stage1
 import gan
 import training
 
+# The four measures of section 3, IS and Chamfer distance by the formulas of the published code.
 OF_PAPER = {"fid", "is_published", "chamfer_sum", "accuracy"}  # what --protocol paper measures by default
+# The one takes 100,000 images, the other scikit-learn's t-SNE of 12,800 points for every seed.
 SLOW = {"is_published", "chamfer_sum"}  # measured by default with --protocol paper only
+# These need labels: they ask what images for a given y show.
 OF_LABELS = {"accuracy", "diversity", "information"}
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -62,6 +65,7 @@ class Generated:
     def batches(self, blocks: Sequence[np.ndarray]) -> Iterator[Tensor]:
         for block in blocks:
             # A prime far above the usual n: the images of two seeds are other ones.
+            # By the image's number, not the batch's: neither batch size nor processes change an image.
             seeds = [(self.seed * 1_000_003 + int(i)) % 2**31 for i in block]
             yield training.to_uint8(self.net.generate(None if self.y is None else self.y[block], seeds))
 
@@ -86,6 +90,7 @@ class EncoderFeatures:
 
     def prepare(self, images: Tensor) -> Tensor:
         """uint8 [B, H, W, 3] -> their centres, float32 [B, 3, size, size] in [0, 255]."""
+        # The central square, as dataset.square takes it where --squash does not ask for the whole.
         h, w, side = *images.shape[1:3], min(images.shape[1:3])
         x = images[:, (h - side) // 2 :, (w - side) // 2 :][:, :side, :side].permute(0, 3, 1, 2).float()
         return x if side == self.size else F.interpolate(x, (self.size,) * 2, mode="bilinear", antialias=True)
@@ -94,7 +99,9 @@ class EncoderFeatures:
     def embed(self, images: Tensor) -> Tensor:
         """uint8 images, or what `prepare` makes of them -> h [B, features]."""
         images = images.to(self.device)
+        # The images of a folder come prepared, one by one as they are read; those of a run as bytes.
         x = self.prepare(images) if images.dtype == torch.uint8 else images
+        # [-1, 1], as in its training.
         return self.encoder((x / 127.5 - 1).contiguous(memory_format=torch.channels_last)).float()
 
     def __call__(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -114,18 +121,21 @@ class JudgeFeatures:
     @torch.inference_mode()
     def __call__(self, images: Tensor) -> tuple[Tensor, Tensor]:
         h, logits = self.judge(images)
+        # The judge may know labels that the run left out; the run's own come first.
         return h, log_probabilities(logits[:, : self.labels], self.kind)
 
 
 def log_probabilities(logits: Tensor, kind: str) -> Tensor:
     """log p(c|x) float64 for IS; of independent attributes both sides, whose entropies add up."""
     logits = logits.double()
+    # With p and 1 - p of each attribute side by side, the KL divergence of IS is the sum over attributes.
     return logits.log_softmax(1) if kind == "one-hot" else torch.cat([F.logsigmoid(logits), F.logsigmoid(-logits)], 1)
 
 
 def features_of(path: str, device: torch.device) -> EncoderFeatures:
     """The encoder of an encoder.pt, or of a gan.pt with its classifier."""
     try:
+        # An encoder's file first; a gan.pt names itself in the error that this raises.
         state = training.load(path, "encoder")
         classifier, kind, size = None, "none", state["data"]["size"]
         with training.reading(path):
@@ -156,9 +166,11 @@ class Run:
         self.kind, self.names, self.real = self.net.label_kind, self.net.label_names, self.net.real_labels
         data = self.net.data
         self.judges: dict[tuple[int, int], tuple] = {}  # what control.load_judge found, by seed and steps
+        # Clusters of embeddings are not among the data set's labels: they are in classifier.pt.
         self.clusters = bool(self.names) and str(data["attributes"]).startswith("clusters")
         attributes = None if self.clusters or not self.names else data["attributes"]
         source = moved or data["data"]
+        # Exports leave paths out, since they are made to be passed on.
         if not (moved or source in dataset.PRESETS or Path(source).is_absolute()):  # an export
             raise click.ClickException(f"{path} does not say where its images are: give --data")
         self.train = dataset.open_dataset(source, data["size"], "train", attributes, **dataset.same_images(data))
@@ -167,6 +179,7 @@ class Run:
         self.all_labels = info["classes"], info["attributes"]  # what the images have, whatever the run took
         self.protocol = self.net.options["protocol"]
         remedy = "give the run's folder the data it was trained on, or train again"
+        # Against other images than it was trained on, or of another size, no number would be this run's.
         training.check_same(data, self.train.info(), ("fingerprint", "size"), path, remedy)
 
         # A run without labels carries no classifier, but stages 1 and 2 may lie beside it.
@@ -177,6 +190,7 @@ class Run:
                 encoder = gan.frozen_encoder(stage1.build(state), data["size"], world.device)
             if (self.folder / "classifier.pt").exists():
                 found = training.load(self.folder / "classifier.pt", "classifier")
+                # Features of another encoder would mean nothing to this classifier.
                 if found["encoder_hash"] == training.fingerprint(state["model"]):
                     with training.reading(self.folder / "classifier.pt"):
                         classifier, kind = stage2.build(found), found["data"]["label_kind"]
@@ -199,6 +213,7 @@ class Run:
 
         Under the paper's protocol, classes are drawn uniformly and attributes are fair coins, as its code does.
         """
+        # Each purpose has a stream of its own: 1 is y; 2, 3, 8 and 9 are control.py's, 6 and 7 metrics.py's.
         draw = np.random.default_rng([seed, 1])
         if y is None and self.real is not None:
             Y = self.real.shape[1]
@@ -217,6 +232,7 @@ class Run:
         """network(uint8 images) [N, ...] of a source, on the CPU. batch: images at once, by default the world's."""
         what = "generated images" if isinstance(source, Generated) else "real images"
         world = replace(self.world, batch=batch or self.world.batch)
+        # Blocks by their first image, so that those of all processes come back in order.
         return world.in_order({block[0]: h.cpu() for block, h in world.scan(source, network, what)})
 
     def embed(self, source, batch: int | None = None) -> Tensor:
@@ -230,10 +246,12 @@ class Run:
     def logged(self, stage: str, key: str) -> float | None:
         """The last value of `key` that the stage's present run wrote to stats.jsonl: not one that was started over."""
         value, images = None, 0
+        # A log that is missing or damaged leaves a line out of the report, no more.
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
             for line in (self.folder / "stats.jsonl").read_text().splitlines():
                 entry = json.loads(line)
                 if entry.get("stage") == stage:
+                    # After fewer images than in the line before, the stage was started over: what it said is forgotten.
                     value = entry.get(key, value if entry["images"] > images else None)
                     images = entry["images"]
         return value
@@ -252,6 +270,7 @@ class Run:
         by_default: whether the user named none. fewest: images a side that t-SNE needs.
         """
         chamfer = {"chamfer", "chamfer_sum"}
+        # Twice, since the floor of the distance is that between two sets of real images.
         if len(self.train) < 2 * fewest and need & chamfer:
             few = f"{len(self.train)} training images are too few for its t-SNE, {2 * fewest} are needed"
             notes.append(f"no Chamfer distance: {few}")
@@ -262,6 +281,7 @@ class Run:
         if self.clusters and need & OF_LABELS and self.labels("train") is None:
             notes.append(f"no judge, no diversity, no I(Y;E): they need the clusters' {self.folder / 'classifier.pt'}")
         if by_default:
+            # Only where the user named none: who asks for a slow measure gets it.
             need = need & OF_PAPER if self.protocol == "paper" else need - SLOW
         return need
 
@@ -284,6 +304,7 @@ class Run:
 
     def sides(self, n: int, seed: int) -> tuple[Generated, Real]:
         """The two sets of images that FID and the like compare: n generated ones, and n real ones or all."""
+        # Sorted below: mapped images are best read in the order of the file.
         order = np.random.default_rng([seed, 5]).permutation(len(self.train))
         return self.generated(n, seed), Real(self.train, np.sort(order[:n]))
 
@@ -293,6 +314,7 @@ class Run:
         t-SNE magnifies differences in the last digits, so features are computed 64 at once and, on the CPU, on one
         thread: they then depend neither on the batch nor on the processes.
         """
+        # One permutation cut in two: no image is in both sets of real ones.
         order = np.random.default_rng([seed, 4]).permutation(len(self.train))[: 2 * points]
         threads = torch.get_num_threads()
         try:
@@ -322,6 +344,7 @@ class Spectrum:
 
     def add(self, images: Tensor) -> None:
         """Take in uint8 [B, S, S, 3]."""
+        # float64, since the squares of all images are added up.
         x = images.double().mean(3)
         x = x - x.mean((1, 2), keepdim=True)
         self.join(Spectrum(len(x), torch.fft.fft2(x).abs().square().sum(0).cpu()))
@@ -341,6 +364,7 @@ class Spectrum:
     def nyquist(self) -> tuple[float, float]:
         """Power at the highest frequency across, and down: of stripes with a period of two pixels."""
         power = self.power / self.n
+        # Sizes are powers of two, so there is a frequency of exactly half the sampling rate.
         half = len(power) // 2
         return power[:, half].sum().item(), power[half].sum().item()
 
@@ -351,8 +375,9 @@ class Spectrum:
 
 def control_table(r: dict, columns: int = 5) -> list[str]:
     """Lines of a run's attribute control in the layout of the paper's Tables 1-3, five attributes a row."""
+    # FD where the judge or the encoder took Inception's place.
     names, distance = list(r["accuracy_labels"]), "fd" if "fd" in r else "fid"
-    width = max(9, *map(len, names)) + 2
+    width = max(9, *map(len, names)) + 2  # 9: room for 100.00%
     lines = [f"{distance.upper():>9s}{'IS':>9s}  Attribute control accuracy"]
     for i in range(0, len(names), columns):
         part = names[i : i + columns]
@@ -361,6 +386,7 @@ def control_table(r: dict, columns: int = 5) -> list[str]:
                               ("judge_", "accuracy", "judge")):  # fmt: skip
             found = [r.get(f"accuracy_{by}labels", {}).get(name, {}).get(side) for name in part]
             if None not in found:
+                # FD and IS are of the whole run: once, before the first row of its own classifier.
                 first = [f"{r[key]:.2f}" if key in r and i == 0 and who == "own" else "" for key in (distance, "is")]
                 cells = "".join(f"{f'{value:.2%}':<{width}s}" for value in found)
                 lines.append(f"{first[0]:>9s}{first[1]:>9s}  {cells}{who}")
@@ -372,6 +398,7 @@ def compare(results: Sequence[dict]) -> str:
     paths = [Path(r["network"]).absolute() for r in results]
     folders = [training.run_folder(p) for p in paths]
     names = [f.name if p.name == "gan.pt" else f"{f.name}/{p.stem}" for f, p in zip(folders, paths, strict=True)]
+    # Folders of one name in different places: only their paths tell the runs apart.
     if len(set(names)) < len(names):
         names = [r["network"] for r in results]
     distance = "fd" if any("fd" in r for r in results) else "fid"
@@ -393,9 +420,11 @@ def compare(results: Sequence[dict]) -> str:
         ("features_hash", f"{distance.upper()}, {kernel.upper()} and IS", {distance, kernel, "is"}),
         ("encoder_hash", "Chamfer and diversity", {"chamfer", "diversity"}),
     ):
+        # FDs through different encoders or judges are on different scales.
         if shown & of and len({r[key] for r in results if key in r}) > 1:
             lines.insert(0, f"{what}: these runs were seen through different networks, so they do not compare.")
     for name, r in zip(names, results, strict=True):
+        # Runs may have been asked for different measures.
         cells = (form.format(r[key]) if key in r else "-" for key, _, form in columns)
         lines.append(f"{name:{width}s}" + "".join(f"{cell:>11s}" for cell in cells))
     return "\n".join(lines)

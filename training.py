@@ -54,7 +54,7 @@ class FilePath(click.Path):
     """A path, with ~ as the home. Refuses what no file can be called; a user that ~ does not know stays as written."""
 
     def convert(self, value: str, *where) -> object:
-        value = os.path.expanduser(value)
+        value = os.path.expanduser(value)  # shells leave ~ as it is in --data=~/photos
         if "\0" in os.fspath(value) or len(os.fspath(value)) >= PATH_MAX:
             self.fail(f"a path has fewer than {PATH_MAX:,} characters, none of them NUL", *where)
         if any("\ud800" <= c <= "\udfff" for c in os.fspath(value)):  # how Python writes what is not UTF-8
@@ -87,7 +87,7 @@ OPTIONS = [
 class BadOption(click.ClickException):
     """A bad option, reported in one line."""
 
-    exit_code = 2
+    exit_code = 2  # as click's own usage errors
 
 
 class Stopped(click.ClickException):
@@ -98,6 +98,7 @@ class Stopped(click.ClickException):
         self.signum, self.exit_code = signum, 128 + signum
 
     def show(self, file=None) -> None:
+        # In place of click's, which begins with "Error: ": an end that was asked for is no error.
         if int(os.environ.get("RANK", 0)) == 0:  # all processes stop together
             with contextlib.suppress(OSError):  # the exit code is to come in any case
                 click.echo(self.message, err=True)
@@ -106,6 +107,7 @@ class Stopped(click.ClickException):
 @contextlib.contextmanager
 def one_line() -> Iterator[None]:
     """Within it, what the user got wrong, and what the machine has no room for, is reported in one line."""
+    # Within, errors become click's; around it, the text of all of these is cut to one line.
     try:
         try:
             yield
@@ -121,14 +123,17 @@ def one_line() -> Iterator[None]:
             where = f"{error.filename}: " if error.filename else ""
             raise click.ClickException(f"{where}{error.strerror or error}") from None
         except (MemoryError, RuntimeError) as error:
+            # On CPUs, PyTorch reports too little memory by a plain RuntimeError: only its text tells.
             if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "allocate memory" not in str(error):
                 raise
             raise click.ClickException("not enough memory: smaller images or batches take less") from None
     except click.ClickException as error:
         # Names come from anywhere, and may hold control characters, or be as long as a page.
         text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in error.message)
+        # The middle goes: what is wrong stands at the beginning, what to do about it at the end.
         error.message = text if len(text) < 2000 else f"{text[:1000]} ... {text[-900:]}"
         if int(os.environ.get("RANK", 0)) > 0 and not isinstance(error, Stopped):
+            # 15 seconds, found by trying: on a busy machine torchrun took more than 3.
             time.sleep(15)  # where the first process says the same, torchrun ends this one meanwhile
         raise
 
@@ -137,6 +142,7 @@ class OneLine(click.Command):
     """A command that reports errors by `one_line`, prints on any terminal, and draws without one."""
 
     def make_context(self, *arguments, **options) -> click.Context:
+        # Before click reads the options: it prints --help and errors from within this call.
         for name in ("stdout", "stderr"):
             if getattr(sys, name) is None:  # closed, as some schedulers start jobs
                 setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
@@ -149,6 +155,7 @@ class OneLine(click.Command):
 
     def invoke(self, context: click.Context) -> object:
         with one_line():
+            # click's ranges let NaN through: it is neither below nor above a bound.
             for name, value in context.params.items():
                 if isinstance(value, float) and not math.isfinite(value):
                     raise BadOption(f"--{name.replace('_', '-')} {value}: give a finite number")
@@ -160,8 +167,9 @@ class Screen:
 
     def __init__(self, stream):
         self.stream = stream
-        atexit.register(self.end)
+        atexit.register(self.end)  # such functions run before Python's own last flush
 
+    # Bars and click ask for isatty, encoding and more.
     def __getattr__(self, name: str) -> object:
         return getattr(self.stream, name)
 
@@ -180,7 +188,7 @@ class Screen:
                 self.stream.flush()
             except OSError:
                 with open(os.devnull, "w") as nowhere:
-                    os.dup2(nowhere.fileno(), self.stream.fileno())
+                    os.dup2(nowhere.fileno(), self.stream.fileno())  # Python's last flush then succeeds
 
 
 def with_options(own: list[Callable]) -> Callable:
@@ -191,17 +199,20 @@ def with_options(own: list[Callable]) -> Callable:
         def guarded(**options):
             out, err = Screen(sys.stdout), Screen(sys.stderr)
             try:
+                # print, click and tqdm look up sys.stdout and sys.stderr when they write, so all of them go this way.
                 with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
                     command(**options)
             except Stopped as end:
+                # With --no-resume, the same command would start over.
                 how = "" if options["resume"] else " without --no-resume"
                 raise Stopped(end.signum, f"{end.message}; the same command{how} goes on") from None
             except KeyboardInterrupt:  # a run that starts over may have saved nothing yet
                 how = "; the same command goes on" if options["resume"] else ""
                 raise Stopped(signal.SIGINT, f"stopped{how}") from None
             if dist.is_initialized():
-                dist.destroy_process_group()
+                dist.destroy_process_group()  # else NCCL warns when the program ends
 
+        # Decorators apply from the last to the first; --help then lists the stage's own options on top.
         for option in reversed(own + OPTIONS):
             guarded = option(guarded)
         return guarded
@@ -215,17 +226,20 @@ def resolve(presets: dict[str, dict], paper: dict[str, dict], preset: str, optio
     They come from the row '' of `presets`, which serves any data, then from the row of the preset; under --protocol
     paper the rows of `paper` go before both. The preset itself and the protocol become part of the options.
     """
+    # afhq and celeba are the data of the paper's tables.
     protocol = options["protocol"] or ("paper" if preset in ("afhq", "celeba") else "ours")
     row = presets[""] | presets.get(preset, {})
     if protocol == "paper":
         row |= paper[""] | paper.get(preset, {})
-    given = {name: value for name, value in options.items() if value is not None}
+    given = {name: value for name, value in options.items() if value is not None}  # None: not given
     return dict.fromkeys(options) | row | given | {"preset": preset or "none", "protocol": protocol}
 
 
 def out_folder(options: dict) -> Path:
     """The run's folder: --outdir, or runs/<data name>; smoke runs stay apart."""
+    # ".", "photos/" and links get the name of the folder that they lead to.
     data = Path(os.path.realpath(os.path.expanduser(options["data"])))
+    # Spaces and the like would need quotes in every later command.
     name = re.sub(r"[^\w.-]+", "_", data.stem if data.is_file() else data.name) or "data"
     return Path(options["outdir"] or Path("runs") / (name + "-smoke" * options["smoke"]))
 
@@ -234,6 +248,7 @@ def make_folder(path: Path) -> None:
     """Make the run's folder. Raises click.ClickException if that is impossible, or nothing can be written there."""
     try:
         path.mkdir(parents=True, exist_ok=True)
+        # A folder can be there and still be read-only: better found now than at the first save.
         with tempfile.TemporaryFile(dir=path):
             pass
     except OSError as error:
@@ -272,8 +287,9 @@ class Run:
 
     def reseed(self, images: int) -> None:
         """Derive all randomness from (seed, rank, images seen): a resumed run then draws what an unbroken one would."""
+        # A hash, so that seed 0 after one image does not draw what seed 1 draws after none, as with a sum.
         key = hashlib.sha256(f"{self.seed} {self.rank} {images}".encode()).digest()
-        torch.manual_seed(int.from_bytes(key[:7], "little"))
+        torch.manual_seed(int.from_bytes(key[:7], "little"))  # 7 bytes fit a signed 64-bit seed
 
     def stopping(self, iteration: int) -> int:
         """The signal that asked for an end of the run, else 0: the same in all processes, at the same iteration."""
@@ -281,6 +297,7 @@ class Run:
             return self.signal
         if iteration % 8:  # often enough, and too seldom to cost anything
             return 0
+        # Between CPUs: a message between GPUs would wait for all their work. 0 is no signal, so any number is one.
         asked = torch.tensor(self.signal)
         dist.all_reduce(asked, dist.ReduceOp.MAX, self.group)
         return int(asked)
@@ -300,7 +317,7 @@ class Run:
                 box = [(None, error.message)]
         dist.broadcast_object_list(box, group=self.group)
         value, message = box[0]
-        if message:
+        if message:  # in all: else the others would wait for a process that has ended
             raise click.ClickException(message)
         return value
 
@@ -309,6 +326,7 @@ class Run:
         everyone = [facts] * self.world
         if self.world > 1:
             dist.all_gather_object(everyone, facts, self.group)
+        # Each compares itself with all: whoever differs, every process raises, and none is left waiting.
         for rank, theirs in enumerate(everyone):
             for name, value in facts.items():
                 if theirs[name] != value:
@@ -319,7 +337,7 @@ class Run:
     def wait(self) -> None:
         """All processes meet here; the others wait while the first one saves and measures."""
         if self.world > 1:
-            dist.barrier(self.group)
+            dist.barrier(self.group)  # which waits an hour; NCCL's own group gives up after a minute
 
     def average_gradients(self, parameters: Iterable[torch.nn.Parameter]) -> None:
         """Replace gradients by their mean over all processes, in one message; does nothing with one process.
@@ -328,11 +346,11 @@ class Run:
         """
         if self.world == 1:
             return
-        parameters = [p for p in parameters if p.grad is not None]
+        parameters = [p for p in parameters if p.grad is not None]  # an update may leave layers out
         grads, sizes = [p.grad for p in parameters], [p.numel() for p in parameters]
         total = sum(sizes)
         if self.flat is None or self.flat.numel() < total:
-            self.flat = grads[0].new_empty(total)
+            self.flat = grads[0].new_empty(total)  # one for all updates: as large as the largest
         flat = self.flat[:total]
         # Parts in the memory formats of their parameters: both copies below then move plain memory, many parts a launch.
         parts = [v.as_strided(p.shape, p.stride()) for v, p in zip(flat.split(sizes), parameters, strict=True)]
@@ -353,7 +371,9 @@ class Stepper:
 
     def __init__(self, run: Run, optimizer: torch.optim.Optimizer):
         self.run, self.optimizer = run, optimizer
+        # For fp16 alone: bf16 has the range of fp32.
         self.scaler = torch.amp.GradScaler(run.device.type, enabled=run.dtype is torch.float16)
+        # Tensors, since a CUDA graph repeats what the device does: numbers of Python would count its capture alone.
         self.skipped, self.steps = torch.zeros(2, device=run.device).unbind()
 
     @property
@@ -364,6 +384,7 @@ class Stepper:
         """The learning rate of the next steps, times a group's `speed` if it has one. CUDA graphs read it from a tensor."""
         for group in self.optimizer.param_groups:
             own = rate * group.get("speed", 1)
+            # A graph keeps the tensor it was captured with: the new rate has to go into that one.
             if isinstance(group["lr"], torch.Tensor):
                 group["lr"].fill_(own)
             else:
@@ -375,14 +396,17 @@ class Stepper:
         norm: what to scale the gradient to before the step: down from any norm, up by at most `stretch` times.
         """
         self.scaler.scale(loss).backward()
+        # Before the check below: what is not finite in one process is then so in all, and all skip the update.
         self.run.average_gradients(self.parameters)
+        # Before any norm is taken: else it would be that of the scaled loss.
         self.scaler.unscale_(self.optimizer)
         gradients = [p.grad for p in self.parameters if p.grad is not None]
         own = torch.nn.utils.get_total_norm(gradients)
         if norm is not None:
             norm = norm.nan_to_num(0.0, 0.0)  # fp16: an update that overflowed gives no measure
+            # 1e-12: a gradient of 0 stays 0; 0 / 0 would make it NaN.
             torch._foreach_mul_(gradients, (norm / own.clamp(min=1e-12)).clamp(max=stretch))
-        skip = (~own.isfinite()).float()
+        skip = (~own.isfinite()).float()  # one NaN or infinity anywhere shows in the norm
         self.skipped += skip
         self.steps += 1
         if self.scaler.is_enabled():
@@ -396,6 +420,7 @@ class Stepper:
 
     def state_dict(self) -> dict:
         state = self.optimizer.state_dict()
+        # "parameters" tells `load_adam` whether moments have been lost since.
         return {"optimizer": state, "scaler": self.scaler.state_dict(), "parameters": len(state["state"])}
 
     def load_state_dict(self, state: dict) -> None:
@@ -412,8 +437,9 @@ def load_adam(optimizer: torch.optim.Optimizer, state: dict, parameters: int) ->
     """
     if len(state["state"]) != parameters:
         raise ValueError(f"the optimiser's state is of {len(state['state'])} parameters, not {parameters}")
+    # From the saved groups PyTorch would take the learning rate and the betas as well.
     optimizer.load_state_dict({"state": state["state"], "param_groups": optimizer.state_dict()["param_groups"]})
-    for p, moments in optimizer.state.items():
+    for p, moments in optimizer.state.items():  # PyTorch takes any shape here, and fails in the next step
         mean, square, step = (moments[name] for name in ("exp_avg", "exp_avg_sq", "step"))
         if not (mean.shape == square.shape == p.shape and step.shape == () and step >= 0):
             raise ValueError("the optimiser's state is not of these parameters")
@@ -428,9 +454,11 @@ def check_finite(steppers: Iterable[Stepper], images: int, options: dict) -> Non
     skip 16 at its start, until the loss scale has come down from 65,536 to 1.
     """
     for stepper in steppers:
+        # These wait for the device, so this is called once a line of the log and not at every step.
         skipped, steps = int(stepper.skipped), int(stepper.steps)
         if steps >= 100:
             stepper.skipped.zero_(), stepper.steps.zero_()
+        # 20 has to be more than the 16 that fp16 may skip: its scale starts at 2^16, and each skip halves it.
         if skipped >= max(20, steps / 5):
             raise click.ClickException(
                 f"training has diverged: {skipped} of the last {steps} gradients, before {images:,} images, were not finite. "
@@ -451,9 +479,10 @@ def choose_device(device: str | torch.device = "auto") -> torch.device:
         if dev.type not in ("cpu", "cuda"):
             raise RuntimeError("neither a CPU nor a CUDA device")
         if dev.type == "cuda" and dev.index is None:
-            dev = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-        torch.empty(1, device=dev)
+            dev = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))  # torchrun's: a GPU for each process
+        torch.empty(1, device=dev)  # only memory on it shows that it is there and works
         return dev
+    # AssertionError: so says a PyTorch that was built without CUDA.
     except (RuntimeError, AssertionError, ValueError, OverflowError) as error:
         raise click.ClickException(f"--device {device}: {str(error).splitlines()[0]}") from None
 
@@ -479,7 +508,8 @@ def start(device: str = "auto", precision: str = "auto", seed: int = 0, tf32: bo
     dev = choose_device(device)
     if dev.type == "cuda":
         torch.cuda.set_device(dev)
-        torch.backends.cudnn.benchmark = True
+        torch.backends.cudnn.benchmark = True  # batches keep their shape, so a search for the fastest kernels pays
+        # GPUs before Ampere only emulate bf16, slowly; fp16 they have.
         if precision == "auto":
             precision = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
         torch.backends.cudnn.allow_tf32 = precision != "fp32" if tf32 is None else tf32
@@ -490,8 +520,10 @@ def start(device: str = "auto", precision: str = "auto", seed: int = 0, tf32: bo
         click.echo("Warning: fp16 on a CPU is far slower than fp32, seconds per image: take --precision fp32", err=True)
     if world > 1 and not dist.is_initialized():
         # A process that dies ends the others within a minute, also where no torchrun watches them.
+        # With its device, NCCL connects now, and an error shows here and not at the first update.
         options = dict(device_id=dev) if dev.type == "cuda" else {}
         dist.init_process_group("nccl" if dev.type == "cuda" else "gloo", timeout=timedelta(minutes=1), **options)
+    # None, so no autocast, for fp32 and for what "auto" leaves on a CPU without AMX.
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
     run = Run(dev, dtype, seed)
     run.reseed(0)  # as rank 0: networks built next start with the same weights in every process
@@ -525,6 +557,7 @@ def signals(run: Run) -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():  # Python handles signals there alone
         yield
         return
+    # Kept and put back: in a notebook or a test, the program goes on after the run.
     before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
@@ -535,6 +568,7 @@ def signals(run: Run) -> Iterator[None]:
 
 def keep_memory() -> None:
     """Have glibc keep freed memory. By default it unmaps large tensors, and every page costs a fault at the next step."""
+    # Other C libraries have no mallopt. The numbers of its parameters are those of glibc's malloc.h.
     with contextlib.suppress(OSError, AttributeError):
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(-4, 0)  # M_MMAP_MAX: never map a tensor on its own (M_MMAP_THRESHOLD cannot go beyond 32 MiB)
@@ -558,6 +592,7 @@ class BatchNorm(torch.nn.BatchNorm2d):
     """
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        # torch's layer counts batches as well: checkpoints of the two have the same entries.
         if self.training:
             self.num_batches_tracked.add_(1)
         return batch_norm(x, self, self.bias)
@@ -583,13 +618,13 @@ class _SumOverProcesses(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x):
-        total = x.clone()
+        total = x.clone()  # all_reduce overwrites its tensor, and x is the caller's
         dist.all_reduce(total)
         return total
 
     @staticmethod
     def backward(ctx, g):
-        return _SumOverProcesses.apply(g.contiguous())
+        return _SumOverProcesses.apply(g.contiguous())  # g may be one number expanded; all_reduce wants plain memory
 
 
 def _moments(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -601,11 +636,13 @@ def _moments(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]
         var = mean = x.sum(dims)
     # All processes' own moments, one row each, in one message. Sums of squares would lose digits where means are large.
     own = torch.cat((mean, var, mean.new_full((1,), x.numel() // C)))
+    # Each fills its own row and leaves the others 0: their sum is a gather that can be differentiated twice.
     rank, world = dist.get_rank(), dist.get_world_size()
     rows = _SumOverProcesses.apply(F.pad(own[None], (0, 0, rank, world - 1 - rank)))
     means, variances, counts = rows.split((C, C, 1), dim=1)
     n = counts.sum()
     mean = (counts * means).sum(0) / n
+    # The variance within the processes, and that of their means.
     return mean, (counts * (variances + (means - mean).square())).sum(0) / n, n
 
 
@@ -614,10 +651,11 @@ class _BatchNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, bias, eps):
-        mean, var, n = _moments(full(x))
+        mean, var, n = _moments(full(x))  # in fp32: 16 bits lose digits in long sums
         ctx.save_for_backward(x, weight, mean, var, n)
-        ctx.mark_non_differentiable(mean, var, n)
+        ctx.mark_non_differentiable(mean, var, n)  # they only go into the running statistics
         ctx.eps = eps
+        # In eval mode, torch's fused kernel takes the moments it is given.
         return F.batch_norm(x, mean, var, weight, bias, False, 0.0, eps), mean, var, n
 
     @staticmethod
@@ -630,6 +668,7 @@ class _BatchNorm(torch.autograd.Function):
             mean, var, n = _moments(x)
         scale = (var + ctx.eps).rsqrt()
         normed = (x - mean.view(shape)) * scale.view(shape)
+        # Of this process's images: `average_gradients` joins them, as it does all weights' gradients.
         dbias, dweight = g.sum(dims), (g * normed).sum(dims)
         means = _SumOverProcesses.apply(torch.stack((dbias, dweight))) / n
         dx = (scale * weight).view(shape) * (g - means[0].view(shape) - normed * means[1].view(shape))
@@ -644,6 +683,7 @@ class _BatchNorm(torch.autograd.Function):
 def atomic(path: Path | str) -> Iterator[Path]:
     """Gives a temporary path in the same folder and renames it to `path` at the end: never half a file under its name."""
     path = Path(path)
+    # In the same folder, since renaming does not cross disks; by a name that `lock` clears after a kill.
     temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
     try:
         yield temporary
@@ -655,11 +695,13 @@ def atomic(path: Path | str) -> Iterator[Path]:
 
 def to_float(images: torch.Tensor) -> torch.Tensor:
     """uint8 [B, S, S, 3] -> float32 [B, 3, S, S] in [-1, 1], channels_last."""
+    # The networks' weights are channels_last as well, so no convolution has to copy its input.
     return images.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.channels_last).div_(127.5).sub_(1)
 
 
 def to_uint8(x: torch.Tensor) -> torch.Tensor:
     """float [B, 3, S, S] in [-1, 1] -> uint8 [B, S, S, 3], rounded to the nearest level: undoes `to_float`."""
+    # In fp32: from 128 on bf16 has whole numbers only, and would round before this does.
     return x.float().mul(127.5).add(127.5).round().clamp(0, 255).byte().permute(0, 2, 3, 1)
 
 
@@ -680,18 +722,22 @@ def random_crop(x: torch.Tensor, area: float) -> torch.Tensor:
     # Rows and columns: tent weights of bilinear resampling, then the blur.
     pixel = torch.arange(s, device=x.device, dtype=torch.float32)
     apart = pixel[:, None] - pixel
+    # As torchvision's RandomResizedCrop: log-uniform from 3/4 to 4/3. Half the logarithm, since both sides take it.
     side, aspect = uniform(area, 1).sqrt(), (uniform(-0.5, 0.5) * math.log(4 / 3)).exp()
+    # SimCLR's blur (Chen et al. 2020): half of the images, 0.1 to 2 pixels; S / 40 makes it less below 80 px.
     blurred = uniform(0, 1) < 0.5
     sigma = torch.where(blurred, uniform(0.1, min(2.0, s / 40)), 0.1)  # 0.1 pixels: none
-    blur = torch.softmax(-(apart**2) / (2 * sigma**2), dim=2)
+    blur = torch.softmax(-(apart**2) / (2 * sigma**2), dim=2)  # the weights sum to 1, at the borders too
 
     def resample(length: torch.Tensor, sign: torch.Tensor | float) -> torch.Tensor:
         """[B, S, S] matrix of a crop of `length` (part of the side) at a random place."""
-        centre = uniform(-1, 1) * (1 - length)
+        centre = uniform(-1, 1) * (1 - length)  # wherever the crop stays within the image
         place = centre + sign * length * (2 * pixel + 1 - s)[:, None] / s  # [B, S, 1] in [-1, 1]
+        # Pixel i has its centre at i + 1/2. Beyond the outermost centres, the outermost pixel counts.
         place = ((place + 1) * (s / 2) - 0.5).clamp(0, s - 1)
         return blur @ (1 - (place - pixel).abs()).clamp(min=0)
 
+    # No crop is longer than the image. A minus for the columns flips.
     rows = resample((side / aspect).clamp(max=1), 1.0)
     columns = resample((side * aspect).clamp(max=1), torch.where(uniform(0, 1) < 0.5, 1.0, -1.0))
     return rows[:, None].to(x.dtype) @ x.contiguous() @ columns[:, None].mT.to(x.dtype)
@@ -730,13 +776,16 @@ def information_bits(logits: torch.Tensor, y: torch.Tensor, kind: str, h_y: floa
 ENTRIES = {
     "encoder": dict(config=dict, model=dict, data=dict, options=dict, images_seen=int),
     "classifier": dict(config=dict, model=dict, data=dict, options=dict, encoder_hash=str, balance=list),
+    # A snapshot has little more than this; what further training needs is in the latest gan.pt alone.
     "gan": dict(ema=dict, data=dict, options=dict, images_seen=int),
 }
+# squash and train_on_all: later stages must open the images in the same way.
 DATA = dict(
     data=str, name=str, preset=str, fingerprint=str, size=int, splits=dict, label_names=list, label_kind=str,
     squash=bool, train_on_all=bool,
 )  # fmt: skip
 FURTHER = ("training", "trainer")  # entries of optimisers, discriminator and the like
+# What networks, optimisers and labels consist of: complex and quantised tensors are of no run.
 DTYPES = {
     torch.bool, torch.uint8, torch.int32, torch.int64, torch.float16, torch.bfloat16, torch.float32, torch.float64,
 }  # fmt: skip
@@ -755,9 +804,10 @@ def save(path: Path, state: dict, must: bool = True, keep_previous: bool = True)
         path.parent.mkdir(parents=True, exist_ok=True)
         with atomic(path) as temporary:
             torch.save(state | {"version": VERSION}, temporary)
+            # By now the new file is whole. The old one gets its second name first, so at no time is there none.
             if path.exists() and keep_previous:
                 with contextlib.suppress(OSError), atomic(previous(path)) as link:  # some file systems have no links
-                    os.link(path, link)
+                    os.link(path, link)  # a second name, not a copy
     except (OSError, RuntimeError) as error:  # torch.save reports a full disk by a RuntimeError
         why = getattr(error, "strerror", None) or "is the disk full?"
         if must:
@@ -779,8 +829,9 @@ def save_snapshot(path: Path, state: dict, keep: int, every: int) -> None:
     images = [n for n in found if n <= int(now)]
     drop = found.keys() - {*images}
     if len(images) > keep:  # one drops out of the last `keep`; those before it were decided on when they did
+        # 0 in front: the first snapshot of all has something before it too.
         before, n = [0, *images][-keep - 2 : -keep]
-        drop |= {n} if n // every == before // every else set()
+        drop |= {n} if n // every == before // every else set()  # not round: no multiple of `every` in between
     for n in drop:
         found[n].unlink(missing_ok=True)
 
@@ -789,6 +840,7 @@ def snapshots(folder: Path, stage: str) -> dict[int, Path]:
     """The numbered checkpoints in a folder by the images they have seen, fewest first; other files there are a user's."""
     found = {}
     for path in folder.glob(f"{stage}-*.pt"):
+        # The stages write eight digits at least. Sorted as numbers: as text, nine digits come before eight.
         if re.fullmatch(r"[0-9]{8,}", number := path.stem.rpartition("-")[2]):
             found[int(number)] = path
     return dict(sorted(found.items()))
@@ -797,6 +849,7 @@ def snapshots(folder: Path, stage: str) -> dict[int, Path]:
 def run_folder(path: str | Path) -> Path:
     """The folder of the run that a gan.pt or one of its snapshots belongs to."""
     above = Path(path).absolute().parent
+    # Any folder can be called snapshots: only one beside a gan.pt is a run's.
     return above.parent if above.name == "snapshots" and (above.parent / "gan.pt").exists() else above
 
 
@@ -825,8 +878,10 @@ def load(path: Path | str, stage: str, finished: bool = False, go_on: bool = Fal
             damaged = parts.testzip()
         # By way of a map of the file: a plain load reads beyond parts that are shorter than their tensors.
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        # Left out while they are only mapped: Adam's moments are two thirds of such a file.
         if not go_on and isinstance(state, dict):
             state = {name: value for name, value in state.items() if name not in FURTHER}
+        # Tensors may share memory in the file, and get their own here: up to 4 times its size, not any amount.
         state = in_memory(state, [4 * path.stat().st_size])
     except Exception as error:  # damaged files raise nearly anything
         raise click.ClickException(
@@ -841,10 +896,12 @@ def load(path: Path | str, stage: str, finished: bool = False, go_on: bool = Fal
         raise click.ClickException(f"{path} is not a checkpoint of this project: it has no entry 'stage'")
     if state["stage"] != stage:
         raise click.ClickException(f"{path} was written by {state['stage']}.py, but one of {stage}.py is needed here")
+    # The type first: a tensor would compare as a tensor, which is neither true nor false.
     if not isinstance(version := state.get("version"), int) or version != VERSION:
         raise click.ClickException(f"{path} has format {version!r:.40}, this code reads format {VERSION}")
     if wrong := implausible(state, stage):
         raise click.ClickException(f"{path} is incomplete, or no run wrote it: {wrong}")
+    # A weight that is not finite would show as blank images or scores of NaN, much later and without a cause.
     parts = {"": state} | {f"{name}.": state.get(name) or {} for name in ("encoder", "classifier")}  # within a gan.pt
     for name, weights in ((where + name, part.get(name)) for where, part in parts.items() for name in ("model", "ema")):
         for key, value in (weights or {}).items():
@@ -857,6 +914,7 @@ def load(path: Path | str, stage: str, finished: bool = False, go_on: bool = Fal
 
 def implausible(state: dict, stage: str) -> str:
     """What in a checkpoint of the stage is missing or as no run writes it; '' if nothing is."""
+    # Types first: all that follows relies on them.
     for entries, kinds, where in ((state, ENTRIES[stage], "it"), (state.get("data"), DATA, "its 'data'")):
         for name, kind in kinds.items():
             if not isinstance(entries.get(name), kind):
@@ -874,11 +932,13 @@ def implausible(state: dict, stage: str) -> str:
     data, names = state["data"], state["data"]["label_names"]
     if data["size"] not in SIZES:
         return f"no images have {data['size']!r:.20} px"
+    # They are printed: control characters could clear the screen. Names look labels up, so each must be one label's.
     if not all(isinstance(name, str) and name.isprintable() for name in names) or len(set(names)) < len(names):
         return "its 'data' has label names that are no text, or the same twice"
     if data["label_kind"] not in ("one-hot", "multi-label", "none") or "attributes" not in data:
         return f"its 'data' has no 'attributes', or labels of the kind {data['label_kind']!r:.20}"
     seen = state.get("images_seen", 0)
+    # Below 2^53, so exact as a float. Python's integers have no end, and a huge one overflows in a division.
     if not isinstance(seen, int) or not 0 <= seen < 10**15:
         return "its 'images_seen' is no number of images"
     return ""
@@ -890,7 +950,7 @@ def in_memory(value: object, room: list[int]) -> object:
     Raises ValueError for tensors that take more than `room` bytes together, or that no network of ours has, and for
     lists within lists that a few bytes make endless.
     """
-    room[0] -= 1
+    room[0] -= 1  # one byte a value at least: this also ends a list that contains itself
     if room[0] < 0:
         raise ValueError("it has more values than bytes")
     if isinstance(value, dict):
@@ -927,6 +987,7 @@ def rebuild(build: Callable[[], torch.nn.Module], weights: dict[str, torch.Tenso
     with torch.device("meta"):
         network = build()
     dtypes = {name: value.dtype for name, value in network.state_dict().items()}
+    # Exports are in 16 bits, and the network computes in its own type.
     weights = {name: value.detach().to(dtypes.get(name, value.dtype)) for name, value in weights.items()}
     network.load_state_dict(weights, assign=True)
     return network
@@ -934,6 +995,7 @@ def rebuild(build: Callable[[], torch.nn.Module], weights: dict[str, torch.Tenso
 
 def instead(path: Path, stage: str) -> str:
     """What to say about the newest checkpoint that is whole, beside a damaged one, if there is any."""
+    # The save before comes first: training can go on from it, and not from a snapshot.
     for other in (previous(path), *reversed(snapshots(path.parent / "snapshots", stage).values())):
         with contextlib.suppress(click.ClickException):
             load(other, stage, others=False)
@@ -947,6 +1009,7 @@ def reading(file: Path | str) -> Iterator[None]:
     try:
         yield
     except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        # load_state_dict lists what does not fit below a general first line; a KeyError has the entry's bare name.
         lines = str(error).splitlines() or [type(error).__name__]
         what = f"no entry {lines[0]}" if isinstance(error, KeyError) else lines[-1].strip()[:200]
         raise click.ClickException(f"{file} is incomplete or does not fit this code: {what}") from None
@@ -962,6 +1025,7 @@ def resume(path: Path, stage: str, options: dict, data, keys: Iterable[str], bef
     if not options["resume"] or not path.exists():
         return {}
     try:
+        # others=False: the one before is tried anyway, and only if that fails are the others looked at.
         state = load(path, stage, go_on=True, others=False)
     except click.ClickException as error:
         try:
@@ -998,6 +1062,7 @@ def lock(outdir: Path, stage: str, rank: int = 0) -> Iterator[None]:
         yield
         return
     make_folder(outdir)
+    # Not "w": it would empty the file, which says who holds the lock, before this run has it.
     with open(outdir / ".lock", "a+b", buffering=0) as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -1014,6 +1079,7 @@ def lock(outdir: Path, stage: str, rank: int = 0) -> Iterator[None]:
             file.write(f"{stage}.py, process {os.getpid()} on {socket.gethostname()}\n".encode())
         except OSError as error:
             raise click.ClickException(f"cannot write to {outdir}: {error.strerror}; give another --outdir") from None
+        # Safe once the lock is held: no other run has temporary files here.
         for folder in (outdir, outdir / "snapshots", outdir / "samples"):
             for left in folder.glob(".*"):  # temporary files of `atomic`, and no others
                 if re.fullmatch(r"\.(encoder|classifier|gan|stats|\d+)([.-]\w+)?\.\d+\.(pt|jsonl?|png)", left.name):
@@ -1023,13 +1089,14 @@ def lock(outdir: Path, stage: str, rank: int = 0) -> Iterator[None]:
 
 def check_images(theirs: dict, data, file: Path | str, remedy: str) -> None:
     """Refuse a checkpoint whose entry 'data' names other images than the Dataset `data`."""
-    if theirs["fingerprint"] != data.fingerprint:
+    if theirs["fingerprint"] != data.fingerprint:  # of the content: a folder may have moved
         raise click.ClickException(f"{file} was made from other images ({theirs['data']}) than {data.data}: {remedy}")
 
 
 def check_same(theirs: dict, ours: dict, keys: Iterable[str], file: Path | str, remedy: str) -> None:
     """Refuse a checkpoint made with other settings, naming the first of `keys` that differs."""
     for key in keys:
+        # What neither has is the same: a checkpoint may be older than an option.
         if theirs.get(key) != ours.get(key):
             raise click.ClickException(
                 f"{file} was made with {key} {theirs.get(key)!r}, but here {key} is {ours.get(key)!r}: {remedy}"
@@ -1040,7 +1107,7 @@ def load_init(file: str, stage: str) -> dict:
     """The checkpoint that --init names, with what further training needs."""
     if not Path(file).is_file():
         raise click.ClickException(f"--init {file}: no such file")
-    return load(file, stage, go_on=True)
+    return load(file, stage, go_on=True)  # stage 3 takes D's weights too
 
 
 def init_weights(network: torch.nn.Module, weights: dict, source: str) -> None:
@@ -1048,6 +1115,7 @@ def init_weights(network: torch.nn.Module, weights: dict, source: str) -> None:
     try:
         network.load_state_dict(weights)
     except Exception as error:  # what is no dict of tensors raises nearly anything
+        # load_state_dict says in its last line what does not fit.
         why = [line.strip() for line in str(error).splitlines()]
         raise click.ClickException(f"--init {source} does not fit: {why[-1]:.200}") from None
 
@@ -1055,10 +1123,11 @@ def init_weights(network: torch.nn.Module, weights: dict, source: str) -> None:
 def fingerprint(state: dict[str, torch.Tensor]) -> str:
     """Short hash of a network's weights, to tell which encoder a classifier belongs to."""
     digest = hashlib.sha256()
-    for name in sorted(state):
+    for name in sorted(state):  # whatever the order in which layers were made
         digest.update(name.encode())
+        # As bytes, since numpy has no bf16.
         digest.update(state[name].detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return digest.hexdigest()[:16]
+    return digest.hexdigest()[:16]  # 64 bits: enough to tell a user's encoders apart
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1071,7 +1140,7 @@ PACE = 10.0  # seconds of training that tell how fast it is
 def duration(seconds: float) -> str:
     """A length of time in the unit that a person would take."""
     for size, unit in ((86400, "days"), (3600, "hours"), (60, "minutes")):
-        if seconds >= 2 * size:
+        if seconds >= 2 * size:  # "119 seconds" says more than "2 minutes"
             return f"{seconds / size:.0f} {unit}"
     return f"{seconds:.0f} seconds"
 
@@ -1106,7 +1175,7 @@ class Log:
             unit_scale=True,
             disable=rank != 0,
             dynamic_ncols=True,
-            smoothing=0.1,
+            smoothing=0.1,  # of the rate: over more steps than with tqdm's 0.3, since not every step does the same
             mininterval=0.1 if sys.stderr.isatty() else 10.0,  # a file keeps every state of the bar
         )
         self.time, self.board, self.warned = time.time(), None, set()
@@ -1114,10 +1183,11 @@ class Log:
         if rank == 0:
             from torch.utils.tensorboard import SummaryWriter  # slow to import, and not needed for --help
 
-            threading.excepthook = quiet_tensorboard
+            threading.excepthook = quiet_tensorboard  # it writes in a thread of its own
             with self.on_disk("stats.jsonl"):
                 self.forget(done)
             with self.on_disk("TensorBoard's log"):
+                # purge_step: TensorBoard hides what a killed run logged after its last save.
                 self.board = SummaryWriter(str(outdir / "tensorboard" / stage), purge_step=done + 1)
 
     @contextlib.contextmanager
@@ -1148,8 +1218,10 @@ class Log:
     def add(self, **values: torch.Tensor) -> None:
         """Take scalar tensors into the means of the next line."""
         for name, value in values.items():
+            # Detached, or the sum would keep the graph of every step since the last line in memory.
             value = value.detach().float()
             self.sums[name] = self.sums[name] + value if name in self.sums else value
+            # Each has its own count: R1 and the regularisation are not part of every iteration.
             self.counts[name] = self.counts.get(name, 0) + 1
 
     def step(self, images: int) -> None:
@@ -1169,15 +1241,17 @@ class Log:
 
     def write(self, images: int, **extra: float) -> None:
         """Write the means since the last line, with `extra`, at `images` images seen."""
+        # The only place here that waits for the device.
         means = torch.stack([*self.sums.values()]).tolist() if self.sums else []
         line = {name: mean / self.counts[name] for name, mean in zip(self.sums, means, strict=True)} | extra
         self.sums, self.counts = {}, {}
         if self.rank == 0:
             entry = {"stage": self.stage, "images": images, "seconds": round(time.time() - self.time, 2)}
+            # Unbuffered: the line goes out in one call, so that a kill leaves whole lines.
             with self.on_disk("stats.jsonl"), open(self.path, "ab", buffering=0) as file:
                 start, text = file.tell(), to_json(entry | line).encode() + b"\n"
                 try:
-                    if file.write(text) < len(text):
+                    if file.write(text) < len(text):  # a full disk may take a part without an error
                         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
                 except OSError:
                     file.truncate(start)  # no half line
@@ -1185,6 +1259,7 @@ class Log:
             with self.on_disk("TensorBoard's log"):
                 for name, value in line.items() if self.board else ():
                     self.board.add_scalar(name, value, images)
+            # The next step of the bar draws it.
             self.bar.set_postfix_str(" ".join(f"{n} {v:.3g}" for n, v in line.items()), refresh=False)
 
     def picture(self, name: str, image, images: int) -> None:
@@ -1212,4 +1287,5 @@ def quiet_tensorboard(args) -> None:
 
 def to_json(values: dict, indent: int | None = None) -> str:
     """JSON, without `indent` in one line; numbers without a value (NaN, infinity) become null, which JSON has."""
+    # Python writes NaN as NaN, which no other reader takes; its own reader turns it into None at any depth.
     return json.dumps(json.loads(json.dumps(values), parse_constant=lambda _: None), indent=indent)

@@ -19,6 +19,7 @@ GROUPS = dict(ops=op_rows, step=step_rows, generation=generation_rows, data=data
 
 def machine() -> dict:
     """What the figures hold for."""
+    # lscpu knows the model; platform has the architecture at most.
     cpu = subprocess.run("lscpu", capture_output=True, text=True, check=False).stdout.partition("Model name:")[2]
     cpu = cpu.partition("\n")[0].strip() or platform.machine()
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None

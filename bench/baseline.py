@@ -17,8 +17,8 @@ import gan
 import training
 
 NOISE, BASIS = 512, 6  # widths of the mapper's noise and of a subspace (the paper's)
-R1_EVERY = 16  # iterations
-EMA_HALF_LIFE = 10_000  # images
+R1_EVERY = 16  # iterations between penalties, as published
+EMA_HALF_LIFE = 10_000  # images, as published
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Networks.
@@ -29,6 +29,7 @@ class PlainSubspace(nn.Module):
 
     def __init__(self, width: int):
         super().__init__()
+        # Left uninitialised: `take` brings the weights of our side.
         self.U, self.L = nn.Parameter(torch.empty(BASIS, width)), nn.Parameter(torch.empty(BASIS))
         self.mu = nn.Parameter(torch.empty(width))
 
@@ -48,7 +49,7 @@ class PlainBlock(nn.Module):
         self.feature_conv1 = nn.ConvTranspose2d(C, wider, **up)
         self.subspace_conv2 = nn.ConvTranspose2d(C, wider, **up)
         self.feature_conv2 = nn.Conv2d(wider, wider, 3, padding=1)
-        self.act = nn.LeakyReLU(0.2)
+        self.act = nn.LeakyReLU(0.2)  # EigenGAN's slope
 
     def forward(self, h: Tensor, z: Tensor) -> Tensor:
         phi = self.subspace(z).view(-1, *self.shape)
@@ -57,6 +58,7 @@ class PlainBlock(nn.Module):
 
 
 # Options of our side that make it train what the plain side trains.
+# Nearly the published settings: what our defaults add to them, the plain side does not have.
 PLAIN = dict(
     width=16, projection=False, lr_decay=0.0, beta1=0.5, reg_clip=False, penalty="r1", reg_augment="none", blur=False,
     tanh_slope=0.0,
@@ -69,6 +71,7 @@ class PlainDecoder(nn.Module):
     def __init__(self, size: int, labels: int):
         super().__init__()
         self.embed, self.mapper = nn.Linear(labels, labels), nn.Linear(labels + NOISE, NOISE)
+        # Resolutions from 4x4 up, each with its channels: 16 at full size, doubling toward 4x4, 512 at most.
         at = [(r, min(16 * size // r, 512)) for r in (4 * 2**i for i in range(size.bit_length() - 2))]
         self.first = nn.Linear(NOISE, 16 * at[0][1])
         self.blocks = nn.ModuleList(PlainBlock(C, at[i + 1][1], r) for i, (r, C) in enumerate(at[:-1]))
@@ -89,6 +92,7 @@ class PlainDecoder(nn.Module):
         for i, block in enumerate(G.blocks):
             own[f"blocks.{i}.subspace.U"] = block.subspace.U.transpose(1, 2).flatten(1)
             own[f"blocks.{i}.subspace.mu"] = block.subspace.mu.permute(2, 0, 1).flatten()
+        # 16 = 4 x 4 places. Ours puts them before the channels; `view` here wants them after.
         own["first.weight"] = G.first.weight.unflatten(0, (16, -1)).transpose(0, 1).flatten(0, 1)
         own["first.bias"] = G.first.bias.unflatten(0, (16, -1)).T.flatten()
         self.load_state_dict(own)
@@ -108,6 +112,7 @@ def plain_discriminator(kind: str, size: int) -> nn.Sequential:
     if kind == "patch":
         layers: list[nn.Module] = [nn.Conv2d(3, 64, 4, 2, 1), act]
         for C, stride in ((64, 2), (128, 2), (256, 1)):
+            # No bias: batch norm shifts by one of its own.
             layers += [nn.Conv2d(C, 2 * C, 4, stride, 1, bias=False), nn.BatchNorm2d(2 * C), act]
         return nn.Sequential(*layers, nn.Conv2d(512, 1, 4, 1, 1))
     widths = [min(16 * 2**i, 512) for i in range(size.bit_length() - 2)]  # down to 4x4
@@ -136,16 +141,18 @@ def take_discriminator(plain: nn.Sequential, ours: nn.Module) -> None:
 # Augmentation and losses.
 
 
-def plain_augment(x: Tensor, policy: str, p: float = 0.6) -> Tensor:
+def plain_augment(x: Tensor, policy: str, p: float = 0.6) -> Tensor:  # p: as published
     """Differentiable augmentation with index tensors, from the same random numbers as gan.augment.
 
     policy: 'none', or all of color, translation and cutout.
     """
     B, _, H, W = x.shape
+    # All drawn at once, used or not, as gan.augment does: so both sides meet the same numbers next.
     coins = (torch.rand(5) < p).tolist()
     u = torch.rand(7, B, 1, 1, 1, device=x.device, dtype=x.dtype)
     if policy == "none":
         return x
+    # Ranges of Zhao et al. 2020: brightness +-0.5, saturation times 0 to 2, contrast times 0.5 to 1.5.
     if coins[0]:
         x = x + (u[0] - 0.5)
     if coins[1]:
@@ -155,6 +162,7 @@ def plain_augment(x: Tensor, policy: str, p: float = 0.6) -> Tensor:
         mean = x.mean(dim=(1, 2, 3), keepdim=True)
         x = (x - mean) * (u[2] + 0.5) + mean
     batch, rows, columns = torch.meshgrid(torch.arange(B), torch.arange(H), torch.arange(W), indexing="ij")
+    # Shifts by up to an eighth of a side.
     if coins[3]:
         down, right = (
             ((2 * (s // 8) + 1) * v).floor().long().view(B, 1, 1) - s // 8 for s, v in ((H, u[3]), (W, u[4]))
@@ -162,6 +170,7 @@ def plain_augment(x: Tensor, policy: str, p: float = 0.6) -> Tensor:
         padded = F.pad(x, (1, 1, 1, 1)).permute(0, 2, 3, 1)  # what moves in from outside is this border
         r, c = (rows - down + 1).clamp(0, H + 1), (columns - right + 1).clamp(0, W + 1)
         x = padded[batch, r, c].permute(0, 3, 1, 2).contiguous()
+    # A hole of half a side, whose centre is anywhere: a part of it may lie outside.
     if coins[4]:
         top, left = ((s + 1 - s // 2 % 2) * v for s, v in ((H, u[5]), (W, u[6])))
         top, left = (v.floor().long().view(B, 1, 1) - s // 4 for s, v in ((H, top), (W, left)))
@@ -206,10 +215,11 @@ class PlainTrainer:
         self.latent_width = ours.decoder.latent_width
         self.encoder, self.classifier = encoder, classifier
         dtype, size, labels = next(ours.decoder.parameters()).dtype, self.options["size"], self.labels.shape[1]
+        # The dtype of our side: tests compare the two in float64.
         self.decoder, self.ema = (PlainDecoder(size, labels).to(dtype) for _ in range(2))
         self.D = plain_discriminator(self.options["disc"], size).to(dtype)
         self.take(ours)
-        adam = dict(lr=self.options["lr"], betas=(0.5, 0.99))
+        adam = dict(lr=self.options["lr"], betas=(0.5, 0.99))  # as published
         self.opt_g = torch.optim.Adam(self.decoder.parameters(), **adam)
         self.opt_d = torch.optim.Adam(self.D.parameters(), **adam)
 
@@ -221,13 +231,14 @@ class PlainTrainer:
 
     def fake(self) -> tuple[Tensor, Tensor]:
         """A batch of generated images and the labels they were generated for."""
+        # Labels first, then latents: gan.Trainer draws in this order.
         y = self.labels[torch.randint(len(self.labels), (self.batch,))]
         latents = torch.randn(self.batch, self.latent_width, dtype=y.dtype)
         return self.decoder(y, latents), y
 
     def step(self, loss: Tensor, optimiser: torch.optim.Optimizer) -> Tensor:
         for network in (self.decoder, self.D, self.encoder, self.classifier):
-            network.zero_grad()
+            network.zero_grad()  # all of them, because nothing is frozen
         loss.backward()
         optimiser.step()
         return loss.detach()
@@ -243,6 +254,7 @@ class PlainTrainer:
         return self.step(plain_loss_d(self.options["loss"], self.D(real), self.D(fake)), self.opt_d)
 
     def penalise(self, real: Tensor, y: Tensor) -> Tensor:
+        # As published: through the augmentation, without the usual 1/2, in a step of its own.
         x = real.clone().requires_grad_()
         score = self.D(plain_augment(x, self.options["augment"]))
         (gradient,) = torch.autograd.grad(score.sum(), x, create_graph=True)
@@ -251,16 +263,19 @@ class PlainTrainer:
     def generate(self) -> Tensor:
         x, _ = self.fake()
         score = self.D(plain_augment(x, self.options["augment"]))
+        # 100: the published weight of the orthogonality penalty.
         return self.step(plain_loss_g(self.options["loss"], score) + 100 * self.decoder.orthogonality(), self.opt_g)
 
     def average(self, images: int) -> None:
         """The moving average of the decoder's weights after `images` images."""
+        # images / 40, as in gan.py: else short runs would keep their start.
         decay = 0.5 ** (self.options["batch"] / min(EMA_HALF_LIFE, images / 40))
         with torch.no_grad():
             for p, q in zip(self.ema.parameters(), self.decoder.parameters(), strict=True):
                 p.mul_(decay).add_(q, alpha=1 - decay)
 
     def iteration(self, i: int, real: Tensor, y: Tensor) -> None:
+        # First, as in the published code; gan.py does it last. The work is the same.
         if i % self.options["reg_every"] == 0:
             self.regularise()
         self.discriminate(real, y)
@@ -281,6 +296,7 @@ def build(side: str, size: int, batch: int, disc: str, backbone: str, loss: str 
     """
     layers = 3 if disc == "patch" else None  # pix2pix's discriminator, as `plain_discriminator` has it
     options = gan.default_options(size, batch=batch, disc=disc, disc_layers=layers, loss=loss, **PLAIN)
+    # Any seed, but the same for both sides.
     torch.manual_seed(0)
     resnet = getattr(torchvision.models, backbone)()
     features, resnet.fc = resnet.fc.in_features, nn.Identity()
@@ -290,7 +306,9 @@ def build(side: str, size: int, batch: int, disc: str, backbone: str, loss: str 
         return PlainTrainer(gan.Trainer(options, run, torch.eye(3), "one-hot"), resnet.eval(), classifier)
     theirs = resnet.state_dict()
     state = encoder.Encoder(backbone, "imagenet").state_dict()
+    # mean 0 and std 1: torchvision's network normalises nothing either.
     config = dict(backbone=backbone, stem="imagenet", mean=(0.0,) * 3, std=(1.0,) * 3)
+    # The projection has no counterpart there; it keeps its own weights, which nothing uses.
     model = {name: theirs.get(name.removeprefix("backbone."), value) for name, value in state.items()}
     frozen = gan.frozen_encoder(encoder.build({"config": config, "model": model}), size, run.device)
     return gan.Trainer(options, run, torch.eye(3), "one-hot", frozen, classifier.requires_grad_(False))
@@ -300,7 +318,7 @@ def both_losses(sides: tuple, update: str, arguments: tuple) -> list[float]:
     """The loss of one update on each side, from the same random numbers."""
     losses = []
     for side in sides:
-        torch.manual_seed(5)
+        torch.manual_seed(5)  # any seed, but the same for both
         loss = getattr(side, update)(*arguments)
         losses.append((next(iter(loss.values())) if isinstance(loss, dict) else loss).item())
     return losses

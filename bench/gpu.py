@@ -60,8 +60,11 @@ def line(row: dict) -> str:
 # Launches, as torch dispatches them.
 
 
+# Ops that launch nothing: they reserve memory, or give a tensor another name.
 FREE = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "_unsafe_view", "lift_fresh"}
+# Ops whose result, or its size, the host must know before it goes on.
 WAITS = {"_local_scalar_dense", "nonzero", "masked_select", "_unique2", "unique_dim", "equal"}
+# What autocast runs in 16 bits, so the dtype is counted too.
 PRODUCTS = {"mm", "bmm", "addmm", "baddbmm", "convolution", "convolution_backward"}
 
 
@@ -97,6 +100,7 @@ class Launches(TorchDispatchMode):
         out = self.call(function, args, kwargs)
         schema, tensors = function._schema, [t for t in tree_leaves((args, kwargs, out)) if isinstance(t, Tensor)]
         space, name = schema.name.split("::")
+        # A view shares memory with an argument and does not write to it.
         views = any(r.alias_info is not None and not r.alias_info.is_write for r in schema.returns)
         kinds = {t.device.type for t in tensors}
         if self.device.type not in kinds or space in ("prim", "profiler") or name in FREE or views:
@@ -105,9 +109,10 @@ class Launches(TorchDispatchMode):
             self.waits.append(name)
         if name in ("_to_copy", "copy_") and len(kinds) > 1:
             self.copies.append(name)
+        # Its last argument says which of the three gradients are wanted.
         times = sum(args[-1]) if name == "convolution_backward" else 1
         if name in PRODUCTS:
-            key = f"{name} {str(tensors[0].dtype)[6:]}"
+            key = f"{name} {str(tensors[0].dtype)[6:]}"  # without 'torch.'
             self.products[key] = self.products.get(key, 0) + times
         self.add(name, times)
         return out
@@ -146,6 +151,7 @@ def counting_triton(count: Callable[[str], None], runs: bool = True) -> Iterator
 def all_updates(trainer: gan.Trainer, real: Tensor, y: Tensor) -> dict[str, Callable[[], object]]:
     """The four updates, and D's with both penalties in it, as calls without arguments."""
 
+    # The trainer has --penalty r1, so that D's step and the penalty are counted apart as well.
     def discriminate_r1r2() -> None:
         published, trainer.options = trainer.options, trainer.options | {"penalty": "r1r2"}
         trainer.discriminate(real, y)
@@ -163,6 +169,7 @@ def all_updates(trainer: gan.Trainer, real: Tensor, y: Tensor) -> dict[str, Call
 def count_updates(trainer: gan.Trainer, real: Tensor, y: Tensor, mode=Launches, runs: bool = True) -> dict:
     """What each update launches, after one of each that makes the optimisers' states: {update: Launches}."""
     counted = {}
+    # The second round replaces the first in `counted`.
     for _ in range(2):
         for name, update in all_updates(trainer, real, y).items():
             with mode(trainer.run.device) as counted[name], counting_triton(counted[name].add, runs):
@@ -178,12 +185,14 @@ def make_trainer(
     run: training.Run, size: int, batch: int, disc: str, backbone: str, **options
 ) -> tuple[gan.Trainer, Tensor, Tensor]:
     """A trainer of stage 3 on a frozen encoder of random weights, a batch of real images and its labels."""
+    # Any seed: it makes the weights the same in every run of the check.
     torch.manual_seed(0)
     network = stage1.Encoder(backbone, "imagenet").eval()
     frozen = gan.frozen_encoder(network, size, run.device, run.dtype)
     classifier = nn.Linear(network.features, 3).to(run.device).requires_grad_(False)
     options = gan.default_options(size, batch=batch, disc=disc, **{"penalty": "r1", "graph": "off"} | options)
     trainer = gan.Trainer(options, run, torch.eye(3), "one-hot", frozen, classifier)
+    # Noise: times and launches do not depend on what images show.
     real = torch.rand(batch, 3, size, size, device=run.device) * 2 - 1
     y = torch.eye(3, device=run.device).repeat(batch // 3 + 1, 1)[:batch]
     return trainer, real.contiguous(memory_format=torch.channels_last), y
@@ -227,6 +236,7 @@ def op_tests(run: training.Run, quick: bool) -> Iterator[dict]:
         ["tests/test_ops.py", "-k", "arguments_are_checked"] if quick else ["tests/test_ops.py", "tests/test_conv2d.py"]
     )
     command = [sys.executable, "-m", "pytest", "-q", *chosen, *([] if quick else ["tests/test_tsne.py"])]
+    # 300 s at most, so that the other parts get some of SECONDS.
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     yield verdict("tests of the ops", ok=done.returncode == 0, note=done.stdout.strip().splitlines()[-1])
 
@@ -245,9 +255,11 @@ def bandwidth(run: training.Run, quick: bool) -> Iterator[dict]:
         make = functools.partial(torch.randn, device=run.device)
         x, g, maps = (
             make(*shape).to(dtype, memory_format=torch.channels_last)
+            # 7 maps: the six of a subspace and its origin.
             for shape in ((B, C, S, S), (B, C, S, S), (7, C, S, S))
         )
         bias, coef, target = make(C).requires_grad_(), make(B, 7), torch.empty_like(x)
+        # A copy reads and writes.
         copy = 2 * x.nbytes / time_of(lambda t=target, x=x: t.copy_(x))
         h, maps = x.detach().requires_grad_(), maps.requires_grad_()
         for name, op, inputs, extra in (
@@ -277,13 +289,14 @@ def waits(run: training.Run, quick: bool) -> Iterator[dict]:
     """16 iterations in which every wait for the device is an error."""
     for disc in ("global", "patch"):
         trainer, real, y = make_trainer(run, 32 if quick else 128, 8, disc, "resnet18")
+        # Warm up: first iterations compile kernels and make Adam's state, which may wait.
         for i in range(1 if quick else 2):
             trainer.iteration(i, real, y)
         if run.device.type == "cuda":
             torch.cuda.synchronize()
             torch.cuda.set_sync_debug_mode("error")
         try:
-            for i in range(1 if quick else 16):
+            for i in range(1 if quick else 16):  # one cycle of lazy R1
                 trainer.iteration(i, real, y)
         finally:
             if run.device.type == "cuda":
@@ -302,6 +315,7 @@ def launches(run: training.Run, quick: bool) -> Iterator[dict]:
         for update, counted in count_updates(trainer, real, y).items():
             note = f"at most {budget[update]}" if holds else "the budget is for 256 px on a GPU"
             if holds and counted.waits + counted.copies:
+                # Either of them would stop the host in every iteration.
                 note += f", with {' '.join(counted.waits + counted.copies)}"
             ok = counted.total <= budget[update] and not counted.waits + counted.copies if holds else None
             yield verdict(f"launches of {update}, {disc}", counted.total, ok, note)
@@ -314,8 +328,10 @@ def busy(run: training.Run, quick: bool) -> Iterator[dict]:
         return
     from torch.profiler import ProfilerActivity, profile
 
+    # 64 px, where launches decide, and 256 px, where the kernels do.
     for size, how in [(32, "auto")] if quick else [(64, "off"), (64, "auto"), (256, "off"), (256, "auto")]:
         trainer, real, y = make_trainer(run, size, 32, "global", "resnet18", penalty="r1r2", graph=how)
+        # Warm up: graphs are captured at the third call.
         for i in range(16):
             trainer.iteration(i, real, y)
         torch.cuda.synchronize()
@@ -346,12 +362,13 @@ def graphs(run: training.Run, quick: bool) -> Iterator[dict]:
             trainer.options["lr"] = 1e-6  # rounding would grow from step to step
 
             def iterate(i: int, trainer=trainer, real=real, y=y) -> dict[str, Tensor]:
-                exact.reseed(16 * i)
+                exact.reseed(16 * i)  # the same random numbers for both
                 return trainer.iteration(i, real, y)
 
             with tf32(False):
                 losses[how] = [{k: v.item() for k, v in iterate(i).items()} for i in range(50)]
                 times[how] = seconds(lambda: [iterate(i) for i in range(16)], run.device)
+        # On an H200, losses were 0.26 % apart and penalties 5 %: the limits are four times and twice that.
         for kind, limit, names in (  # a penalty jumps where a pre-activation changes its sign: 4 % after noise of 1e-6
             ("losses", 0.01, ("loss_d", "loss_g", "score_real", "score_fake", "H_y_given_e")),
             ("penalties", 0.1, ("r1", "r2")),
@@ -371,6 +388,7 @@ def r1_error(run: training.Run, quick: bool) -> Iterator[dict]:
     """Error of R1's weight gradient in fp32, and with TF32, relative to float64."""
     size = 32 if quick else 64
     trainer, real, _ = make_trainer(run, size, 8, "global", "resnet18", **PLAIN)
+    # Not the biases: R1's gradient with respect to them is 0 almost everywhere.
     names = [n for n, _ in trainer.D.named_parameters() if "bias" not in n]
 
     def gradient(D: nn.Module, x: Tensor) -> Tensor:
@@ -385,6 +403,7 @@ def r1_error(run: training.Run, quick: bool) -> Iterator[dict]:
     for on in (False, True):
         with tf32(on):
             single[on] = gradient(trainer.D, real)
+    # Last, because double() converts D itself.
     exact = gradient(trainer.D.double(), real.double())
     for on, limit in ((False, 1e-4), (True, 5e-2)):  # eps 6e-8 and 5e-4 through some thirty layers of both passes
         error = ((single[on] - exact).norm() / exact.norm()).item()
@@ -430,6 +449,7 @@ class CompiledPlain(PlainTrainer):
         self.D, self.decoder, self.encoder = (torch.compile(n) for n in (self.D, self.decoder, self.encoder))
 
     def penalise(self, real: Tensor, y: Tensor) -> Tensor:
+        # Both share their weights: only the way of running them changes.
         compiled, self.D = self.D, self.eager
         loss = super().penalise(real, y)
         self.D = compiled
@@ -442,6 +462,7 @@ def stage1_sides(run: training.Run, size: int, batch: int) -> dict[str, Callable
     def step_of(compiled: bool, memory_format: torch.memory_format) -> Callable[[], None]:
         network = stage1.Encoder("resnet18", "imagenet").to(run.device, memory_format=memory_format).train()
         forward = torch.compile(network) if compiled else network
+        # Fused, as encoder.py has it; the eager side is PyTorch with its defaults.
         optimiser = torch.optim.Adam(network.parameters(), fused=memory_format is torch.channels_last)
         x = torch.rand(batch, 3, size, size, device=run.device) * 2 - 1
 
@@ -450,7 +471,7 @@ def stage1_sides(run: training.Run, size: int, batch: int) -> dict[str, Callable
             with run.autocast():
                 z = network.projection(forward(views))
             optimiser.zero_grad(set_to_none=True)
-            stage1.nt_xent(*z.float().split(batch), 0.1).backward()
+            stage1.nt_xent(*z.float().split(batch), 0.1).backward()  # 0.1: encoder.py's default
             optimiser.step()
 
         return step
@@ -508,6 +529,7 @@ def rates(run: training.Run, quick: bool) -> Iterator[dict]:
             ("embedding", stage2_sides, batch),
             ("stage 3", stage3_sides, 16 * batch),
         ):
+            # Else torch.compile would give up: it compiles one function eight times at most.
             torch._dynamo.reset()
             sides, found, failed = sides_of(run, size, batch), {}, ""
             if quick:
@@ -515,6 +537,7 @@ def rates(run: training.Run, quick: bool) -> Iterator[dict]:
             for name, side in sides.items():
                 try:
                     found[name] = images / seconds(side, run.device, turns=0 if quick else 3)
+                # A side that this machine cannot run costs its ratio only; ours must run.
                 except Exception as error:
                     if name == "ours":
                         raise
@@ -524,6 +547,7 @@ def rates(run: training.Run, quick: bool) -> Iterator[dict]:
             yield verdict(f"{stage} at {size} px, batch {batch}, images/s", found["ours"], note=note)
 
 
+# Correctness first; rates last, because they take longest and may be cut off by SECONDS.
 PARTS = (op_tests, bandwidth, waits, launches, busy, graphs, r1_error, short_runs, processes, rates)
 
 
@@ -557,7 +581,9 @@ def main(device: str, quick: bool, out: str) -> None:
     run, rows = training.start(device), []
     for row in judge(run, quick):
         click.echo(line(row))
+        # JSON has neither infinity nor NaN.
         rows.append(row | {"value": row["value"] if row["value"] is None or math.isfinite(row["value"]) else None})
+        # After every line: a machine that dies leaves what was found so far.
         Path(out).write_text(json.dumps(dict(machine=machine(), quick=quick, rows=rows), indent=1) + "\n")
     failed, skipped = (sum(line(r).startswith(word) for r in rows) for word in ("FAIL", "skip"))
     click.echo(f"{len(rows)} lines, {failed} failed, {skipped} skipped; {machine()}; wrote {out}")

@@ -30,8 +30,10 @@ def op_rows(quick: bool) -> list[dict]:
 
     On the GPU where there is one. fp32, and bf16 for the passes that run in it.
     """
+    # As in training: else page faults of the allocator would be timed too.
     training.keep_memory()
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    # 10 turns at least, for quartiles.
     turns = dict(seconds=SECONDS / 4 if quick else SECONDS, turns=10, calls=4)
     turns["synchronize"] = torch.cuda.synchronize if device == "cuda" else lambda: None
     rows = elementwise_rows(quick, device, turns) + convolution_rows(quick, device, turns)
@@ -53,7 +55,7 @@ def rows_of(times: dict[str, list[float]], what: str, **more) -> list[dict]:
 
 def random(seed: int, device: str, dtype: torch.dtype = torch.float32):
     """A function that makes normal tensors that want gradients, channels_last where they are 4-D."""
-    make = torch.Generator().manual_seed(seed)
+    make = torch.Generator().manual_seed(seed)  # on the CPU: the same numbers for every device
 
     def randn(*size, grad: bool = True, dtype: torch.dtype = dtype) -> torch.Tensor:
         t = torch.randn(*size, generator=make).to(device, dtype)
@@ -78,9 +80,11 @@ def elementwise_rows(quick: bool, device: str, turns: dict) -> list[dict]:
             if op is subspace_lrelu:
                 coef = randn(shape[0], BASIS, grad=False, dtype=torch.float32)
                 inputs = (x, coef, randn(BASIS, *shape[1:]), bias)
+            # Else torch.compile would give up: it compiles one function eight times at most.
             torch._dynamo.reset()
             functions = {name: lambda *a, name=name, op=op: op(*a, impl=name) for name in ("ref", fused)}
             functions["eager"] = functions.pop("ref")
+            # At its best: for this shape alone, and with an error where it would fall back to eager.
             functions["compile"] = torch.compile(functions["eager"], dynamic=False, fullgraph=True)
             for kind in ("forward", "forward+backward", "double backward"):
                 # subspace_lrelu's is composed of PyTorch ops, no loss needs it; R1, which needs bias_lrelu's, is fp32.
@@ -110,6 +114,7 @@ def one_pass(kind: str, function, inputs: tuple, g: torch.Tensor, gx: torch.Tens
 
     def double_backward() -> None:
         first = torch.autograd.grad(function(*inputs), inputs[:1], g, create_graph=True)
+        # By g: with the slope constant, dx depends on nothing else.
         torch.autograd.grad(first, g, gx)
 
     return {"forward": forward, "forward+backward": backward, "double backward": double_backward}[kind]
@@ -124,6 +129,7 @@ def convolution_rows(quick: bool, device: str, turns: dict) -> list[dict]:
         randn = random(0, device)
         inputs = (randn(*shape), randn(*((shape[1], outputs) if transposed else (outputs, shape[1])), k, k))
         inputs += (randn(outputs),)
+        # Made beforehand: a loss such as sum() would add passes of its own.
         g = randn(*op(*inputs, **options).shape)
         sides = {
             name: lambda op=op, impl=impl, inputs=inputs, options=options, g=g: torch.autograd.grad(
@@ -142,6 +148,7 @@ def frozen_rows(quick: bool, device: str, turns: dict) -> list[dict]:
     rows = []
     for name in ("resnet18",) if quick else ("resnet18", "resnet50"):
         network = getattr(torchvision.models, name)().to(device, memory_format=torch.channels_last)
+        # Features are what stages 2 and 3 take: no last layer.
         network.fc = nn.Identity()
         frozen = freeze(network.eval().requires_grad_(False), (3, 64, 64))
         x = random(0, device)(32, 3, 64, 64)
@@ -166,6 +173,7 @@ def trained_rows(quick: bool, turns: dict) -> list[dict]:
             network.fc = nn.Identity()
             if side == "use_conv2d":
                 use_conv2d(network)
+            # Not the images' gradient, which training does without.
             weights = list(network.parameters())
             sides[side] = lambda f=network, weights=weights, x=x, g=g: torch.autograd.grad(f(x), weights, g)
         times = take_turns(sides, **turns | {"calls": 1})
@@ -178,6 +186,7 @@ def tsne_rows(quick: bool, device: str, turns: dict) -> list[dict]:
     """The forces of one iteration of t-SNE."""
     n, fused = 2000 if quick else 6000, "triton" if device == "cuda" else "cpp"
     randn = random(0, device)
+    # Any numbers will do: the work depends on n alone.
     p, y = randn(n, n, grad=False).abs(), 3 * randn(3, n, grad=False)
     p += p.T.clone()  # affinities are symmetric
     sides = {name: lambda impl=impl: tsne_forces(p, y, impl=impl) for name, impl in (("eager", "ref"), (fused, fused))}

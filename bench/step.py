@@ -35,6 +35,7 @@ ROOT = Path(__file__).parent.parent
 
 def step_rows(quick: bool) -> list[dict]:
     """A row for each configuration and part of an iteration; where bf16 is the default, one for it too."""
+    # Size, batch, discriminator, encoder. patch with resnet50 is the pair of the paper's best run.
     cases = [(64, 32, "global", "resnet18"), (64, 32, "patch", "resnet50")]
     if not quick:
         cases += [(128, 16, "global", "resnet18"), (128, 16, "patch", "resnet50")]
@@ -42,6 +43,7 @@ def step_rows(quick: bool) -> list[dict]:
     rows = [precision_row()]
     with tempfile.TemporaryDirectory() as folder:
         data, environment = f"{folder}/images", os.environ | {"INFOSCC_CACHE": f"{folder}/cache"}
+        # Noise at the larger of the sizes, so that nothing is enlarged.
         image_folder(Path(data), 640, 128)
         for case in cases:
             rounds = turns_of_processes(contestants, case, data, environment, 3 if quick else 7)
@@ -61,6 +63,7 @@ def turns_of_processes(contestants, case, data, environment, turns) -> dict[str,
     rounds: dict[str, list[dict]] = {side: [] for side in sides}
     for _ in range(turns):
         for side, process in sides.items():
+            # One side at a time computes; the others wait at their stdin.
             print("go", file=process.stdin, flush=True)
             rounds[side].append(json.loads(process.stdout.readline()))
     for process in sides.values():
@@ -90,16 +93,19 @@ def rows_of_case(case, rounds) -> list[dict]:
 
 def serve(side: str, size: int, batch: int, disc: str, backbone: str, data: str) -> None:
     """A side's process: at each line on stdin run one R1 cycle and print the seconds of its parts."""
-    if side != "plain":
+    if side != "plain":  # it is part of what makes ours fast
         training.keep_memory()
     trainer = build(side, size, batch, disc, backbone)
+    # After `build`, where the sides draw different amounts.
     torch.manual_seed(1)
     batches = (plain_feed if side == "plain" else feed)(data, size, batch)
     real, y = next(batches)
     parts = dict(regularisation=trainer.regularise, D=lambda: trainer.discriminate(real, y), G=trainer.generate)
+    # 200,000: any number of images, as the average takes the same time.
     parts |= dict(R1=lambda: trainer.penalise(real, y), EMA=lambda: trainer.average(200_000))
     for _ in sys.stdin:
         waited, start = 0.0, time.perf_counter()
+        # A whole cycle: an iteration with R1 costs more than the others.
         for i in range(R1_EVERY):
             asked = time.perf_counter()
             real, y = next(batches)
@@ -142,6 +148,7 @@ def precision_row() -> dict:
     """How far the losses of the two sides are apart in fp32, from the same weights and random numbers."""
     apart = []
     for disc in ("global", "patch"):
+        # Small: this is about numbers and not about time.
         sides = tuple(build(side, 32, 8, disc, "resnet18") for side in ("ours", "plain"))
         real, y = torch.rand(8, 3, 32, 32) * 2 - 1, torch.eye(3)[torch.arange(8) % 3]
         for update, arguments in (("regularise", ()), ("discriminate", (real, y))):
@@ -161,6 +168,7 @@ class CountFlops(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         out = function(*args, **(kwargs or {}))
+        # Only products and convolutions have one: elementwise work counts as nothing.
         formula = flop_registry.get(function._overloadpacket)
         self.total += formula(*args, **(kwargs or {}), out_val=out) if formula else 0
         return out
@@ -183,10 +191,12 @@ def count_flops(size: int, batch: int, disc: str, backbone: str) -> float:
 
 def peak_gflops(n: int = 2048) -> float:
     """Best rate of a float32 matrix product on this machine, of eight."""
+    # 2048: matrices of 16 MB, large enough for the full rate.
     a, best = torch.randn(n, n), 0.0
     for _ in range(8):
         start = time.perf_counter()
         a @ a
+        # A multiplication and an addition count as two.
         best = max(best, 2 * n**3 / (time.perf_counter() - start) / 1e9)
     return best
 
@@ -194,6 +204,7 @@ def peak_gflops(n: int = 2048) -> float:
 def generation_rows(quick: bool) -> list[dict]:
     """Images from a trained generator: batch 16 at 256 px, with the convolved maps kept, as gan.load keeps them."""
     training.keep_memory()
+    # First weights: the time does not depend on them.
     decoder = gan.Decoder(256, 3).to(memory_format=torch.channels_last).eval()
     plain = PlainDecoder(256, 3).eval()
     plain.take(decoder)

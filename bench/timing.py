@@ -28,11 +28,11 @@ def take_turns(
         for name, side in sides.items():
             for _ in range(warm):
                 side()
-            synchronize()
+            synchronize()  # else the device would still be at the warm-up
             for _ in range(calls):
                 start = time.perf_counter()
                 side()
-                synchronize()
+                synchronize()  # a GPU's calls return before they are done
                 times[name].append(time.perf_counter() - start)
         done += 1
     return times
@@ -40,6 +40,7 @@ def take_turns(
 
 def quartiles(values: Sequence[float]) -> list[float]:
     """Lower quartile, median, upper quartile; of a single value three times that."""
+    # inclusive: quartiles lie within what was measured.
     return statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else [values[0]] * 3
 
 
@@ -53,6 +54,7 @@ def row(
     """
     result = dict(what=what, ours=statistics.median(ours), unit=unit, note=note, turns=len(ours), **more)
     if theirs is not None:
+        # Turn by turn, because what slows the machine then slows both sides of a ratio.
         low, middle, high = quartiles([b / a for a, b in zip(ours, theirs, strict=True)])
         result |= dict(theirs=statistics.median(theirs), against=against, ratio=middle, spread=[low, high])
     return result

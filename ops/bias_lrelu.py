@@ -31,6 +31,7 @@ def bias_lrelu(
     Raises ValueError for shapes and devices and TypeError for dtypes that do not fit, RuntimeError with the reason if
     the implementation asked for cannot run.
     """
+    # The kernels check nothing: they would read beyond a bias that is too short.
     if x.ndim not in (2, 4) or bias.ndim != 1 or len(bias) != x.shape[1] or bias.device != x.device:
         raise ValueError(
             "bias_lrelu needs x [B, C, H, W] or [B, C] and bias [C] on one device, "
@@ -38,6 +39,7 @@ def bias_lrelu(
         )
     if x.dtype not in DTYPES or not bias.is_floating_point():
         raise TypeError(f"bias_lrelu needs floating-point tensors, got {x.dtype} and {bias.dtype}")
+    # A negative slope changes signs, but the gradient is told from the sign of the output.
     if slope < 0:
         raise ValueError(f"bias_lrelu needs slope >= 0, got {slope}")
     impl = choose(impl, x.device.type)
@@ -45,7 +47,7 @@ def bias_lrelu(
     bias = as_dtype(bias, acc)
     if impl == "ref":
         v = as_dtype(x, acc) + (bias if x.ndim == 2 else bias.view(-1, 1, 1))
-        return F.leaky_relu(v, slope).to(x.dtype)
+        return F.leaky_relu(v, slope).to(x.dtype)  # rounded once, as in the kernels
     inplace = inplace and not torch.compiler.is_compiling()  # its operators may not write over what they are given
     # Where no gradient will be asked for, C++ need not write the signs.
     keep = torch.is_grad_enabled() and (x.requires_grad or bias.requires_grad)
@@ -56,7 +58,7 @@ def _view(x: torch.Tensor) -> tuple[int, int, int]:
     """(outer, C, inner) of dense memory: (B, C, H*W) for NCHW, (B*H*W, C, 1) for channels_last and [B, C]."""
     C = x.shape[1]
     inner = x.shape[2] * x.shape[3] if x.ndim == 4 and C > 0 and x.is_contiguous() else 1
-    return x.numel() // max(C * inner, 1), C, inner
+    return x.numel() // max(C * inner, 1), C, inner  # 1: for an x without elements
 
 
 # Gradients. The slope m = (y > 0 ? 1 : slope) is constant almost everywhere, so the backward pass has a derivative with
@@ -67,10 +69,11 @@ class _BiasLrelu(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, bias, slope, impl, inplace, keep):
         if inplace:
-            ctx.mark_dirty(x)
+            ctx.mark_dirty(x)  # autograd then raises where another gradient needs the old x
             y, signs = _run_forward(x, bias, slope, impl, keep, x)
         else:
             y, signs = _forward(x, bias, slope, impl, keep)
+        # The bias for its shape and dtype alone: no derivative depends on its values.
         ctx.save_for_backward(signs if impl == "cpp" else y, bias)
         ctx.slope, ctx.impl, ctx.format = slope, impl, format_of(x)
         return y
@@ -81,6 +84,7 @@ class _BiasLrelu(torch.autograd.Function):
         g = g.contiguous(memory_format=ctx.format)  # it may come expanded from a sum, or in another order
         # A raw kernel has no derivative of its own: R1 would silently lose what passes through this op.
         if torch.is_grad_enabled():  # create_graph=True
+            # detach: y has a history, but its sign counts as a constant.
             dx, db = _Backward.apply(g, positive.detach(), bias, ctx.slope, ctx.impl)
         else:
             dx, db = _masked(g, positive, None, True, ctx.slope, ctx.impl)
@@ -108,6 +112,7 @@ class _Backward(torch.autograd.Function):
         if gdx is None and gdb is None:
             return None, None, None, None, None
         if gdx is None:
+            # Only db was differentiated. What comes back through it is masked like the rest.
             gdx = torch.zeros(ctx.shape, dtype=ctx.dtype, device=gdb.device)
         gdx = gdx.contiguous(memory_format=ctx.format)
         gdb = None if gdb is None else gdb.contiguous()
@@ -127,6 +132,7 @@ class _DoubleBackward(torch.autograd.Function):
     @staticmethod
     def backward(ctx, g):
         (positive,) = ctx.saved_tensors
+        # Of (gdx + gdb) * m, the derivative by gdx is g * m, by gdb its sum: the first order again.
         dx, db = _Backward.apply(g.contiguous(memory_format=ctx.format), positive, None, ctx.slope, ctx.impl)
         return dx, db if ctx.bias else None, None, None, None
 
@@ -146,19 +152,21 @@ def _run_forward(x, bias, slope, impl, keep, y=None):
     """y and, for C++ with `keep`, its signs; else a tensor without elements in their place."""
     y = torch.empty_like(x) if y is None else y
     signs = _empty_signs(x, impl, keep)
-    if x.numel() == 0:
+    if x.numel() == 0:  # no memory, so no pointers for a kernel
         return y, signs
     if impl == "triton":
         with torch.cuda.device_of(x):  # Triton launches on the current device, which may be another
             _triton_forward(x, bias, y, slope)
     else:
         run = c_function("bias_lrelu", x.dtype, "ppppiiid")
+        # A null pointer tells C++ to write no signs.
         run(x.data_ptr(), bias.data_ptr(), y.data_ptr(), signs.data_ptr() if keep else None, *_view(x), slope)
     return y, signs
 
 
 def _empty_signs(x, impl, keep):
     outer, C, inner = _view(x)
+    # As bias_lrelu.cpp has them: a map of NCHW starts a new word, channels_last is one long row.
     rows, columns = (1, outer * C) if inner == 1 else (outer * C, inner)
     return empty_signs(x, rows, columns if keep and impl == "cpp" else 0)
 
@@ -176,14 +184,17 @@ def _run_masked(
     else:
         run = c_function("bias_lrelu_masked", g.dtype, "pppppiiid")
         b = None if bias is None else bias.data_ptr()
+        # Null pointers again: no bias to add, no sums wanted.
         run(g.data_ptr(), positive.data_ptr(), b, dx.data_ptr(), db.data_ptr() if reduce else None, *_view(g), slope)
     return dx, db
 
 
 def _empty_gradients(g, positive, bias, reduce, slope, impl):
+    # No elements in place of None: a custom operator returns tensors only.
     return torch.empty_like(g), g.new_empty(g.shape[1] if reduce else 0, dtype=acc_dtype(g.dtype))
 
 
+# One operator to torch.compile. It declares that no argument changes, so it never runs in place.
 @torch.library.custom_op("infoscc::bias_lrelu", mutates_args=())
 def _forward_op(
     x: torch.Tensor, bias: torch.Tensor, slope: float, impl: str, keep: bool
@@ -191,6 +202,7 @@ def _forward_op(
     return _run_forward(x, bias, slope, impl, keep)
 
 
+# What torch.compile traces with: shapes and formats, without data.
 _forward_op.register_fake(lambda x, bias, slope, impl, keep: (torch.empty_like(x), _empty_signs(x, impl, keep)))
 _masked_op = torch.library.custom_op("infoscc::bias_lrelu_masked", _run_masked, mutates_args=())
 _masked_op.register_fake(_empty_gradients)
@@ -212,6 +224,7 @@ if triton is not None:
         at = r.to(tl.int64) * cols + c  # 128 images of 16 channels at 1024 px are 2**31 elements
         inside = (r < rows) & (c < cols)
         b = tl.load(bias + c, mask=c < cols, other=0) if LAST else tl.load(bias + r % C, mask=r < rows, other=0)
+        # In the bias's dtype, at least float32; rounded to that of y at the end.
         v = tl.load(x + at, mask=inside).to(b.dtype) + b
         tl.store(y + at, tl.where(v > 0, v, v * SLOPE).to(y.dtype.element_ty), mask=inside)
 
@@ -228,6 +241,7 @@ if triton is not None:
         For channels_last a program walks down `loops` tiles and writes the sums of its columns to part [row programs,
         C]. For NCHW it walks along its rows and writes their sums to part [B, C]. torch.sum adds the parts.
         """
+        # A sum for each place of a tile: threads need each other only once, after the loop.
         acc = tl.zeros([ROWS, COLS], dtype=ACC)
         for i in range(loops):
             if LAST:
@@ -262,6 +276,7 @@ def _tiles(x):
     """rows, cols, whether the channels are the columns, and a tile's rows and columns."""
     outer, C, inner = _view(x)
     rows, cols = (outer, C) if inner == 1 else (outer * C, inner)
+    # tl.arange takes powers of two only.
     COLS = min(triton.next_power_of_2(cols), 1024)
     return rows, cols, inner == 1, 1024 // COLS, COLS
 
@@ -277,7 +292,9 @@ def _triton_masked(g, y, bias, dx, db, slope):
     tiles, C = triton.cdiv(rows, ROWS), y.shape[1]
     # At most 1024 programs, so that few parts are left to add; at least 4 tiles each, so that parts stay a small share.
     loops = max(4, triton.cdiv(tiles, 1024)) if last else triton.cdiv(cols, COLS)
+    # The second axis, C / 1024 at most, stays far below its limit of 65,535.
     grid = (triton.cdiv(tiles, loops), triton.cdiv(cols, COLS)) if last else (tiles, 1)
+    # channels_last: a row for each program. NCHW: a number for each map, [B, C].
     part = None if db.numel() == 0 else db.new_empty(grid[0] if last else rows // C, C)
     acc = tl.float64 if y.dtype == torch.float64 else tl.float32
     _masked_kernel[grid](g, y, bias, dx, part, rows, cols, C, loops, acc, slope, last, ROWS, COLS)

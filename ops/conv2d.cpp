@@ -45,6 +45,7 @@ template <int M, int R> struct Toom {
   static constexpr int N = M + R - 1;
   double A[N][M] = {}, G[N][R] = {}, B[N][N] = {};
   constexpr Toom() {
+    // Small numbers and an inverse round least. N - 1 of them are used: all six for M = R = 4.
     const double points[] = {0, 1, -1, 2, -2, 0.5};
     for (int i = 0; i < N; i++) {
       const bool infinity = i == N - 1;
@@ -103,6 +104,7 @@ template <int I, int J, class T, class F, class In, class Out> inline INLINE voi
 
 // c = v u, or c += v u with `more`: n rows and K channels of v, by W vectors of u.
 template <class T, int W> void gemm(const T* v, int64_t v_rows, const T* u, T* c, int64_t c_rows, int64_t n, int64_t K, bool more) {
+  // As many sums for one vector as for two: they fill the same registers.
   constexpr int rows = W == 1 ? 2 * kRows : kRows;
   for (int64_t r = 0; r < n; r += rows) {
     V<T> sum[rows][W] = {};
@@ -127,6 +129,7 @@ template <class T, int W> void gemm(const T* v, int64_t v_rows, const T* u, T* c
 // u = v' h, or u += v' h with `more`: the sum over n rows of `channels` channels of v by W vectors of h.
 template <class T, int W>
 void outer(const T* v, int64_t v_rows, const T* h, int64_t h_rows, int64_t n, T* u, int64_t channels, bool more) {
+  // Input channels at once, so many that their sums, W vectors each, stay in registers.
   constexpr int wide = kVector < 64 ? 4 : W == 1 && L<T> > 8 ? 16 : 8;
   for (int64_t k = 0; k < channels; k += wide) {
     V<T> sum[wide][W] = {};
@@ -163,7 +166,9 @@ template <class T, int M, int R> struct Convolution : Shape {
   explicit Convolution(const Shape& s) : Shape(s) {
     across = (QW + M - 1) / M, down = (QH + M - 1) / M, tiles = B * across * down;
     phases = in * in, parities = out * out, K = C * phases;
+    // Output channels at once: two vectors, or one where N is an odd number of them.
     width = N % (2 * L<T>) ? L<T> : 2 * L<T>, panels = N / width;
+    // It must divide C, or a pass would reach from one phase into the next; kChunk always does.
     deep = C % kDeep ? kChunk : kDeep;
     shared = offset[0] == offset[1];
     threads = omp_get_max_threads();
@@ -304,6 +309,7 @@ template <class T, int M, int R> struct Convolution : Shape {
     const auto multiply = width == L<T> ? gemm<T, 1> : gemm<T, 2>;
     const auto write = past ? &Convolution::outputs<true> : &Convolution::outputs<false>;
     const int64_t u_apart = K * width + L<T>, u_panel = P * u_apart, u_all = parities * panels * u_panel;
+    // Small: they fit the cache, or are no larger than the transformed inputs.
     if (u_all * int64_t(sizeof(T)) <= std::max<int64_t>(kCache, P * tiles * K * sizeof(T))) {
       // Many tiles and small kernels: transform the kernels once; then each thread takes tiles of its own from input to output.
       const int64_t block = std::min(fitting(2 * kRows), padded((tiles + threads - 1) / threads));
@@ -420,6 +426,7 @@ template <class T, int M, int R> struct Convolution : Shape {
 
 template <class T, class F> void with_kernel(const int64_t* shape, F run) {
   const Shape& s = *reinterpret_cast<const Shape*>(shape);
+  // Taps of a phase: at stride 2, kernels of 3x3 and 4x4 have 2 by 2, those of 7x7 and 8x8 have 4 by 4.
   if (s.kernel == 1) run(Convolution<T, 1, 1>(s));
   if (s.kernel == 2) run(Convolution<T, 4, 2>(s));
   if (s.kernel == 3) run(Convolution<T, 4, 3>(s));

@@ -20,7 +20,7 @@ from torch import nn
 
 from .build import c_function, choose
 
-_DTYPES = (torch.float32, torch.float64)
+_DTYPES = (torch.float32, torch.float64)  # what conv2d.cpp is compiled for
 # What impl='auto' takes C++ for. float64 is for checks: there a sum of zeros should be 0, as PyTorch's is, and not
 # Winograd's 1e-17, because a leaky ReLU would tell the two apart.
 _FAST = (torch.float32,)
@@ -59,11 +59,13 @@ def conv2d(
     """
     x, weight, bias = _autocast(x, weight, bias)
     impl = _choose(impl, x.device.type)
+    # torch.compile cannot trace calls into C++.
     if impl == "ref" or torch.compiler.is_compiling() or not _fit(x, weight, bias, weight.shape[1::-1]):
         return F.conv2d(x, weight, bias, stride, padding)
     out = _out(x, weight, stride, padding)
     if impl == "cpp":
         _check_cpp(x, weight, out, stride, padding, False)
+    # 'cpp' by name is C++ for these very shapes, or an error: only 'auto' takes the detours below.
     if impl == "auto" and _is_from_image(x, weight, stride, padding):
         return _from_image(x, weight, bias)
     if impl == "auto" and x.shape[2] * x.shape[3] <= _FEW_PLACES and min(out) > 0:
@@ -81,6 +83,7 @@ def conv_transpose2d(
     """
     x, weight, bias = _autocast(x, weight, bias)
     impl = _choose(impl, x.device.type)
+    # A transposed convolution's weight has its inputs first, [C, N, k, k].
     if impl == "ref" or torch.compiler.is_compiling() or not _fit(x, weight, bias, weight.shape[:2]):
         return F.conv_transpose2d(x, weight, bias, stride, padding, output_padding)
     out = [(s - 1) * stride - 2 * padding + weight.shape[2] + output_padding for s in x.shape[2:]]
@@ -103,12 +106,15 @@ def use_conv2d(network: nn.Module) -> None:
     twice to three times as fast.
     """
     for layer in network.modules():
+        # type(), because a subclass may compute something else.
         if type(layer) is nn.Conv2d and layer.weight.device.type == "cpu" and is_usual(layer):
+            # Only the method changes: weights, names, hooks and optimisers that know them stay.
             layer.__class__ = Conv2d
 
 
 def is_usual(conv: nn.Conv2d) -> bool:
     """Whether conv2d can run it."""
+    # Padding can also be a word, 'same' or 'valid'.
     same = all(isinstance(pair, tuple) and pair[0] == pair[1] for pair in (conv.kernel_size, conv.stride, conv.padding))
     return same and conv.groups == 1 and conv.dilation == (1, 1) and conv.padding_mode == "zeros"
 
@@ -120,6 +126,7 @@ def no_weight_gradients():
     For R1, whose inner autograd.grad asks for the input's gradient alone: autograd cannot tell a custom op so, and the
     others would be computed and thrown away. Enter it for the forward pass too.
     """
+    # Not thread-local: on GPUs autograd runs backward passes in threads of its own.
     global _weight_gradients
     before, _weight_gradients = _weight_gradients, False
     try:
@@ -128,7 +135,7 @@ def no_weight_gradients():
         _weight_gradients = before
 
 
-_weight_gradients = True
+_weight_gradients = True  # what `no_weight_gradients` switches
 
 
 def _fit(x, weight, bias, channels):
@@ -152,6 +159,7 @@ def _choose(impl, device):
 
 def _autocast(*tensors):
     """The tensors as autocast casts a convolution's."""
+    # By hand: autocast casts for F.conv2d, but not for an autograd.Function.
     device = tensors[0].device.type
     if not torch.is_autocast_enabled(device):
         return tensors
@@ -205,7 +213,9 @@ def _backward(ctx, g, transposed):
     if want_x and transposed:
         dx = _Conv.apply(g, weight, None, stride, padding, impl)
     elif want_x:
+        # Its size is given, because at stride 2 two sizes of x have results of one size.
         dx = _ConvTranspose.apply(g, weight, None, stride, padding, x.shape[2:], impl)
+    # want_weight says that the weight requires gradients, not that anybody asks for this one.
     if want_weight and _weight_gradients:
         # The transpose of a convolution is one whose input and output have changed places.
         larger, smaller = (g, x) if transposed else (x, g)
@@ -222,6 +232,7 @@ def _backward(ctx, g, transposed):
 def _forward(x, weight, bias, stride, padding, impl):
     """conv2d without derivatives."""
     out = _out(x, weight, stride, padding)
+    # Before `_geometry`, which refuses 3 channels: they are no multiple of 16.
     if _is_to_image(weight.shape[0], weight.shape[2], stride, padding, out) and impl != "torch":
         return _to_image(x, weight, bias, impl)
     geometry = _geometry(x, weight, out, stride, padding, False, impl)
@@ -236,6 +247,7 @@ def _transposed(x, weight, bias, stride, padding, out, impl):
         return _to_image(x, _reversed(weight), bias, impl)
     geometry = _geometry(x, weight, out, stride, padding, True, impl)
     if geometry is None:
+        # The output_padding that gives this size.
         rest = [o - (s - 1) * stride + 2 * padding - weight.shape[2] for o, s in zip(out, x.shape[2:], strict=True)]
         return F.conv_transpose2d(x, weight, bias, stride, padding, rest)
     return _run(x, weight, bias, weight.shape[1], out, geometry)
@@ -248,6 +260,7 @@ def _weight_gradient(x, g, weight, stride, padding, impl):
         N, C, k, _ = weight.shape
         return _reversed(torch.nn.grad.conv2d_weight(g, (C, N, k, k), x, stride, padding))
     geometry = None
+    # With create_graph it must be differentiable, which the C++ alone is not.
     if not torch.is_grad_enabled() and _channels_last(g):
         geometry = _geometry(x, weight, list(g.shape[2:]), stride, padding, False, impl)
     if geometry is None:
@@ -260,7 +273,7 @@ def _weight_gradient(x, g, weight, stride, padding, impl):
 def _run(x, weight, bias, channels, out, geometry):
     """Either op, by C++."""
     y = torch.empty(len(x), channels, *out, dtype=x.dtype, memory_format=torch.channels_last)
-    bias = None if bias is None else bias.contiguous()
+    bias = None if bias is None else bias.contiguous()  # C++ is told no strides of it
     pointers = x.data_ptr(), weight.data_ptr(), None if bias is None else bias.data_ptr(), y.data_ptr()
     c_function("conv2d", x.dtype, "ppppp")(*pointers, geometry)
     return y
@@ -285,6 +298,7 @@ def _to_image(x, weight, bias, impl):
     blocks = torch.cat((*shifted, torch.zeros_like(shifted[0])[:1].expand(4, -1, -1, -1)))
     bias = None if bias is None else F.pad(bias.repeat(4), (0, 4))
     y = _forward(x, blocks.contiguous(memory_format=torch.channels_last), bias, 2, 3, impl)
+    # 12 channels are 2 x 2 pixels of 3 colours: to their places, without the zeros.
     y = y.permute(0, 2, 3, 1)[..., :12].unflatten(3, (2, 2, 3)).transpose(2, 3)  # [B, H / 2, 2, W / 2, 2, 3]
     return y.flatten(3, 4).flatten(1, 2).permute(0, 3, 1, 2)
 
@@ -322,6 +336,7 @@ def _by_places(x, weight, bias, stride, padding, out):
     The rest of the window lies on padding, and others multiply that too: eight of 3x3 taps on a map of one pixel.
     """
     (H, W), k = x.shape[2:], weight.shape[2]
+    # Channels last in both: pixels and taps then flatten to vectors in the same order.
     x, weight = x.permute(0, 2, 3, 1), weight.permute(2, 3, 1, 0)
     places = []
     for row, column in itertools.product(*map(range, out)):
@@ -341,6 +356,7 @@ def _by_places(x, weight, bias, stride, padding, out):
 def _geometry(x, weight, out, stride, padding, transposed, impl):
     """The numbers of conv2d.cpp's Shape where C++ runs ('cpp': where it can, 'auto': where it is faster), else None."""
     fits = x.dtype in _DTYPES and weight.dtype == x.dtype and x.device.type == "cpu"
+    # An x without elements has no memory to point to.
     if impl == "torch" or not (fits and _channels_last(x) and x.numel() > 0):
         return None
     geometry, gain = _shape(x.shape, weight.shape, weight.stride(), tuple(out), stride, padding, transposed)
@@ -372,11 +388,14 @@ def _shape(x, weight, strides, out, stride, padding, transposed):
     """
     (B, C, H, W), k, (OH, OW) = x, weight[2], out
     N = weight[1] if transposed else weight[0]
+    # min(out) > 0: a kernel larger than the padded image is PyTorch's to refuse.
     fits = k in _KERNELS.get(stride, ()) and weight[3] == k and min(out) > 0
     if not fits or C % _VECTOR or N % _VECTOR or max(C, N) > _MOST_CHANNELS:
         return None, False
     R = -(-k // stride)  # taps of a phase
+    # With 3x3, 36 products give 16 pixels that take 144; larger tiles save more and round worse.
     M = 4 if R > 1 else 1  # pixels of a tile's side
+    # A convolution's input is the larger side, a transposed one's output.
     inner, outer = (1, stride) if transposed else (stride, 1)
     offsets, taps = [], []
     for phase in range(stride):
@@ -386,14 +405,17 @@ def _shape(x, weight, strides, out, stride, padding, transposed):
         else:  # output row q takes tap t from input row stride * q + t - padding
             mine = list(range(phase, k, stride))
             offsets.append(phase - padding)
-        taps.append(mine + [-1] * (4 - len(mine)))  # -1: no tap
+        taps.append(mine + [-1] * (4 - len(mine)))  # -1: no tap; Shape has room for 4
     offsets, taps = (2 * offsets)[:2], (2 * taps)[:2]  # at stride 1 the only phase stands for both
     rows, columns = (-(-s // outer) for s in out)
+    # C++ reads the weight as it lies: [C, N, k, k] or [N, C, k, k], in any memory format.
     by_n, by_k = (strides[1], strides[0]) if transposed else (strides[0], strides[1])
+    # In the order of Shape in conv2d.cpp, which is no more than int64s.
     numbers = [R, B, H, W, C, OH, OW, N, inner, outer, rows, columns, by_k, by_n, strides[2], strides[3]]
     numbers += [*offsets, *taps[0], *taps[1]]
     tiles = B * -(-rows // M) * -(-columns // M)
     # Multiplications per tile and pair of channels. Without a last tap, the place at infinity needs none.
     places = sum(M + R - 1 - (t[R - 1] < 0) for t in taps[:stride]) ** 2
+    # R = 1 saves no products. Else: ours, dearer by what transforming costs, against the usual ones.
     saves = tiles <= _MOST_PIXELS if R == 1 else _TILE_COST * places * tiles < B * rows * columns * k * k
     return (ctypes.c_int64 * len(numbers))(*numbers), saves and tiles >= _LEAST_TILES

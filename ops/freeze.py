@@ -30,13 +30,15 @@ def freeze(network: nn.Module, shape: Sequence[int]) -> nn.Module:
     Raises torch.fx.proxy.TraceError if the network cannot be traced. The copy raises ValueError for inputs of another
     size where a matrix product stands for a convolution.
     """
+    # eval: batch norms are then fixed scales and shifts, which a convolution can take over.
     frozen = copy.deepcopy(network).eval().requires_grad_(False)
     _fold_batch_norms(frozen)
     reference = next(frozen.parameters(), torch.empty(0))  # tells device and dtype
     if reference.device.type == "cpu":
+        # After folding, which gives convolutions their biases.
         for name, shapes in _input_shapes(frozen, reference.new_zeros(1, *shape)).items():
             frozen.set_submodule(name, _for_cpu(frozen.get_submodule(name), shapes))
-    return frozen.to(memory_format=torch.channels_last)
+    return frozen.to(memory_format=torch.channels_last)  # the only format that conv2d.cpp takes
 
 
 def _fold_batch_norms(network: nn.Module) -> None:
@@ -46,6 +48,7 @@ def _fold_batch_norms(network: nn.Module) -> None:
     modules = dict(network.named_modules())
     for node in nodes:
         norm = modules.get(node.target) if node.op == "call_module" else None
+        # Without running statistics it uses each batch's own, in eval mode too.
         if type(norm) is not nn.BatchNorm2d or not norm.track_running_stats:
             continue
         before = node.args[0]
@@ -53,6 +56,7 @@ def _fold_batch_norms(network: nn.Module) -> None:
         # A convolution that others read too, or that serves in two places, must keep its own result.
         if type(conv) is nn.Conv2d and len(before.users) == 1 and calls[before.target] == calls[node.target] == 1:
             network.set_submodule(before.target, fuse_conv_bn_eval(conv, norm))
+            # Not removed: the network's own forward() still calls it.
             network.set_submodule(node.target, nn.Identity())
 
 
@@ -62,6 +66,7 @@ def _input_shapes(network: nn.Module, x: torch.Tensor) -> dict[str, set[torch.Si
     hooks = []
     for name, layer in network.named_modules():
         if type(layer) is nn.Conv2d and is_usual(layer):
+            # A set: a layer that is used twice may meet maps of two sizes.
             note = shapes.setdefault(name, set()).add
             hooks.append(layer.register_forward_pre_hook(lambda _, inputs, note=note: note(inputs[0].shape[1:])))
     with torch.no_grad():
@@ -74,9 +79,10 @@ def _input_shapes(network: nn.Module, x: torch.Tensor) -> dict[str, set[torch.Si
 def _for_cpu(conv: nn.Conv2d, shapes: set[torch.Size]) -> nn.Module:
     """The fastest module for a convolution that meets inputs of these shapes."""
     k = conv.kernel_size[0]
-    if len(shapes) == 1:
+    if len(shapes) == 1:  # a matrix fits one size of maps
         (shape,) = shapes
         _, H, W = shape
+        # A pixel costs the matrix H W products, the convolution k k. 4: as conv2d's _FEW_PLACES.
         if min(4, k * k) >= H * W:  # on 2x2 maps most taps of a 3x3 kernel meet nothing but padding
             return _MapLinear(conv, shape)
     return _Conv(conv.weight, conv.bias, conv.stride[0], conv.padding[0])
@@ -107,6 +113,7 @@ class _MapLinear(nn.Module):
         k, stride, padding = conv.kernel_size[0], conv.stride[0], conv.padding[0]
         rows, columns = ((side + 2 * padding - k) // stride + 1 for side in (H, W))
         self.out_shape = rows, columns, conv.out_channels
+        # Pairs of places that no tap connects stay 0.
         matrix = conv.weight.new_zeros(*self.out_shape, H, W, C)
         for row, column, i, j in itertools.product(range(rows), range(columns), range(H), range(W)):
             down, right = i - stride * row + padding, j - stride * column + padding  # the tap that this place meets
@@ -119,5 +126,6 @@ class _MapLinear(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if x.shape[1:] != self.shape:
             raise ValueError(f"the network was frozen for another size: a layer got {[*x.shape]}, not {[*self.shape]}")
+        # In the order in which channels_last lies in memory: nothing is copied.
         y = F.linear(x.permute(0, 2, 3, 1).flatten(1), self.weight, self.bias)
         return y.view(-1, *self.out_shape).permute(0, 3, 1, 2)

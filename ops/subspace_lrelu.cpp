@@ -52,14 +52,17 @@ void forward(const T* h, const acc_t<T>* coef, const T* maps, const acc_t<T>* bi
              int64_t K, bool last, acc_t<T> slope) {
   using A = acc_t<T>;
   const int64_t P = C * S, W = (P + kWord - 1) / kWord, groups = std::max<int64_t>(1, (K + kMaps - 1) / kMaps), KK = groups * kMaps;
+  // Written over h, a line has been read already, and an ordinary store costs no more traffic.
   const bool past = h != y && is_streamed(y, B, P);
   std::vector<A> coefs(B * KK);  // padded with zeros to whole groups, as the maps are below
   for (int64_t b = 0; b < B; b++) std::copy(coef + b * K, coef + (b + 1) * K, coefs.begin() + b * KK);
 #pragma omp parallel if (B * P >= 2 * kTask)
   {
+    // The maps, then base, mixed, in and out.
     const Buffer<A> buffer((KK + 4) * kPiece);
     const Buffer<T> rounded(kPiece);
     A *m = buffer.data, *base = m + KK * kPiece, *mixed = base + kPiece, *in = mixed + kPiece, *out = in + kPiece;
+    // Zeros stay where a piece is short, and in the maps that fill up a group.
     std::fill(m, out, A(0));
 #pragma omp for schedule(static)
     for (int64_t p = 0; p < P; p += kPiece) {
@@ -109,6 +112,7 @@ void backward(const T* g, const uint32_t* positive, const acc_t<T>* coef, const 
     for (int64_t b = 0; b < B; b++) weights[k * BB + b] = k < K ? coef[b * K + k] : A(1);
 #pragma omp parallel if (B * P >= 2 * kTask)
   {
+    // K + 1 rows of sums, the gradients of kImages images, and a row to widen g in.
     const Buffer<A> buffer((K + 2 + kImages) * kPiece);
     const Buffer<T> rounded(kPiece);
     A *sums = buffer.data, *d = sums + (K + 1) * kPiece, *in = d + kImages * kPiece;

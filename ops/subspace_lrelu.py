@@ -37,6 +37,7 @@ def subspace_lrelu(
     """
     fits = h.ndim == 4 and coef.ndim == 2 and len(coef) == len(h) and bias.ndim == 1 and len(bias) == h.shape[1]
     fits = fits and h.device == coef.device == maps.device == bias.device
+    # The kernels check nothing: they would read beyond tensors that are too small.
     if not fits or maps.shape != (coef.shape[1], *h.shape[1:]):
         got = ", ".join(f"{[*t.shape]} on {t.device}" for t in (h, coef, maps, bias))
         needed = "h [B, C, H, W], coef [B, K], maps [K, C, H, W], bias [C] on one device"
@@ -47,15 +48,17 @@ def subspace_lrelu(
         raise TypeError(
             f"subspace_lrelu needs floating-point tensors, got {h.dtype}, {coef.dtype}, {maps.dtype}, {bias.dtype}"
         )
+    # A negative slope changes signs, but the gradient is told from the sign of the output.
     if slope < 0:
         raise ValueError(f"subspace_lrelu needs slope >= 0, got {slope}")
     impl = choose(impl, h.device.type)
     acc = acc_dtype(h.dtype)
-    h = dense(h)
+    h = dense(h)  # the kernels walk through memory without looking at strides
     # The kernels walk h and the maps side by side, so both have one order in memory.
     coef, bias = as_dtype(coef, acc).contiguous(), as_dtype(bias, acc).contiguous()
     maps = as_dtype(maps, h.dtype).contiguous(memory_format=format_of(h))
     if impl == "ref":
+        # Summed in acc and rounded once, as in the kernels.
         return F.leaky_relu(h.to(acc) + _mix(coef, maps) + bias.view(-1, 1, 1), slope).to(h.dtype)
     inplace = inplace and not torch.compiler.is_compiling()  # its operators may not write over what they are given
     # Where no gradient will be asked for, C++ need not write the signs.
@@ -67,7 +70,7 @@ def subspace_lrelu(
 
 def _mix(coef, maps):
     """sum_k coef[b, k] maps[k] -> [B, C, H, W], in the dtype of coef and the memory format of maps."""
-    last = not maps.is_contiguous()
+    last = not maps.is_contiguous()  # then channels_last: `subspace_lrelu` knows no third order
     flat = (maps.permute(0, 2, 3, 1) if last else maps).to(coef.dtype)
     # In full precision, as the kernels sum: autocast would round both factors to 16 bits.
     with torch.autocast(maps.device.type, enabled=False):
@@ -82,10 +85,11 @@ class _SubspaceLrelu(torch.autograd.Function):
     @staticmethod
     def forward(ctx, h, coef, maps, bias, slope, impl, inplace, keep):
         if inplace:
-            ctx.mark_dirty(h)
+            ctx.mark_dirty(h)  # autograd then raises where another gradient needs the old h
             y, signs = _run_forward(h, coef, maps, bias, slope, impl, keep, h)
         else:
             y, signs = _forward(h, coef, maps, bias, slope, impl, keep)
+        # Not h: the sign of y gives the slope, and all else is linear in h.
         ctx.save_for_backward(signs if impl == "cpp" else y, coef, maps)
         ctx.slope, ctx.impl = slope, impl
         return y
@@ -95,6 +99,7 @@ class _SubspaceLrelu(torch.autograd.Function):
         positive, coef, maps = ctx.saved_tensors
         _, want_coef, want_maps, want_bias, *_ = ctx.needs_input_grad
         g = g.contiguous(memory_format=format_of(maps))  # it may come expanded from a sum, or in another order
+        # In training coef is drawn, and its gradient skipped; the search for a picture's z needs it.
         wanted = want_coef, want_maps, want_bias
         # A raw kernel has no derivative of its own: R1 would silently lose what passes through this op.
         if torch.is_grad_enabled():  # create_graph=True
@@ -112,6 +117,7 @@ class _Backward(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, g, positive, coef, maps, want_coef, want_maps, want_bias, slope, impl):
+        # dcoef and dmaps are products with g * m, so their derivatives need g.
         ctx.save_for_backward(g, positive, coef, maps)
         ctx.slope, ctx.impl = slope, impl
         return _backward(g, positive, coef, maps, want_coef, want_maps, want_bias, slope, impl)
@@ -127,6 +133,7 @@ class _Backward(torch.autograd.Function):
             ones = torch.ones_like(g, dtype=coef.dtype)
             m = _run_backward(ones, positive, coef, maps, False, False, False, ctx.slope, ctx.impl)[0]
         else:
+            # In coef's dtype: in float64 a slope of 0.2 rounded to float32 would show.
             m = torch.where(positive > 0, coef.new_ones(()), ctx.slope)
         dh = g.to(coef.dtype) * m
         q, to_coef, to_maps = gdh.to(coef.dtype), None, None
@@ -157,7 +164,7 @@ def _run_forward(h, coef, maps, bias, slope, impl, keep, y=None):
     """y and, for C++ with `keep`, its signs; else a tensor without elements in their place."""
     y = torch.empty_like(h) if y is None else y
     signs = _empty_signs(h, impl, keep)
-    if h.numel() == 0:
+    if h.numel() == 0:  # no memory, so no pointers for a kernel
         return y, signs
     if impl == "triton":
         with torch.cuda.device_of(h):  # Triton launches on the current device, which may be another
@@ -201,6 +208,7 @@ def _run_backward(
 
 
 def _empty_gradients(g, positive, coef, maps, want_coef, want_maps, want_bias, slope, impl):
+    # In place of None: a custom operator returns tensors only.
     def nothing(t):
         return t.new_empty(0)
 
@@ -218,6 +226,7 @@ def _sizes(h, coef):
     return B, C, H * W, coef.shape[1], not h.is_contiguous()
 
 
+# One operator to torch.compile. It declares that no argument changes, so it never runs in place.
 @torch.library.custom_op("infoscc::subspace_lrelu", mutates_args=())
 def _forward_op(
     h: torch.Tensor, coef: torch.Tensor, maps: torch.Tensor, bias: torch.Tensor, slope: float, impl: str, keep: bool
@@ -225,6 +234,7 @@ def _forward_op(
     return _run_forward(h, coef, maps, bias, slope, impl, keep)
 
 
+# What torch.compile traces with: shapes and formats, without data.
 _forward_op.register_fake(
     lambda h, coef, maps, bias, slope, impl, keep: (torch.empty_like(h), _empty_signs(h, impl, keep))
 )
@@ -245,6 +255,7 @@ if triton is not None:
         """Moves 2 B P elements of h and y, and K ceil(B / IMAGES) P of maps. Only K P of those come from memory:
         programs that read the same maps follow each other, so the cache has the rest. EVEN: tiles fit, and nothing is
         masked."""
+        # Groups of images count fastest: programs that run side by side read the same maps.
         groups = tl.cdiv(B, IMAGES)
         b = tl.program_id(0) % groups * IMAGES + tl.arange(0, IMAGES)
         p = tl.program_id(0) // groups * PLACES + tl.arange(0, PLACES)
@@ -293,7 +304,7 @@ if triton is not None:
                 m = tl.load(maps + p, mask=p < P, other=0).to(d.dtype)
                 at_coef = (tl.program_id(0).to(tl.int64) * B + b) * K + k
                 tl.store(part_coef + at_coef, tl.sum(m[None, :] * d, 1), mask=b < B)
-                maps += P
+                maps += P  # only dcoef reads maps, so only here
 
 
 # Every thread moves 16 bytes at once, for a single image as well.
@@ -305,12 +316,15 @@ def _forward_tile(B, P, itemsize):
     A thread has the same places in all images of the tile: maps then go from memory to where they are needed, without a
     barrier. Fewer images where else there were too few programs for all multiprocessors.
     """
+    # 2^23 elements in float32 are 2,048 programs, 15 for each of an H200's 132 multiprocessors.
     return min(triton.next_power_of_2(B), 8 if B * P >= 2**23 else 2), 128 * 16 // itemsize
 
 
 def _backward_tile(B):
     """The same of a backward program, of one warp. Up to 128 images fit: then no sums of maps leave the registers."""
+    # tl.arange takes powers of two only.
     IMAGES = min(triton.next_power_of_2(B), 128)
+    # 2048 / 32 threads: 64 elements each. 256: at least 8 each, the 16 bytes of bfloat16.
     return IMAGES, min(max(64, 256 // IMAGES), 2048 // IMAGES)  # at most 64 elements per thread: more would spill
 
 
@@ -318,14 +332,14 @@ def _triton_forward(h, coef, maps, bias, y, slope):
     B, C, S, K, last = _sizes(h, coef)
     IMAGES, PLACES = _forward_tile(B, C * S, h.itemsize)
     grid = (triton.cdiv(C * S, PLACES) * triton.cdiv(B, IMAGES),)
-    even = C * S % PLACES == 0 and B % IMAGES == 0
+    even = C * S % PLACES == 0 and B % IMAGES == 0  # whole tiles need no masks
     _forward_kernel[grid](h, coef, maps, bias, y, B, C * S, C, S, K, slope, last, even, IMAGES, PLACES)
 
 
 def _triton_backward(g, y, coef, maps, dh, dcoef, dmaps, dbias, slope):
     B, C, S, K, last = _sizes(y, coef)
     IMAGES, PLACES = _backward_tile(B)
-    grid = (triton.cdiv(C * S, PLACES), triton.cdiv(B, IMAGES))
+    grid = (triton.cdiv(C * S, PLACES), triton.cdiv(B, IMAGES))  # CUDA ends the second axis at 65,535: the short one
     part_coef = coef.new_empty(grid[0], B, K) if dcoef.numel() else None
     # One row of programs has all images, so its sums are the gradient itself.
     part_maps = (dmaps if grid[1] == 1 else coef.new_empty(grid[1], K, C * S)) if dmaps.numel() else None
@@ -337,8 +351,10 @@ def _triton_backward(g, y, coef, maps, dh, dcoef, dmaps, dbias, slope):
     if dcoef.numel():
         torch.sum(part_coef, 0, out=dcoef)
     if dmaps.numel() and grid[1] > 1:
+        # The parts are in the order of memory, which in channels_last is [H, W, C].
         shape = (maps.shape[0], *maps.shape[2:], C) if last else maps.shape
         sums = part_maps.sum(0).view(shape)
         dmaps.copy_(sums.permute(0, 3, 1, 2) if last else sums)
     if dbias.numel():
+        # A channel's places are a column in channels_last, a row in NCHW.
         torch.sum(part_bias.view(-1, C) if last else part_bias.sum(0).view(C, S), 0 if last else 1, out=dbias)

@@ -151,6 +151,7 @@ template <int D> double add_tile(const Cloud& cloud, int64_t I, int64_t J, float
 // p [n, n], y [3, n]; attract and repel [3, n]; kernel [1] takes its sum over all pairs.
 template <int D> void forces(const float* p, const float* y, float* attract, float* repel, double* kernel, int64_t n) {
   const int64_t blocks = (n + kBlock - 1) / kBlock, padded = blocks * kBlock, size = 6 * kBlock;
+  // In space the kernel has 1 + |d|^2 / 2: points are scaled once, in place of every pair's distance.
   const float scale = D == 2 ? 1 : std::sqrt(0.5f);
   Buffer<float> points(3 * padded), sums(blocks * blocks * size);  // sums [I, J]: of the points of block I, over those of block J
   Buffer<double> kernels(blocks * blocks);
@@ -158,6 +159,7 @@ template <int D> void forces(const float* p, const float* y, float* attract, flo
     for (int64_t i = 0; i < padded; i++) points.data[c * padded + i] = i < n ? scale * y[c * n + i] : 0;
   }
   const Cloud cloud{p, points.data, n, padded};
+  // dynamic: tiles on the diagonal have half of the pairs, and those below it none.
 #pragma omp parallel for schedule(dynamic)
   for (int64_t tile = 0; tile < blocks * blocks; tile++) {
     const int64_t I = tile / blocks, J = tile % blocks;
@@ -181,6 +183,7 @@ template <int D> void forces(const float* p, const float* y, float* attract, flo
     }
   }
   kernel[0] = 0;
+  // 2: each pair was computed once, and counts for both of its points.
   for (int64_t tile = 0; tile < blocks * blocks; tile++) kernel[0] += 2 / q * kernels.data[tile];
 }
 

@@ -48,12 +48,13 @@ def tsne_forces(
         )
     if dims not in (2, 3):
         raise ValueError(f"tsne_forces knows dims 2 and 3, got {dims}")
+    # float64 is for checks: the kernels have float32 alone.
     if p.dtype != y.dtype or y.dtype not in ((torch.float32, torch.float64) if impl == "ref" else (torch.float32,)):
         raise TypeError(f"tsne_forces needs float32 tensors, got {p.dtype} and {y.dtype}")
     impl = choose(impl, y.device.type)
     if impl == "ref":
         return _reference(p, y, dims)
-    p, y = p.contiguous(), y.contiguous()
+    p, y = p.contiguous(), y.contiguous()  # the kernels are told no strides
     attract, repel = torch.empty_like(y), torch.empty_like(y)
     # The kernel's sum, or for Triton its sums over each point's others.
     kernel = y.new_zeros(1, dtype=torch.float64) if impl == "cpp" else y.new_zeros(n)
@@ -65,7 +66,7 @@ def tsne_forces(
     else:
         pointers = (t.data_ptr() for t in (p, y, attract, repel, kernel))
         c_function("tsne_forces", torch.float32, "pppppii")(*pointers, n, dims)
-    return attract, repel, kernel.sum(dtype=torch.float64)
+    return attract, repel, kernel.sum(dtype=torch.float64)  # many small terms, added in float64
 
 
 def _reference(p, y, dims):
@@ -76,6 +77,7 @@ def _reference(p, y, dims):
     block = max(1, _BLOCK // max(n, 1))  # rows at a time: temporaries of 4 MB, whatever N is
     for start in range(0, n, block):
         rows = slice(start, start + block)
+        # Differences: distances by a matrix product lose the digits of close pairs.
         d = [y[c, rows, None] - y[c] for c in range(dims)]
         w = 1 / (1 + sum(di.square() for di in d) / v)
         q = w * w.sqrt() if dims == 3 else w.clone()  # w^((v + 1) / 2)
@@ -111,11 +113,13 @@ def tsne_neighbourhoods(d: torch.Tensor, first: int, perplexity: float, impl: st
         raise TypeError(f"tsne_neighbourhoods needs float32, got {d.dtype}")
     if impl == "triton":
         raise ValueError("tsne_neighbourhoods has no 'triton'")
+    # It runs once for each t-SNE: on a GPU that is not worth a kernel.
     impl = "ref" if impl == "auto" and d.device.type != "cpu" else choose(impl, d.device.type)
     if impl == "cpp":
         run = c_function("tsne_neighbourhoods", torch.float32, "piiid")
         run(d.data_ptr(), len(d), d.shape[1], first, math.log(perplexity))
         return
+    # A point's distance to itself: left out of the minimum and of the sums.
     own = torch.arange(len(d), device=d.device), torch.arange(first, first + len(d), device=d.device)
     target = math.log(perplexity)
     # Only differences count: from the nearest at 0 on, exp() neither overflows nor loses all its terms.
@@ -123,19 +127,21 @@ def tsne_neighbourhoods(d: torch.Tensor, first: int, perplexity: float, impl: st
     d -= d.amin(1, keepdim=True)
     d[own] = 0
     # Start where the mean distance counts as one, with brackets far around it.
-    log_beta = -d.mean(1, keepdim=True).clamp(min=1e-30).log()
+    log_beta = -d.mean(1, keepdim=True).clamp(min=1e-30).log()  # 1e-30: all points in one place
     low, high = log_beta - 40, log_beta + 40  # a factor of 10^17 either way
     for _ in range(60):  # enough for bisection alone; Newton's method takes a handful
         beta = log_beta.clamp(max=80).exp()  # exp(89) overflows: where all points are one
         e = torch.exp(-beta * d)
         e[own] = 0
-        total = e.sum(1, keepdim=True)
+        total = e.sum(1, keepdim=True)  # exp(0) of the nearest keeps it at 1 or more
+        # From here on e holds the shares, which are the result once all rows are found.
         ed = e.div_(total) * d
         mean = ed.sum(1, keepdim=True)
         gap = total.log() + beta * mean - target  # entropy minus what it should be
-        found = gap.abs() < 1e-5
+        found = gap.abs() < 1e-5  # as scikit-learn's tolerance
         if found.all():
             break
+        # Too much entropy means too many neighbours: beta must grow.
         low, high = torch.where(gap > 0, log_beta, low), torch.where(gap > 0, high, log_beta)
         # By log(beta) the entropy falls at the rate beta^2 var(d); steps above 1 would go beyond where that holds.
         variance = ed.mul_(d).sum(1, keepdim=True) - mean.square()
@@ -163,7 +169,9 @@ if triton is not None:
         i = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
         x0 = tl.load(y + i, mask=i < n, other=0)[:, None]
         x1 = tl.load(y + n + i, mask=i < n, other=0)[:, None]
+        # In the plane this row is 0, so one kernel serves both.
         x2 = tl.load(y + 2 * n + i, mask=i < n, other=0)[:, None]
+        # A sum for each place of a tile: threads need each other only once, after the loop.
         total = tl.zeros([ROWS, COLS], dtype=tl.float32)
         a0, a1, a2, r0, r1, r2 = total, total, total, total, total, total
         for start in range(0, n, COLS):
@@ -183,7 +191,9 @@ if triton is not None:
             others = (j[None, :] < n) & (i[:, None] != j[None, :])
             q = tl.where(others, q, 0)
             total += q
+            # p's diagonal may hold anything: the distance there is 0.
             inside = (i[:, None] < n) & (j[None, :] < n)
+            # 64 bits: from 46,341 points on, P has more than 2^31 elements.
             a = tl.load(p + i[:, None].to(tl.int64) * n + j[None, :], mask=inside, other=0) * w
             r = q * w
             a0 += a * d0
