@@ -739,7 +739,7 @@ def sheet(ds: Dataset, columns: int = 8) -> np.ndarray:
 @click.option("--version",    type=click.Choice(list(AFHQ)), help="Which AFHQ to fetch.  [default: v1]")  # fmt: skip
 @click.option("--skip-broken", is_flag=True, help="Pack without the images that cannot be read, and list them.")
 @click.option("--strict",     is_flag=True, help="Refuse tables with rows for images that are not there; else those rows are left out.")  # fmt: skip
-@click.option("--max-pixels", metavar="N", type=click.IntRange(1, 2**31), default=MAX_PIXELS, show_default=True, help="Refuse larger images; decoding takes up to 20 bytes per pixel.")  # fmt: skip
+@click.option("--max-pixels", metavar="N", type=click.IntRange(1, 2**31), default=MAX_PIXELS, show_default=True, help="Refuse larger images; decoding takes up to 24 bytes per pixel.")  # fmt: skip
 @click.option("--sheet",      "picture", metavar="FILE", type=training.FilePath(), help="Write a picture of some images of each class or attribute.")  # fmt: skip
 def main(data, size, attributes, wanted, version, picture, **options) -> None:
     """Find a data set, pack it, and print what it holds."""

@@ -277,7 +277,11 @@ def bandwidth(run: training.Run, quick: bool) -> Iterator[dict]:
             backward = time_of(lambda y=y, i=inputs, g=g: torch.autograd.grad(y, i, g, retain_graph=True))
             for kind, time_taken, moved in (
                 ("forward", forward, 2 * x.nbytes + extra),
-                ("backward", backward, 3 * x.nbytes + 2 * extra),
+                (
+                    "backward",
+                    backward,
+                    3 * x.nbytes + extra,
+                ),  # coef wants no gradient: the maps' is written, they are not read
             ):
                 share, least = moved / time_taken / copy, LEAST[kind]
                 note = f"of a copy's rate, at least {least}" if on_gpu else "of a copy's rate; the limit is for GPUs"

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from .conv2d import conv2d, is_usual
+from .conv2d import Conv2d, conv2d, is_usual
 
 
 def freeze(network: nn.Module, shape: Sequence[int]) -> nn.Module:
@@ -32,6 +32,9 @@ def freeze(network: nn.Module, shape: Sequence[int]) -> nn.Module:
     """
     # eval: batch norms are then fixed scales and shifts, which a convolution can take over.
     frozen = copy.deepcopy(network).eval().requires_grad_(False)
+    for layer in frozen.modules():
+        if type(layer) is Conv2d:  # PyTorch's own again, which is what folding and fx know
+            layer.__class__ = nn.Conv2d
     _fold_batch_norms(frozen)
     reference = next(frozen.parameters(), torch.empty(0))  # tells device and dtype
     if reference.device.type == "cpu":

@@ -365,6 +365,8 @@ def test_frozen_resnets_are_the_same_function(name, size, fast, monkeypatch):
     """Output and gradient with respect to the input, in float64 to rounding."""
     monkeypatch.setattr(module, "_FAST", (torch.float64,) * fast)
     network = trained(getattr(torchvision.models, name)())
+    if name == "resnet34":
+        use_conv2d(network)  # as an encoder in training
     before = {key: value.clone() for key, value in network.state_dict().items()}
     frozen = freeze(network, (3, size, size))
     x = randn(8, 3, size, size)
