@@ -11,7 +11,7 @@ the paper. y comes from the data set, or, with clusters:K, from clusters of the 
 themselves, or from tables of clusters. The results are `classifier.pt`, `classifier.json` and, for clusters, the pictures and the table in
 `clusters/`.
 
-`training.py` beside this file is all that the layer and its training need.
+`training.py` and `checkpoints.py` beside this file are all that the layer and its training need.
 """
 
 import json
@@ -25,6 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+import checkpoints
 import training
 
 # balance: without it the classifier hardly ever says a class of few per cent, and stage 3 learns from what it says.
@@ -51,7 +52,7 @@ class Classifier(nn.Linear):
 
 def build(checkpoint: dict) -> Classifier:
     """The frozen classifier in eval mode, from the content of `classifier.pt`. Raises ValueError if that does not fit."""
-    classifier = training.rebuild(lambda: Classifier(**checkpoint["config"]), checkpoint["model"])
+    classifier = checkpoints.rebuild(lambda: Classifier(**checkpoint["config"]), checkpoint["model"])
     balance = torch.tensor(checkpoint["balance"], dtype=torch.float32)
     # One number alone would broadcast to all labels, and NaN would reach every bound in bits.
     if balance.shape != classifier.bias.shape or not balance.isfinite().all():
@@ -123,12 +124,12 @@ def fit(
     optimizer = torch.optim.Adam(layer.parameters(), options["lr"], weight_decay=options["weight_decay"], fused=True)
     best, least, done = layer.state_dict(), torch.tensor(math.inf, device=h.device), state.get("epochs", 0)
     if state:
-        with training.reading("classifier.pt, or classifier.previous.pt,"):
+        with checkpoints.reading("classifier.pt, or classifier.previous.pt,"):
             layer.load_state_dict(state["best"])  # checks it
             best = {k: v.to(h.device) for k, v in state["best"].items()}
             least = state["least"].to(h.device).view(1 if one_hot else y.shape[1])
             layer.load_state_dict(state["layer"])
-            if not all(training.all_finite(v) for part in ("best", "layer") for v in state[part].values()):
+            if not all(checkpoints.all_finite(v) for part in ("best", "layer") for v in state[part].values()):
                 raise ValueError("its weights are no finite numbers")
             training.load_adam(optimizer, state["optimizer"], parameters=2)  # weight and bias
     # A state_dict shares memory with its layer, whose every step would change the kept best.
@@ -288,24 +289,24 @@ def main(**options):
     run = training.start(options["device"], options["precision"], options["seed"], options["tf32"])
     if run.rank > 0:
         return  # seconds of work: for one process
-    checkpoint = training.load(outdir / "encoder.pt", "encoder", finished=True)
+    checkpoint = checkpoints.load(outdir / "encoder.pt", "encoder", finished=True)
     remedy = "run encoder.py with the same --data and --size first, or give another --outdir"
     if options["size"]:
-        training.check_same(checkpoint["data"], options, ["size"], outdir / "encoder.pt", remedy)
+        checkpoints.check_same(checkpoint["data"], options, ["size"], outdir / "encoder.pt", remedy)
     options["size"] = checkpoint["data"]["size"]
     # As the encoder saw them: squashed or cropped, and the same images for training.
     how = dataset.same_images(checkpoint["data"]) | {"preset": options["preset"]}
     ds = dataset.open_dataset(options["data"], options["size"], "train", None if internal else spec, **how)
     sets = {"train": ds, "val": ds.part("val")}
-    training.check_images(checkpoint["data"], ds, outdir / "encoder.pt", remedy)
+    checkpoints.check_images(checkpoint["data"], ds, outdir / "encoder.pt", remedy)
     options["attributes"] = spec if internal else ds.attributes
-    path, options["encoder"] = outdir / "classifier.pt", training.fingerprint(checkpoint["model"])
+    path, options["encoder"] = outdir / "classifier.pt", checkpoints.fingerprint(checkpoint["model"])
 
     # Go on from a checkpoint if it is of the same encoder and labels.
     keys = ("encoder", "attributes", "balance", "batch", "seed", "smoke")
-    state = training.resume(path, "classifier", options, ds, keys)
+    state = checkpoints.resume(path, "classifier", options, ds, keys)
     training.make_folder(outdir)
-    weights = training.load_init(options["init"], "classifier")["model"] if options["init"] else None
+    weights = checkpoints.load_init(options["init"], "classifier")["model"] if options["init"] else None
 
     # Embed every image once.
     # A tenth is held out. Where --epochs is given, it counts, however few steps that makes.
@@ -315,14 +316,14 @@ def main(**options):
     if state and tables:
         # A table may have changed since the checkpoint, under the same name.
         now, _ = layouts.read_clusters(spec, ds)
-        with training.reading(path):
+        with checkpoints.reading(path):
             same = all(np.array_equal(now[split], v.numpy()) for split, v in state["assignments"].items())
         if not same:
-            raise click.ClickException(f"{path} was made from other clusters than {spec}: {training.RESUME_REMEDY}")
+            raise click.ClickException(f"{path} was made from other clusters than {spec}: {checkpoints.RESUME_REMEDY}")
     if state.get("training", {}).get("epochs", 0) >= epochs and "results" in state:
         print(f"{path} is finished: {epochs} epochs. --epochs for more, --no-resume to start over.")
         return
-    with training.reading(outdir / "encoder.pt"):
+    with checkpoints.reading(outdir / "encoder.pt"):
         encoder = stage1.build(checkpoint).to(run.device, memory_format=torch.channels_last)
     # The encoder is frozen and nothing is augmented, so one pass serves all epochs.
     h = {}
@@ -337,7 +338,7 @@ def main(**options):
     results, assignments = {}, {}
     if internal:
         if state:
-            with training.reading(path):
+            with checkpoints.reading(path):
                 # k-means again could number the clusters otherwise than the classifier that goes on.
                 found = {split: v.numpy() for split, v in state["assignments"].items()}
             names = state["data"]["label_names"]
@@ -365,13 +366,13 @@ def main(**options):
         content = dict(stage="classifier", config=config, model=classifier.state_dict(), data=data, options=options)
         nonlocal saved
         saved = content | dict(encoder_hash=options["encoder"], balance=balance.tolist(), training=extra) | assignments
-        training.save(path, saved, must)  # the last save, with the results, must be
+        checkpoints.save(path, saved, must)  # the last save, with the results, must be
 
     # Train.
     first, saved = None, state  # a run that was stopped after its last epoch saves no more: it has its state
     if weights:
         first = Classifier(**config)
-        training.init_weights(first, weights, options["init"])
+        checkpoints.init_weights(first, weights, options["init"])
         first.to(run.device).requires_grad_(False)
     h = {split: v.to(run.device) for split, v in h.items()}
     done = state.get("training", {}).get("epochs", 0)
@@ -386,7 +387,7 @@ def main(**options):
             # Evaluate.
             results |= evaluate(classifier(h["val"]).cpu(), labels["val"].cpu(), names, one_hot, balance)
             log.write(epochs * len(ds), accuracy=results["overall"]["accuracy"], mi_bits=results["bits"]["mi"])
-        training.save(path, saved | {"results": results})
+        checkpoints.save(path, saved | {"results": results})
         training.write_options(outdir / "classifier.json", options | {"results": results})
     report(results, one_hot, options["balance"])
     for name, v in results.get("clusters", {}).items():

@@ -1,8 +1,8 @@
 """Evaluation beyond FID: attribute control, diversity within one y, bounds on information.
 
 trained.py calls this for `metrics.py --network`. y and labels are float32 [N, Y], one-hot or multi-hot; kind is
-'one-hot' or 'multi-label'. `run` is the trained.Run of a trained network: it generates, embeds and classifies. The
-functions above the `measure_*` need networks, images and labels alone.
+'one-hot' or 'multi-label'. `run` is a trained.TrainedRun: it generates, embeds and classifies. The functions
+above the `measure_*` need networks, images and labels alone.
 """
 
 import contextlib
@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
+import checkpoints
 import training
 from ops import Conv2d
 
@@ -269,7 +270,7 @@ def kept_judge(run, groups: Sequence[Group], seed: int, steps: int, mirror: bool
         if state.get("key") != key:
             judge, right = train_judge(run.train.images, groups, seed, run.world.device, steps, mirror)
             state.update(key=key, model={k: v.cpu() for k, v in judge.state_dict().items()}, right=right)
-            with contextlib.suppress(OSError, RuntimeError), training.atomic(path) as temporary:
+            with contextlib.suppress(OSError, RuntimeError), checkpoints.atomic(path) as temporary:
                 torch.save(state, temporary)  # it only saves time, so a full or read-only cache is no error
 
     # All take the first process's: trained twice, a judge differs in the last digits.

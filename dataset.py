@@ -38,6 +38,7 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
+import checkpoints
 import critters
 import files
 import layouts
@@ -56,7 +57,7 @@ from files import (
     read_idx,
     read_image,
 )
-from layouts import CELEBA, PRESETS, Source
+from layouts import CELEBA, DATASETS, Source
 
 FORMAT = 2  # of the packs: a change of how images are decoded or stored makes new ones
 
@@ -112,7 +113,7 @@ def usual_size(root: Path | None, keys: list) -> int:
     for key in keys[:: max(1, len(keys) // 16)] if root else []:
         with contextlib.suppress(*UNREADABLE):  # packing names it
             sides.append(min(open_image(root, key).size))
-    # 32 and 256 are the smallest and the largest size of PRESETS; 256 px is the paper's AFHQ.
+    # 32 and 256 are the smallest and the largest size of DATASETS; 256 px is the paper's AFHQ.
     return min(256, max(32, 1 << (min(sides, default=32).bit_length() - 1)))
 
 
@@ -184,10 +185,10 @@ def prepare(
     """
     # Resolve the arguments.
     name, root = layouts.locate(data)
-    largest = training.SIZES[-1] if root else 512  # critters are drawn no larger
-    if size is not None and not (size in training.SIZES and size <= largest):
-        fail(f"--size {size} is not a power of two between {training.SIZES[0]} and {largest}")
-    size = size or PRESETS.get(preset)
+    largest = checkpoints.SIZES[-1] if root else 512  # critters are drawn no larger
+    if size is not None and not (size in checkpoints.SIZES and size <= largest):
+        fail(f"--size {size} is not a power of two between {checkpoints.SIZES[0]} and {largest}")
+    size = size or DATASETS.get(preset)
     squash = squash and root is not None  # critters are drawn square
 
     # `state`, a hash of names, sizes and times, tells whether the source is known: then seen/<state>.json leads to its
@@ -562,7 +563,7 @@ class Dataset:
             fail(f"the pack {pack} is damaged: delete that folder and run again")
         self.pack, self.split, self.preset = pack, split, preset
         # The absolute path, so that a run can be measured from another folder than it was trained in.
-        self.data = data if data in PRESETS else os.path.abspath(os.path.expanduser(data))
+        self.data = data if data in DATASETS else os.path.abspath(os.path.expanduser(data))
         self.name, self.size, self.fingerprint = layouts.locate(data)[0], info["size"], info["fingerprint"]
         self.squash, self.train_on_all = info["squash"], info["train_on_all"]
         self.splits, self.skipped = info["splits"], info["skipped"]

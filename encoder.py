@@ -10,7 +10,7 @@ paper; BYOL predicts a slowly moving copy of itself; Barlow Twins decorrelates t
 training alone: the features h are the layer before it. The results are `encoder.pt` and `encoder.json`.
 
 From top to bottom: network, augmentation, losses, evaluation, the training loop, the command. With `training.py`
-beside it, this file is all that the network, the losses and the loop need.
+and `checkpoints.py` beside it, this file is all that the network, the losses and the loop need.
 """
 
 import copy
@@ -31,6 +31,7 @@ import torchvision
 from torch import nn
 from tqdm import tqdm
 
+import checkpoints
 import training
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # for pixels in [0, 1]
@@ -88,7 +89,7 @@ class Encoder(nn.Module):
         if backbone not in ("resnet18", "resnet34", "resnet50"):  # a file may name anything else in torchvision
             raise ValueError(f"no backbone {backbone!r:.40}")
         self.config = dict(backbone=backbone, stem=stem, mean=tuple(mean), std=tuple(std))
-        # On the CPU, whatever the default is: `training.rebuild` makes all else without memory.
+        # On the CPU, whatever the default is: `checkpoints.rebuild` makes all else without memory.
         self.register_buffer("mean", torch.tensor(mean, device="cpu").view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std, device="cpu").view(3, 1, 1), persistent=False)
         self.backbone = getattr(torchvision.models, backbone)(norm_layer=norm_layer)
@@ -113,10 +114,10 @@ class Encoder(nn.Module):
 
 def build(checkpoint: dict) -> Encoder:
     """The frozen encoder in eval mode, from the content of `encoder.pt`, with its weights' `fingerprint`."""
-    encoder = training.rebuild(lambda: Encoder(**checkpoint["config"]), checkpoint["model"])
+    encoder = checkpoints.rebuild(lambda: Encoder(**checkpoint["config"]), checkpoint["model"])
     if not ((encoder.mean.abs() <= 1).all() and (encoder.std > 0).all() and (encoder.std <= 1).all()):
         raise ValueError("its mean and std are no scale of images")
-    encoder.fingerprint = training.fingerprint(checkpoint["model"])
+    encoder.fingerprint = checkpoints.fingerprint(checkpoint["model"])
     return encoder.eval().requires_grad_(False)
 
 
@@ -414,7 +415,7 @@ def train(
     stepper = training.Stepper(run, optimizer)
     stateful = {"stepper": stepper} | {k: m for k, m in modules.items() if k != "encoder"}
     if state:
-        with training.reading("encoder.pt"):
+        with checkpoints.reading("encoder.pt"):
             for name, value in stateful.items():
                 value.load_state_dict(state["training"][name])
     encoder.train()
@@ -501,7 +502,7 @@ def first_weights(file: str, options: dict) -> tuple[dict, dict]:
     except Exception as error:  # whatever a damaged or foreign file may provoke
         raise click.ClickException(f"--init {file} cannot be read as weights ({type(error).__name__})") from None
     if isinstance(weights, dict) and "stage" in weights:
-        state = training.load(file, "encoder")
+        state = checkpoints.load(file, "encoder")
         # Its mean and std stay; a backbone or stem that does not fit is refused where its weights are loaded.
         stem = state["config"]["stem"] if options["stem"] == "auto" else options["stem"]
         return state["config"] | dict(backbone=options["backbone"], stem=stem), state["model"]
@@ -509,7 +510,7 @@ def first_weights(file: str, options: dict) -> tuple[dict, dict]:
         not isinstance(weights, dict)
         or "conv1.weight" not in weights
         or not all(
-            isinstance(k, str) and isinstance(v, torch.Tensor) and training.all_finite(v) for k, v in weights.items()
+            isinstance(k, str) and isinstance(v, torch.Tensor) and checkpoints.all_finite(v) for k, v in weights.items()
         )
     ):
         raise click.ClickException(
@@ -559,7 +560,7 @@ def main(**options):
     options = training.resolve(PRESETS, PAPER, preset, options)
     if options["smoke"]:
         options["batch"] = given["batch"] or 8
-    options["size"] = options["size"] or layouts.PRESETS.get(preset)
+    options["size"] = options["size"] or layouts.DATASETS.get(preset)
     if options["dry_run"]:
         if options["smoke"]:
             options["epochs"] = given["epochs"]  # else four batches, whatever part of the data that is
@@ -572,7 +573,7 @@ def main(**options):
         raise click.UsageError(f"--batch {options['batch']} cannot be shared by {run.world} processes: give a multiple")
     outdir = training.out_folder(options)
     path = outdir / "encoder.pt"
-    run.first(lambda: training.check_size(path, "encoder", options))
+    run.first(lambda: checkpoints.check_size(path, "encoder", options))
     how = {name: options[name] for name in ("preset", "squash", "train_on_all")}
     ds = dataset.open_dataset(options["data"], options["size"], most=dataset.most_by_default(run.device), **how)
     val = ds.part("val")
@@ -609,24 +610,24 @@ def main(**options):
             )
     # A resumed run may be longer or on another device, but these decide what the saved state means.
     keys = ("size", "smoke", "method", "backbone", "stem", "schedule", "lr", "batch", "seed", "preset", "protocol")
-    state = run.first(lambda: training.resume(path, "encoder", options, ds, keys))
+    state = run.first(lambda: checkpoints.resume(path, "encoder", options, ds, keys))
     run.agree({"images": ds.fingerprint, "options": {name: options[name] for name in keys}})
     if state:
-        with training.reading(path):
+        with checkpoints.reading(path):
             encoder = Encoder(**state["config"], norm_layer=training.BatchNorm)
             encoder.load_state_dict(state["model"])
     else:
         # Norms over all processes: those of its own images alone would tell a process which views belong together.
         encoder = Encoder(**config, norm_layer=training.BatchNorm)
         if weights:
-            training.init_weights(encoder, weights, options["init"])
+            checkpoints.init_weights(encoder, weights, options["init"])
     done = state.get("images_seen", 0)
     if done >= total and "results" in state:
         if run.rank == 0:
             print(f"{path} is finished: {done:,} images seen. --epochs for more, --no-resume to start over.")
         return
     if state and not isinstance(state.get("training"), dict):
-        raise click.ClickException(f"{path} has no entry 'training' to go on from: {training.RESUME_REMEDY}")
+        raise click.ClickException(f"{path} has no entry 'training' to go on from: {checkpoints.RESUME_REMEDY}")
     encoder.to(run.device, memory_format=torch.channels_last)
     if run.dtype is None:  # in bf16, PyTorch's own are the faster ones
         ops.use_conv2d(encoder)
@@ -635,7 +636,7 @@ def main(**options):
         if run.rank == 0:
             content = dict(stage="encoder", config=encoder.config, model=encoder.state_dict(), data=ds.info())
             content |= dict(options=options, images_seen=seen, training=extra) | more
-            training.save(path, content, must=must or seen >= total)
+            checkpoints.save(path, content, must=must or seen >= total)
 
     with training.lock(outdir, "encoder", run.rank):
         # Train.

@@ -34,6 +34,7 @@ from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+import checkpoints
 import gan
 import latents
 import metrics
@@ -109,7 +110,7 @@ def save(pictures: Sequence[Image.Image], path: Path, notes: dict[str, str], fra
     """
     first, *others = pictures
     try:
-        with training.atomic(path) as temporary:
+        with checkpoints.atomic(path) as temporary:
             if path.suffix.lower() == ".mp4":
                 write_mp4(pictures, temporary, 1000 / frame_ms)
             elif others or path.suffix.lower() == ".gif":
@@ -228,7 +229,7 @@ def factor_table(found: list[dict], readable: Sequence[str]) -> list[str]:
 def write_figure(figure: Figure, path: Path) -> None:
     """Save a figure. Raises click.ClickException if that is impossible."""
     try:
-        with training.atomic(path) as temporary:
+        with checkpoints.atomic(path) as temporary:
             figure.savefig(temporary, dpi=100)
     except (OSError, ValueError) as error:
         raise click.ClickException(f"--out {path}: {getattr(error, 'strerror', None) or error}") from None
@@ -448,7 +449,7 @@ def dimensions_command(network, data, num, steps, json_file, seed, device, out):
     if json_file and json_file.suffix.lower() != ".json":
         raise click.UsageError(f"--json {json_file}: name a file that ends in .json")
     # 64 images at once, as metrics.py has by default.
-    file, run = network, trained.Run(str(network), metrics.start(device, 64), data)
+    file, run = network, trained.TrainedRun(str(network), metrics.start(device, 64), data)
     readers, quality = latents.readers_of(run, seed, steps)
     # y as it occurs in the data: what a dimension does can depend on it.
     y = run.generated(num, seed).y
@@ -465,9 +466,9 @@ def dimensions_command(network, data, num, steps, json_file, seed, device, out):
 
     # Write the files.
     # The hash ties the names to these weights: after more training, dimensions do other things.
-    content = dict(network=training.fingerprint(run.net.decoder.state_dict()), samples=num, seed=seed, judge=quality)
+    content = dict(network=checkpoints.fingerprint(run.net.decoder.state_dict()), samples=num, seed=seed, judge=quality)
     path = json_file or file.with_name("dimensions.json")
-    with training.atomic(path) as temporary:
+    with checkpoints.atomic(path) as temporary:
         temporary.write_text(json.dumps(content | {"dimensions": found}, indent=1) + "\n")
     click.echo(f"wrote {path}")
     if found[0]["labels"]:  # there are none where the judge can read nothing and no classifier is there
@@ -519,7 +520,7 @@ def project_command(picture, network, steps, seed, tile, device, out):
         path,
         latents.notes_of(network, y=its, seed=seed),
     )
-    with training.atomic(codes) as temporary:
+    with checkpoints.atomic(codes) as temporary:
         temporary.write_text(json.dumps(latents.to_json(network, None if y is None else y[0], latent[0])) + "\n")
     click.echo(f"wrote {codes}, {title.removeprefix('found, ')}" + f", y: {its}" * bool(its))
 
@@ -536,7 +537,7 @@ def embedding_command(network, data, seed, device, out):
     check_out(out)
     state = None
     try:
-        state = training.load(network, "encoder")
+        state = checkpoints.load(network, "encoder")
     except click.ClickException as error:
         # A gan.pt is refused in these words, and taken below; any other error is the user's.
         if "written by gan.py" not in error.message:
@@ -547,19 +548,19 @@ def embedding_command(network, data, seed, device, out):
         run = training.start(device, seed=seed)
         info = state["data"]
         ds = dataset.open_dataset(data or info["data"], info["size"], "val", **dataset.same_images(info))
-        training.check_images(info, ds, network, "give --data")
+        checkpoints.check_images(info, ds, network, "give --data")
         # Spread over the whole split, because images may lie class by class.
         index = np.linspace(0, len(ds) - 1, min(POINTS, len(ds))).astype(int)
         # A few hundred at once: 2,000 of 256 px would be 1.6 GB as floats.
         images = (torch.from_numpy(ds.images[part]) for part in np.array_split(index, max(1, len(index) // 256)))
-        with training.reading(network):
+        with checkpoints.reading(network):
             net = stage1.build(state).to(run.device)
         h = stage1.embed(net, images, len(index), run)
         panels = label_panels(ds.label_names, ds.label_kind, np.asarray(ds.labels)[index])
         # What training never saw, such as the kinds of wild animals in critters.
         panels += [(name, value[index], names) for name, (value, names) in ds.hidden.items()]
     else:
-        run = trained.Run(str(network), metrics.start(device, 64), data)
+        run = trained.TrainedRun(str(network), metrics.start(device, 64), data)
         if run.features is None:
             remedy = (
                 "give the run's gan.pt or encoder.pt" if run.names else "run encoder.py with the same --outdir first"
@@ -593,7 +594,7 @@ def export_command(network, out):
     if path.is_dir():
         raise click.UsageError(f"--out {path} is a folder: name a file")
     # Only exports may be written over: a gan.pt has D and Adam's state too, and those would be lost.
-    if path.exists() and "exported" not in training.load(path, "gan"):
+    if path.exists() and "exported" not in checkpoints.load(path, "gan"):
         raise click.ClickException(f"--out {path} is a checkpoint that training goes on from: give another --out")
 
     def half(weights: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -613,7 +614,7 @@ def export_command(network, out):
         "data": data | {"data": data["name"] if Path(data["data"]).is_absolute() else data["data"]},
         "options": {k: v for k, v in state["options"].items() if k not in ("data", "outdir", "init")},
     }  # fmt: skip
-    training.save(path, content)
+    checkpoints.save(path, content)
     click.echo(f"wrote {path}, {path.stat().st_size / 1e6:.1f} MB, {len(named)} dimensions with a name")
 
 

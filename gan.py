@@ -5,8 +5,8 @@ the frozen encoder and classifier of stages 1 and 2.
     torchrun --nproc-per-node 8 gan.py --data afhq
 
 From top to bottom: decoder, discriminators, augmentation, losses, the four updates and the iteration that calls them,
-`load` for a trained run, the command. With `ops/` and `training.py` beside it, this file builds, trains and runs the
-networks in any project; `load` also needs encoder.py and classifier.py, the command dataset.py and layouts.py too.
+`load` for a trained run, the command. With `ops/`, `training.py` and `checkpoints.py` beside it, this file builds, trains and
+runs the networks in any project; `load` also needs encoder.py and classifier.py, the command dataset.py and layouts.py too.
 
 Symbols as in the paper: y attributes, eps = r(y, noise) the code given to the generator, z = (z_1..z_k) one small
 vector per generator layer, phi = U (L * z_i) + mu the subspace of layer i, x images in [-1, 1].
@@ -28,6 +28,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
+import checkpoints
 import training
 from ops import bias_lrelu, conv2d, conv_transpose2d, freeze, no_weight_gradients, subspace_lrelu
 
@@ -155,7 +156,7 @@ class Upsample(nn.ConvTranspose2d):
 
     def __init__(self, in_channels: int, out_channels: int, blurred: bool):
         super().__init__(in_channels, out_channels, 3, stride=2, padding=1, output_padding=1)  # to 2r, not 2r - 1
-        tent = torch.tensor([0.25, 0.5, 0.25], device="cpu")  # `training.rebuild` makes all else without memory
+        tent = torch.tensor([0.25, 0.5, 0.25], device="cpu")  # `checkpoints.rebuild` makes all else without memory
         # Its sum is 1, so flat areas keep their value; [1, 2, 1] is 0 at the Nyquist frequency, the one of the dots.
         blur = (tent[:, None] * tent).expand(out_channels, 1, 3, 3).contiguous() if blurred else None
         self.register_buffer("blur", blur, persistent=False)  # a constant, which checkpoints need not hold
@@ -823,7 +824,7 @@ class Trainer:
         self.ema.load_state_dict(ema)
         for name in self.STATEFUL:
             getattr(self, name).load_state_dict(state[name])
-        if not all(training.all_finite(value) for name in ("decoder", "D") for value in state[name].values()):
+        if not all(checkpoints.all_finite(value) for name in ("decoder", "D") for value in state[name].values()):
             raise ValueError("its weights are no finite numbers")
         self.graphs.forget()
 
@@ -882,8 +883,8 @@ class Network:
 def read(path: str | Path) -> dict:
     """The content of gan.pt. A snapshot is the decoder alone: the rest comes from its run's gan.pt."""
     path = Path(path).absolute()
-    folder = training.run_folder(path)
-    return (training.load(folder / "gan.pt", "gan") if folder != path.parent else {}) | training.load(path, "gan")
+    folder = checkpoints.run_folder(path)
+    return (checkpoints.load(folder / "gan.pt", "gan") if folder != path.parent else {}) | checkpoints.load(path, "gan")
 
 
 def load(path: str | Path, device: str | torch.device = "cpu") -> Network:
@@ -897,10 +898,10 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> Network:
 
     device, state = training.choose_device(device), read(path)
     data, labels = state["data"], state.get("labels")
-    with training.reading(path):
+    with checkpoints.reading(path):
         names = data["label_names"] if labels else []
         options = state["options"]
-        decoder = training.rebuild(lambda: build_decoder(options, data["size"], len(names)), state["ema"])
+        decoder = checkpoints.rebuild(lambda: build_decoder(options, data["size"], len(names)), state["ema"])
         decoder.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
         encoder = frozen_encoder(stage1.build(state["encoder"]), data["size"], device) if state.get("encoder") else None
         classifier = stage2.build(state["classifier"]).to(device) if state.get("classifier") else None
@@ -981,7 +982,7 @@ def save_grid(trainer: Trainer, path: Path, y: Tensor | None, latents: Tensor) -
     with torch.inference_mode():
         picture = grid(trainer.ema(y, latents), columns=8)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with training.atomic(path) as temporary:
+    with checkpoints.atomic(path) as temporary:
         Image.fromarray(picture).save(temporary)
     return picture
 
@@ -1032,12 +1033,12 @@ def earlier_stages(outdir: Path, conditional: bool) -> tuple[dict | None, dict |
     An unconditional run takes the encoder along if there is a finished one, for its metrics.
     """
     if not conditional:
-        encoder = training.load(outdir / "encoder.pt", "encoder") if (outdir / "encoder.pt").exists() else {}
+        encoder = checkpoints.load(outdir / "encoder.pt", "encoder") if (outdir / "encoder.pt").exists() else {}
         return encoder if "results" in encoder else None, None
-    encoder = training.load(outdir / "encoder.pt", "encoder")
-    classifier = training.load(outdir / "classifier.pt", "classifier", finished=True)
+    encoder = checkpoints.load(outdir / "encoder.pt", "encoder")
+    classifier = checkpoints.load(outdir / "classifier.pt", "classifier", finished=True)
     # Features of another encoder have the same shape, and mean something else.
-    if classifier["encoder_hash"] != training.fingerprint(encoder["model"]):
+    if classifier["encoder_hash"] != checkpoints.fingerprint(encoder["model"]):
         raise click.ClickException(
             f"{outdir}/classifier.pt belongs to another encoder than {outdir}/encoder.pt: run classifier.py again"
         )
@@ -1175,7 +1176,7 @@ def main(**options):
     preset = layouts.preset_of(options["data"], options["preset"])
     options = training.resolve(PRESETS, PAPER, preset, options)
     outdir = training.out_folder(options)
-    options["size"] = options["size"] or layouts.PRESETS.get(preset)
+    options["size"] = options["size"] or layouts.DATASETS.get(preset)
     check_options(options, given)
     if options["dry_run"]:
         set_by_size(options)
@@ -1188,11 +1189,11 @@ def main(**options):
     run = training.start(options["device"], options["precision"], options["seed"], options["tf32"])
     conditional = not options["unconditional"]
     encoder_pt, classifier_pt = run.first(lambda: earlier_stages(outdir, conditional))
-    start = run.first(lambda: training.load_init(options["init"], "gan")) if options["init"] else None
+    start = run.first(lambda: checkpoints.load_init(options["init"], "gan")) if options["init"] else None
     remedy = "give the same --data and --size to all stages, or run the earlier stages again"
     if encoder_pt and options["size"]:  # before images of another size are packed
-        training.check_same(encoder_pt["data"], options, ("size",), outdir / "encoder.pt", remedy)
-    run.first(lambda: training.check_size(outdir / "gan.pt", "gan", options))
+        checkpoints.check_same(encoder_pt["data"], options, ("size",), outdir / "encoder.pt", remedy)
+    run.first(lambda: checkpoints.check_size(outdir / "gan.pt", "gan", options))
     how = {"preset": options["preset"], "squash": options.pop("squash"), "train_on_all": options.pop("train_on_all")}
     if encoder_pt:  # all stages see the same images
         how = dataset.same_images(encoder_pt["data"]) | {"preset": options["preset"]}
@@ -1201,7 +1202,7 @@ def main(**options):
     data = dataset.open_dataset(options["data"], size, "train", most=dataset.most_by_default(run.device), **how)
     for checkpoint, file in ((encoder_pt, "encoder.pt"), (classifier_pt, "classifier.pt")):
         if checkpoint:
-            training.check_same(checkpoint["data"], data.info(), ("fingerprint", "size"), outdir / file, remedy)
+            checkpoints.check_same(checkpoint["data"], data.info(), ("fingerprint", "size"), outdir / file, remedy)
     if classifier_pt and "assignments" in classifier_pt:  # internal attributes: y is the cluster of the embedding
         names = classifier_pt["data"]["label_names"]
         data.labels = np.eye(len(names), dtype=np.float32)[classifier_pt["assignments"]["train"].numpy()]
@@ -1222,7 +1223,7 @@ def main(**options):
         raise click.UsageError(f"--batch {options['batch']} must be a multiple of the {run.world} processes")
 
     # Build the networks.
-    with training.reading(f"{outdir / 'encoder.pt'} or {outdir / 'classifier.pt'}"):
+    with checkpoints.reading(f"{outdir / 'encoder.pt'} or {outdir / 'classifier.pt'}"):
         encoder = None
         if classifier_pt:
             encoder = frozen_encoder(stage1.build(encoder_pt), data.size, run.device, run.dtype)
@@ -1233,27 +1234,27 @@ def main(**options):
     # Take first weights from another run, or go on from this one's checkpoint.
     checkpoint, images, iteration, anew = outdir / "gan.pt", 0, 0, ""
     if start:
-        training.init_weights(trainer.decoder, start["ema"], options["init"])
+        checkpoints.init_weights(trainer.decoder, start["ema"], options["init"])
         trainer.ema.load_state_dict(trainer.decoder.state_dict())  # the average starts from the same weights
         # With another of these, D has other weights, and cannot take those of the file.
         other = [k for k in ("disc", "disc_layers", "per_class", "projection") if start["options"].get(k) != options[k]]
         if "trainer" in start and not other:
-            training.init_weights(trainer.D, start["trainer"]["D"], options["init"])
+            checkpoints.init_weights(trainer.D, start["trainer"]["D"], options["init"])
         else:  # snapshots and exports leave it out
             anew = f"has another --{other[0].replace('_', '-')}" if other else "holds none"
     keys = sorted(options.keys() - FREE)
-    state = run.first(lambda: training.resume(checkpoint, "gan", options, data, keys, BEFORE))
+    state = run.first(lambda: checkpoints.resume(checkpoint, "gan", options, data, keys, BEFORE))
     run.agree({"images": data.fingerprint, "options": {name: options[name] for name in keys}})
     if anew and not state and run.rank == 0:
         click.echo(f"--init {options['init']} {anew}: the discriminator starts anew")
     if state:
         remedy = "start over with --no-resume, or give another --outdir"
-        training.check_same(state["data"], data.info(), ("size", "label_kind", "label_names"), checkpoint, remedy)
+        checkpoints.check_same(state["data"], data.info(), ("size", "label_kind", "label_names"), checkpoint, remedy)
         if "trainer" not in state:
             raise click.ClickException(f"{checkpoint} is a snapshot, without what training goes on from: {remedy}")
-        with training.reading(checkpoint):
+        with checkpoints.reading(checkpoint):
             for name, stage in (("encoder", encoder_pt), ("classifier", classifier_pt)):
-                theirs, ours = (s and training.fingerprint(s["model"]) for s in (state.get(name), stage))
+                theirs, ours = (s and checkpoints.fingerprint(s["model"]) for s in (state.get(name), stage))
                 if conditional and theirs and ours and theirs != ours:
                     raise click.ClickException(f"{checkpoint} was trained with another {name}.pt: {remedy}")
             trainer.load_state(state["trainer"], state["ema"])
@@ -1311,13 +1312,13 @@ def main(**options):
                     if due:
                         snapshot = outdir / "snapshots" / f"gan-{images:08d}.pt"
                         # The decoder alone, so that many can be kept; every tenth stays for good.
-                        training.save_snapshot(snapshot, state, options["keep"], 10 * snap)
+                        checkpoints.save_snapshot(snapshot, state, options["keep"], 10 * snap)
                         with log.on_disk("a picture"):
                             picture = save_grid(trainer, outdir / "samples" / f"{images:08d}.png", *fixed)
                             log.picture("samples", picture, images)
                     state |= stages | {"trainer": trainer.state()}
                     # On a full disk a save in the middle is skipped with a warning; the last one raises an error.
-                    training.save(checkpoint, state, must=bool(done or stopping))
+                    checkpoints.save(checkpoint, state, must=bool(done or stopping))
                 run.wait()
             if stopping and not done:
                 raise training.Stopped(stopping, f"stopped and saved at {images:,} images")

@@ -20,6 +20,7 @@ from scipy.interpolate import CubicSpline
 from torch import Tensor
 from tqdm import tqdm
 
+import checkpoints
 import control
 import gan
 import training
@@ -130,7 +131,7 @@ def generate(network: gan.Network, y: Tensor | None, latents: Tensor, batch: int
 
 def notes_of(network: gan.Network, **notes: object) -> dict[str, str]:
     """What a picture says of itself: the hash of the network's weights, and whatever else it was made from."""
-    return {"network": training.fingerprint(network.decoder.state_dict())} | {k: str(v) for k, v in notes.items()}
+    return {"network": checkpoints.fingerprint(network.decoder.state_dict())} | {k: str(v) for k, v in notes.items()}
 
 
 def png_info(notes: dict[str, str]) -> PngInfo:
@@ -380,7 +381,7 @@ FACTORS: dict[str, dict[str, Callable[[dict], float]]] = {
 def known_labels(run, split: str) -> tuple[list[str], Tensor]:
     """Everything that is known of the real images of a split: names, and float32 [N, names] in [0, 1].
 
-    run: a trained.Run. That is y, the other classes and attributes of the data, and for critters the factors of the
+    run: a TrainedRun. That is y, the other classes and attributes of the data, and for critters the factors of the
     drawing, each by its rank: 0 the least, 1 the most.
     """
     import critters
@@ -404,7 +405,7 @@ def known_labels(run, split: str) -> tuple[list[str], Tensor]:
 def readers_of(run, seed: int, steps: int) -> tuple[dict[str, Reader], dict[str, float]]:
     """Who names a run's dimensions, and how well the judge reads each of its labels (area under the ROC curve).
 
-    run: a trained.Run. The run's own classifier reads y; an independent judge, trained on the real images, reads all
+    run: a TrainedRun. The run's own classifier reads y; an independent judge, trained on the real images, reads all
     that is known of them, as far as it can.
     """
     from sklearn.metrics import roc_auc_score  # slow to import
@@ -451,7 +452,7 @@ def found_names(network: gan.Network, file: str | Path) -> list[dict]:
         if network.dimensions is None:
             content = json.loads(Path(file).with_name("dimensions.json").read_text())
             # Names found for other weights would be wrong.
-            if content["network"] != training.fingerprint(network.decoder.state_dict()):
+            if content["network"] != checkpoints.fingerprint(network.decoder.state_dict()):
                 return []
         found = [dict(layer=d["layer"], dim=d["dim"], name=str(d["name"])[:200], change=float(d["change"]))
                  for d in content["dimensions"]]  # fmt: skip

@@ -32,7 +32,7 @@ import numpy as np
 from files import MAX_TABLE, SUFFIXES, UNREADABLE, fail, list_files, read, read_idx
 
 # 256 and 128 px are the paper's sizes, 32 the power of two above Fashion-MNIST's 28; critters are made for CPUs.
-PRESETS = {"critters": 32, "afhq": 256, "celeba": 128, "fashion-mnist": 32}  # data sets with a name: usual image size
+DATASETS = {"critters": 32, "afhq": 256, "celeba": 128, "fashion-mnist": 32}  # data sets with a name: usual image size
 SPLITS = {"train": "train", "training": "train", "test": "test", "testing": "test"}  # folder name -> split
 SPLITS |= dict.fromkeys(("val", "valid", "validation", "dev", "eval", "evaluation"), "val")
 # In the order of the numbers in Fashion-MNIST's label files.
@@ -94,35 +94,35 @@ def locate(data: str) -> tuple[str, Path | None]:
         fail("--data is empty: give the name of a data set, or a path")
     if data == "critters":
         return data, None
-    root = data_folder(data) if data in PRESETS else Path(os.path.expanduser(data))
+    root = data_folder(data) if data in DATASETS else Path(os.path.expanduser(data))
     # data/celeba.zip will do in place of the folder data/celeba.
-    if data in PRESETS and not root.exists() and root.with_name(root.name + ".zip").is_file():
+    if data in DATASETS and not root.exists() and root.with_name(root.name + ".zip").is_file():
         root = root.with_name(root.name + ".zip")
     if not os.path.exists(root):  # unlike Path.exists, it takes names that no file can have
-        if data not in PRESETS:
+        if data not in DATASETS:
             where = os.path.abspath(root)
-            fail(f"--data: there is no folder or zip {where}; the data sets with a name are {', '.join(PRESETS)}")
+            fail(f"--data: there is no folder or zip {where}; the data sets with a name are {', '.join(DATASETS)}")
         files = "four ...-ubyte.gz files" if data == "fashion-mnist" else "images"
         fetch = f"python dataset.py --data {data} --download ($INFOSCC_DATA names another folder than data/)"
         fail(f"{root} does not exist: put the {files} there, or have them fetched: {fetch}")
     if root.is_file() and not zipfile.is_zipfile(root):
         fail(f"--data {data} is a file but not a zip: expected a folder or zip of {UNDERSTOOD}")
     # A name for folders: of the path's last part, with nothing in it that a shell or a file system would mind.
-    name = data if data in PRESETS else root.resolve().stem if root.is_file() else root.resolve().name
+    name = data if data in DATASETS else root.resolve().stem if root.is_file() else root.resolve().name
     return re.sub(r"[^\w.-]+", "_", name) or "data", root
 
 
 def preset_of(data: str, preset: str | None = None) -> str:
     """The preset for --data and --preset: the one that is asked for ('none': none), or the name, or what lies there."""
-    if preset not in (None, "none", *PRESETS):
-        fail(f"--preset {preset}: there is no such preset; they are {', '.join(PRESETS)} and none")
+    if preset not in (None, "none", *DATASETS):
+        fail(f"--preset {preset}: there is no such preset; they are {', '.join(DATASETS)} and none")
     if preset:
         return preset.replace("none", "")
-    return data if data in PRESETS else recognise(locate(data)[1])
+    return data if data in DATASETS else recognise(locate(data)[1])
 
 
 def recognise(root: Path | None) -> str:
-    """Which of PRESETS lies at `root`, or ''. It looks at names and at the first lines of CelebA's table only."""
+    """Which of DATASETS lies at `root`, or ''. It looks at names and at the first lines of CelebA's table only."""
     if root is None:
         return "critters"
     root, files, folders = list_files(root)

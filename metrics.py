@@ -1275,7 +1275,7 @@ def evaluate(options: dict, world: World) -> dict:
     """Run the command with its options; returns the results, keyed as in the JSON file."""
     began, seed, notes, run = time.time(), options["seed"], [], None
     if options["network"]:
-        run = import_trained("--network").Run(options["network"], world, options["data"])
+        run = import_trained("--network").TrainedRun(options["network"], world, options["data"])
         run.protocol = options["protocol"] or run.protocol
     wanted = options["metrics"]
     possible = run.possible(METRICS) if run else OF_FOLDERS

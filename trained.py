@@ -1,7 +1,7 @@
 """A trained run: its generator, its encoder and classifier, the images it was trained on, and what is asked of it.
 
     import metrics, trained
-    run = trained.Run("runs/critters/gan.pt", metrics.start("auto", batch=64))
+    run = trained.TrainedRun("runs/critters/gan.pt", metrics.start("auto", batch=64))
     h = run.embed(run.generated(1000, seed=0))                  # features of generated images, float32 [1000, F]
 
 `metrics.py --network` and explore.py work with this. metrics.py compares two sets of images and works alone; this file
@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import checkpoints
 import classifier as stage2
 import control
 import dataset
@@ -86,7 +87,7 @@ class EncoderFeatures:
         self.encoder, self.classifier = encoder.to(device).eval(), classifier and classifier.to(device)
         self.kind, self.size, self.device, self.dims = kind, size, device, encoder.features
         # Of the weights in the checkpoint: those of a gan.pt's encoder have been rewritten for this device.
-        self.hash = getattr(encoder, "fingerprint", None) or training.fingerprint(encoder.state_dict())
+        self.hash = getattr(encoder, "fingerprint", None) or checkpoints.fingerprint(encoder.state_dict())
 
     def prepare(self, images: Tensor) -> Tensor:
         """uint8 [B, H, W, 3] -> their centres, float32 [B, 3, size, size] in [0, 255]."""
@@ -116,7 +117,7 @@ class JudgeFeatures:
 
     def __init__(self, judge: control.Judge, kind: str, labels: int):
         self.judge, self.kind, self.labels, self.dims = judge, kind, labels, judge.DIMS
-        self.hash = training.fingerprint(judge.state_dict())
+        self.hash = checkpoints.fingerprint(judge.state_dict())
 
     @torch.inference_mode()
     def __call__(self, images: Tensor) -> tuple[Tensor, Tensor]:
@@ -136,9 +137,9 @@ def features_of(path: str, device: torch.device) -> EncoderFeatures:
     """The encoder of an encoder.pt, or of a gan.pt with its classifier."""
     try:
         # An encoder's file first; a gan.pt names itself in the error that this raises.
-        state = training.load(path, "encoder")
+        state = checkpoints.load(path, "encoder")
         classifier, kind, size = None, "none", state["data"]["size"]
-        with training.reading(path):
+        with checkpoints.reading(path):
             network = stage1.build(state)
     except click.ClickException as error:
         if "written by gan.py" not in error.message:
@@ -154,7 +155,7 @@ def features_of(path: str, device: torch.device) -> EncoderFeatures:
 # The run.
 
 
-class Run:
+class TrainedRun:
     """What `--network` names: the generator, its encoder and classifier, and the images it was trained on.
 
     net: the gan.Network. train: the dataset.Dataset of its images; images: that and the validation images, by split.
@@ -162,7 +163,7 @@ class Run:
     """
 
     def __init__(self, path: str, world, moved: str | None = None):
-        self.net, self.folder, self.world = gan.load(path, world.device), training.run_folder(path), world
+        self.net, self.folder, self.world = gan.load(path, world.device), checkpoints.run_folder(path), world
         self.kind, self.names, self.real = self.net.label_kind, self.net.label_names, self.net.real_labels
         data = self.net.data
         self.judges: dict[tuple[int, int], tuple] = {}  # what control.load_judge found, by seed and steps
@@ -171,7 +172,7 @@ class Run:
         attributes = None if self.clusters or not self.names else data["attributes"]
         source = moved or data["data"]
         # Exports leave paths out, since they are made to be passed on.
-        if not (moved or source in dataset.PRESETS or Path(source).is_absolute()):  # an export
+        if not (moved or source in dataset.DATASETS or Path(source).is_absolute()):  # an export
             raise click.ClickException(f"{path} does not say where its images are: give --data")
         self.train = dataset.open_dataset(source, data["size"], "train", attributes, **dataset.same_images(data))
         self.images = {"train": self.train, "val": self.train.part("val")}
@@ -180,19 +181,19 @@ class Run:
         self.protocol = self.net.options["protocol"]
         remedy = "give the run's folder the data it was trained on, or train again"
         # Against other images than it was trained on, or of another size, no number would be this run's.
-        training.check_same(data, self.train.info(), ("fingerprint", "size"), path, remedy)
+        checkpoints.check_same(data, self.train.info(), ("fingerprint", "size"), path, remedy)
 
         # A run without labels carries no classifier, but stages 1 and 2 may lie beside it.
         encoder, classifier, kind = self.net.encoder, self.net.classifier, self.kind
         if classifier is None and (self.folder / "encoder.pt").exists():
-            state = training.load(self.folder / "encoder.pt", "encoder")
-            with training.reading(self.folder / "encoder.pt"):
+            state = checkpoints.load(self.folder / "encoder.pt", "encoder")
+            with checkpoints.reading(self.folder / "encoder.pt"):
                 encoder = gan.frozen_encoder(stage1.build(state), data["size"], world.device)
             if (self.folder / "classifier.pt").exists():
-                found = training.load(self.folder / "classifier.pt", "classifier")
+                found = checkpoints.load(self.folder / "classifier.pt", "classifier")
                 # Features of another encoder would mean nothing to this classifier.
-                if found["encoder_hash"] == training.fingerprint(state["model"]):
-                    with training.reading(self.folder / "classifier.pt"):
+                if found["encoder_hash"] == checkpoints.fingerprint(state["model"]):
+                    with checkpoints.reading(self.folder / "classifier.pt"):
                         classifier, kind = stage2.build(found), found["data"]["label_kind"]
         self.features = encoder and EncoderFeatures(encoder, classifier, kind, data["size"], world.device)
 
@@ -203,8 +204,8 @@ class Run:
         path = self.folder / "classifier.pt"
         if not path.exists():
             return None
-        state, own = training.load(path, "classifier"), self.net.classifier.state_dict()
-        if training.fingerprint(state["model"]) != training.fingerprint(own):
+        state, own = checkpoints.load(path, "classifier"), self.net.classifier.state_dict()
+        if checkpoints.fingerprint(state["model"]) != checkpoints.fingerprint(own):
             return None  # of other clusters
         return torch.eye(len(self.names))[state["assignments"][split].long()]
 
@@ -396,7 +397,7 @@ def control_table(r: dict, columns: int = 5) -> list[str]:
 def compare(results: Sequence[dict]) -> str:
     """Several runs as one table, a row each: named by its folder, by its file too unless that is gan.pt."""
     paths = [Path(r["network"]).absolute() for r in results]
-    folders = [training.run_folder(p) for p in paths]
+    folders = [checkpoints.run_folder(p) for p in paths]
     names = [f.name if p.name == "gan.pt" else f"{f.name}/{p.stem}" for f, p in zip(folders, paths, strict=True)]
     # Folders of one name in different places: only their paths tell the runs apart.
     if len(set(names)) < len(names):

@@ -19,6 +19,7 @@ import click
 import numpy as np
 import torch
 
+import checkpoints
 import control
 import gan
 import latents
@@ -50,9 +51,12 @@ def alive(network: gan.Network, images: int = 64, least: float = 0.02) -> int:
 
 def measured(run: Path, row: str, seed: int, kimg: float) -> dict:
     """The metrics of a variant, trained and measured now unless its folder has them, of the same stages, recipe and judge."""
-    encoder, classifier = (training.load(run / f"{stage}.pt", stage) for stage in ("encoder", "classifier"))
+    encoder, classifier = (checkpoints.load(run / f"{stage}.pt", stage) for stage in ("encoder", "classifier"))
     folder = run / "ablations" / f"{row.strip('-') or 'recipe'}-{kimg:g}-{seed}"
-    made_of = [training.fingerprint(stage["model"]) for stage in (encoder, classifier)] + [gan.PRESETS, control.JUDGE]
+    made_of = [checkpoints.fingerprint(stage["model"]) for stage in (encoder, classifier)] + [
+        gan.PRESETS,
+        control.JUDGE,
+    ]
     done, begun = folder / "metrics.json", folder / "made_of.json"
     if folder.exists() and not (begun.exists() and json.loads(begun.read_text()) == made_of):
         shutil.rmtree(folder)

@@ -27,6 +27,7 @@ from PIL import Image
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
+import checkpoints
 import training
 
 # "--": or torchrun takes an option like --num for an abbreviation of its own.
@@ -208,8 +209,8 @@ def copy_run(source: Path, target: Path) -> Path:
 def _two_stages(command, data: Path, outdir: Path) -> None:
     command("encoder", "--data", data, "--outdir", outdir, "--smoke")
     command("classifier", "--data", data, "--outdir", outdir, "--smoke")
-    state = training.load(outdir / "encoder.pt", "encoder")  # without what only further training needs, two thirds
-    training.save(outdir / "encoder.pt", state, keep_previous=False)
+    state = checkpoints.load(outdir / "encoder.pt", "encoder")  # without what only further training needs, two thirds
+    checkpoints.save(outdir / "encoder.pt", state, keep_previous=False)
     (outdir / "encoder.previous.pt").unlink()
 
 

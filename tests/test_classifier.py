@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from conftest import OTHER_PRECISION, copy_run
 
+import checkpoints
 import classifier
 import dataset
 import encoder
@@ -143,7 +144,7 @@ def test_one_image_is_scored(classes):
 
 
 def state_of(folder: Path) -> dict:
-    return training.load(folder / "classifier.pt", "classifier", go_on=True)
+    return checkpoints.load(folder / "classifier.pt", "classifier", go_on=True)
 
 
 def test_run_reports_and_builds(command, class_run, class_folder, tmp_path):
@@ -152,7 +153,7 @@ def test_run_reports_and_builds(command, class_run, class_folder, tmp_path):
     output = command("classifier", "--data", class_folder, "--outdir", out).output
     state = state_of(out)
     assert state["data"]["label_names"] == ["high", "low", "middle"] and state["config"] == dict(features=512, labels=3)
-    assert state["encoder_hash"] == training.fingerprint(training.load(out / "encoder.pt", "encoder")["model"])
+    assert state["encoder_hash"] == checkpoints.fingerprint(checkpoints.load(out / "encoder.pt", "encoder")["model"])
     assert state["results"] == json.loads((out / "classifier.json").read_text())["results"]
     assert "I(Y;E) >= H(Y) - H(Y|E)" in output and "majority" in output and "middle" in output
     assert state["results"]["bits"]["mi"] <= state["results"]["bits"]["h_y"]
@@ -161,7 +162,7 @@ def test_run_reports_and_builds(command, class_run, class_folder, tmp_path):
     # The saved layer gives the reported accuracy through the saved encoder.
     val = dataset.open_dataset(str(class_folder), 32, "val")
     images = (torch.from_numpy(val.images[i : i + 5]) for i in range(0, len(val), 5))
-    h = encoder.embed(encoder.build(training.load(out / "encoder.pt", "encoder")), images, len(val), CPU)
+    h = encoder.embed(encoder.build(checkpoints.load(out / "encoder.pt", "encoder")), images, len(val), CPU)
     net = classifier.build(state)
     right = net(h).argmax(1) == torch.from_numpy(np.asarray(val.labels)).argmax(1)
     assert right.float().mean().item() == pytest.approx(state["results"]["overall"]["accuracy"])
@@ -211,8 +212,8 @@ def test_attributes_are_chosen_by_name(command, attribute_run, attribute_folder,
 @pytest.mark.parametrize("balance", [[0.0], [math.nan] * 3, ["a"] * 3])
 def test_a_balance_that_does_not_fit_is_one_line(command, class_run, class_folder, tmp_path, balance):
     out = copy_run(class_run, tmp_path / "run")
-    training.save(
-        out / "classifier.pt", training.load(out / "classifier.pt", "classifier", go_on=True) | {"balance": balance}
+    checkpoints.save(
+        out / "classifier.pt", checkpoints.load(out / "classifier.pt", "classifier", go_on=True) | {"balance": balance}
     )
     line = command("gan", "--data", class_folder, "--outdir", out, "--smoke", code=1).output.splitlines()[-1]
     assert line.startswith("Error: ") and "classifier.pt" in line
@@ -261,7 +262,7 @@ def test_clusters_become_the_labels(command, class_run, class_folder, tmp_path):
     agreement = state["results"]["clusters"]["label"]
     assert 0 <= agreement["nmi"] <= 1
     del state["results"]  # as if killed before the end
-    training.save(out / "classifier.pt", state)
+    checkpoints.save(out / "classifier.pt", state)
     assert "unfinished" in command("gan", *common[:-1], code=1).output
     assert "purity" in command("classifier", *common[:-1], "--attributes", "clusters:4").output
     assert state_of(out)["results"]["clusters"]["label"] == agreement
@@ -334,15 +335,15 @@ def test_bad_input_is_one_line_and_loses_nothing(command, class_run, class_folde
     # So are an encoder whose training was broken off, and first weights that are not there, whatever is done already.
     line = command("classifier", *common, "--init", tmp_path / "no.pt", code=1).output.splitlines()[-1]
     assert "made with init" in line or "no.pt does not exist" in line
-    state = training.load(out / "encoder.pt", "encoder")
-    training.save(out / "encoder.pt", {k: v for k, v in state.items() if k != "results"})
+    state = checkpoints.load(out / "encoder.pt", "encoder")
+    checkpoints.save(out / "encoder.pt", {k: v for k, v in state.items() if k != "results"})
     assert "unfinished" in command("classifier", *common, code=1).output
-    training.save(out / "encoder.pt", state)
+    checkpoints.save(out / "encoder.pt", state)
 
     # A classifier of another encoder is refused, not used.
-    state = training.load(out / "encoder.pt", "encoder")
+    state = checkpoints.load(out / "encoder.pt", "encoder")
     state["model"]["backbone.conv1.weight"] += 1
-    training.save(out / "encoder.pt", state)
+    checkpoints.save(out / "encoder.pt", state)
     line = command("classifier", *common, code=1).output.splitlines()[-1]
     assert "made with encoder" in line and "--no-resume" in line
 

@@ -13,6 +13,7 @@ import torchvision
 from conftest import ROOT, copy_run, run_script
 from PIL import Image
 
+import checkpoints
 import encoder
 import training
 
@@ -278,7 +279,7 @@ def test_effective_rank_of_known_spectra():
 
 
 def state_of(folder):
-    return training.load(folder / "encoder.pt", "encoder", go_on=True)
+    return checkpoints.load(folder / "encoder.pt", "encoder", go_on=True)
 
 
 def same(a, b):
@@ -370,14 +371,14 @@ def test_an_interrupted_run_goes_on_exactly(command, class_folder, tmp_path, mon
     """BYOL, which has most to remember; test_faults.py stops a run of SimCLR."""
     common = ("--data", class_folder, "--smoke", "--method", "byol", "--device", "cpu")
     command("encoder", *common, "--outdir", tmp_path / "whole")
-    save = training.save
+    save = checkpoints.save
 
     def save_once(path, state, **how):
         save(path, state)
         raise OSError("killed")
 
     with monkeypatch.context() as m:
-        m.setattr(training, "save", save_once)
+        m.setattr(checkpoints, "save", save_once)
         with pytest.raises(AssertionError, match="killed"):
             command("encoder", *common, "--outdir", tmp_path / "broken")
     assert state_of(tmp_path / "broken")["images_seen"] == 16
@@ -424,7 +425,7 @@ def test_init_from_a_run_and_from_imagenet_weights(command, class_run, class_fol
     net = encoder.Encoder("resnet18", "imagenet")
     options = dict(backbone="resnet18", stem="auto")
     config, weights = encoder.first_weights(str(source), options)
-    training.init_weights(net, weights, str(source))
+    checkpoints.init_weights(net, weights, str(source))
     assert same({"model": net.state_dict()}, state_of(class_run)) and config["stem"] == "imagenet"
 
     torch.manual_seed(7)
@@ -433,7 +434,7 @@ def test_init_from_a_run_and_from_imagenet_weights(command, class_run, class_fol
     torch.save(old, tmp_path / "resnet18-x.pth")
     config, weights = encoder.first_weights(str(tmp_path / "resnet18-x.pth"), options)
     net = encoder.Encoder(**config).eval()
-    training.init_weights(net, weights, "x")
+    checkpoints.init_weights(net, weights, "x")
     x = torch.rand(2, 3, 64, 64)
     seen = torchvision.transforms.functional.normalize(x, encoder.IMAGENET_MEAN, encoder.IMAGENET_STD)
     theirs.fc = torch.nn.Identity()

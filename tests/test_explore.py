@@ -13,12 +13,12 @@ import torch
 from conftest import ROOT, copy_run
 from PIL import Image
 
+import checkpoints
 import control
 import dataset
 import explore
 import gan
 import latents
-import training
 
 
 def lively_decoder(size: int, labels: int) -> gan.Decoder:
@@ -46,7 +46,7 @@ def save_network(path, decoder: gan.Decoder, names: list[str], kind: str, name: 
     )
     state |= dict(labels={"rows": rows, "counts": torch.ones(len(names), dtype=torch.long)} if names else None)
     state |= dict(encoder=None, classifier=None, entropy_bits=1.0, images_seen=0, iteration=0)
-    training.save(path, state)
+    checkpoints.save(path, state)
     return path
 
 
@@ -107,10 +107,10 @@ def test_dimensions_of_a_rigged_generator(command, attribute_folder, attribute_r
     data = ("--data", attribute_folder, "--outdir", folder)
     command("classifier", *data, "--no-resume", "--epochs", 300)
     command("gan", *data, "--smoke", "--kimg", 0.008, "--width", 16)
-    state = training.load(folder / "gan.pt", "gan")
+    state = checkpoints.load(folder / "gan.pt", "gan")
     decoder = gan.Decoder(32, 3)
     rig(decoder)
-    training.save(folder / "gan.pt", state | {"ema": decoder.state_dict()})
+    checkpoints.save(folder / "gan.pt", state | {"ema": decoder.state_dict()})
 
     monkeypatch.setattr(explore, "COLUMNS", 2)
     table = command("explore", "dimensions", "--network", folder, "--num", 16, "--steps", 60).output
@@ -221,7 +221,7 @@ def test_a_judge_that_can_read_nothing_names_nothing(command, trained):
 def test_names_of_other_weights_are_not_taken(lively, tmp_path):
     network = gan.load(lively / "gan.pt")
     entry = dict(layer=1, dim=2, name="Hat +1.0", change=0.5)
-    own = training.fingerprint(network.decoder.state_dict())
+    own = checkpoints.fingerprint(network.decoder.state_dict())
     for content, found in (
         ({"network": own, "dimensions": [entry]}, [entry]),
         ({"network": own, "dimensions": [entry | {"layer": 9}]}, []),
@@ -267,7 +267,7 @@ def test_a_seed_is_one_picture_whatever_is_drawn_beside_it(command, lively, tmp_
 
 
 def test_png_notes(command, lively, tmp_path):
-    weights = training.fingerprint(gan.load(lively / "gan.pt").decoder.state_dict())
+    weights = checkpoints.fingerprint(gan.load(lively / "gan.pt").decoder.state_dict())
     sample = ("explore", "sample", "--network", lively / "gan.pt", "--truncation", 0.5)
     command(*sample, "--y", "big wild", "--seeds", 7, "--separate", "--out", tmp_path)
     with Image.open(tmp_path / "0-big_wild-seed-7.png") as picture:
@@ -545,8 +545,8 @@ def test_embedding(command, class_folder, class_run, attribute_run, attribute_fo
         assert "validation images are too few" in line  # 7 and 6 of them
     moved = ("--network", class_run / "encoder.pt", "--data", attribute_folder)
     assert "made from other images" in command("explore", "embedding", *moved, code=1).output
-    state = training.load(class_run / "encoder.pt", "encoder")
-    training.save(tmp_path / "odd.pt", state | {"config": state["config"] | {"backbone": "resnet34"}})
+    state = checkpoints.load(class_run / "encoder.pt", "encoder")
+    checkpoints.save(tmp_path / "odd.pt", state | {"config": state["config"] | {"backbone": "resnet34"}})
     assert "odd.pt is incomplete" in command("explore", "embedding", "--network", tmp_path / "odd.pt", code=1).output
     folders = ("--images", class_folder, "--reference", class_folder, "--metrics", "fid")
     assert "odd.pt is incomplete" in command("metrics", *folders, "--features", tmp_path / "odd.pt", code=1).output
@@ -670,7 +670,7 @@ def test_unconditional(command, class_folder, tmp_path):
     state["data"]["data"], state["options"]["protocol"] = str(class_folder), "ours"
     open_images = dataset.open_dataset(str(class_folder), 32)
     state["data"] |= {key: open_images.info()[key] for key in ("fingerprint", "splits", "preset")}
-    training.save(network, state)
+    checkpoints.save(network, state)
     line = command("explore", "embedding", "--network", network, code=1).output
     assert "holds no encoder: run encoder.py with the same --outdir first" in line
     run = SimpleNamespace(

@@ -15,6 +15,7 @@ import pytest
 import torch
 from conftest import COMMANDS, ROOT, TORCHRUN, copy_run, run_script
 
+import checkpoints
 import classifier
 import encoder
 import gan
@@ -28,8 +29,8 @@ def last_line(result) -> str:
 
 
 def weights(folder: Path, stage: str) -> str:
-    state = training.load(folder / f"{stage}.pt", stage)
-    return training.fingerprint(state["ema" if stage == "gan" else "model"])
+    state = checkpoints.load(folder / f"{stage}.pt", stage)
+    return checkpoints.fingerprint(state["ema" if stage == "gan" else "model"])
 
 
 # Signals.
@@ -67,7 +68,7 @@ def test_a_stopped_run_goes_on_exactly(command, class_folder, class_run, tmp_pat
     )
     assert f"{signum}: finishing the iteration" in result.output
     if stage == "gan":
-        assert training.load(broken / "gan.pt", "gan")["images_seen"] == 24
+        assert checkpoints.load(broken / "gan.pt", "gan")["images_seen"] == 24
     command(stage, *(c for c in common if c != "--no-resume"), "--outdir", broken)
     assert weights(broken, stage) == weights(whole, stage)
     lines = [json.loads(line) for line in (broken / "stats.jsonl").read_text().splitlines()]
@@ -125,7 +126,7 @@ def test_a_signal_to_one_process_stops_all_of_them_together(class_folder, class_
     options = ("--data", class_folder, "--outdir", folder, "--smoke", "--kimg", 0.4, "--device", "cpu")
     done = run_script(tmp_path / "work.py", ROOT, *options, processes=2)
     assert done.returncode != 0 and done.stderr.count("stopped and saved at 64 images") == 1, done.stderr[-2000:]
-    assert training.load(folder / "gan.pt", "gan")["images_seen"] == 64  # all look at every eighth iteration
+    assert checkpoints.load(folder / "gan.pt", "gan")["images_seen"] == 64  # all look at every eighth iteration
 
 
 def test_a_signal_amid_a_line_is_taken(monkeypatch):
@@ -144,7 +145,7 @@ def test_a_run_killed_amid_its_saves_makes_up_for_them(command, class_folder, cl
     folder = copy_run(class_run, tmp_path / "run")
     options = ("--data", class_folder, "--outdir", folder, "--smoke", "--kimg", 0.032, "--snap", 0.016)
     with monkeypatch.context() as patch:
-        patch.setattr(training, "save_snapshot", lambda *arguments: sys.exit(9))
+        patch.setattr(checkpoints, "save_snapshot", lambda *arguments: sys.exit(9))
         command("gan", *options, code=9)
     command("gan", *options)
     assert sorted(p.name for p in (folder / "snapshots").iterdir()) == ["gan-00000016.pt", "gan-00000032.pt"]
@@ -191,7 +192,7 @@ def test_a_run_that_diverges_ends_and_saves_nothing_more(command, class_folder, 
     options = ("--data", class_folder, "--outdir", folder, "--smoke", "--batch", 4, "--kimg", 0.2, "--snap", 0.02)
     line = last_line(command("gan", *options, code=1))
     assert line.startswith("Error: training has diverged") and "--lr" in line
-    state = training.load(folder / "gan.pt", "gan", go_on=True)
+    state = checkpoints.load(folder / "gan.pt", "gan", go_on=True)
     assert state["images_seen"] < 125 and all(v.isfinite().all() for v in state["trainer"]["decoder"].values())
     for line in (folder / "stats.jsonl").read_text().splitlines():
         json.loads(line, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
@@ -201,9 +202,9 @@ def test_a_run_that_diverges_ends_and_saves_nothing_more(command, class_folder, 
 def test_weights_that_are_not_finite_are_refused_everywhere(command, class_folder, class_run, tmp_path, value):
     folder = copy_run(class_run, tmp_path / "run")
     options = ("--data", class_folder, "--outdir", folder, "--smoke")
-    state = training.load(folder / "encoder.pt", "encoder")
+    state = checkpoints.load(folder / "encoder.pt", "encoder")
     state["model"]["backbone.conv1.weight"][7, 0, 0, 0] = value
-    training.save(folder / "bad.pt", state)
+    checkpoints.save(folder / "bad.pt", state)
     for arguments in (("encoder", *options, "--no-resume", "--init", folder / "bad.pt"), ("classifier", *options)):
         if arguments[0] == "classifier":
             (folder / "bad.pt").replace(folder / "encoder.pt")
@@ -216,15 +217,15 @@ def test_variances_and_kept_weights_are_numbers_too(command, class_folder, class
     folder = copy_run(class_run, tmp_path / "run")
     options = ("--data", class_folder, "--outdir", folder, "--smoke")
     command("classifier", *options, "--no-resume")
-    state = training.load(folder / "classifier.pt", "classifier", go_on=True)
+    state = checkpoints.load(folder / "classifier.pt", "classifier", go_on=True)
     state["training"]["best"]["weight"][0, 0] = math.nan
     del state["results"]  # as if it had been stopped
-    training.save(folder / "classifier.pt", state)
+    checkpoints.save(folder / "classifier.pt", state)
     line = last_line(command("classifier", *options, code=1))
     assert "classifier.pt" in line and "no finite numbers" in line
-    state = training.load(folder / "encoder.pt", "encoder")
+    state = checkpoints.load(folder / "encoder.pt", "encoder")
     state["model"]["backbone.bn1.running_var"][0] = -5
-    training.save(folder / "encoder.pt", state)
+    checkpoints.save(folder / "encoder.pt", state)
     line = last_line(command("classifier", *options, "--no-resume", code=1))
     assert "backbone.bn1.running_var" in line and "no finite numbers" in line
 
@@ -282,7 +283,7 @@ def test_a_terminal_that_cannot_be_written_ends_no_run(class_folder, tmp_path):
         done = subprocess.run(command, stdout=full, stderr=full, timeout=300, env=environment)
     assert done.returncode == 0
     for stage in stages:
-        training.load(tmp_path / "run" / f"{stage}.pt", stage, finished=stage != "gan")
+        checkpoints.load(tmp_path / "run" / f"{stage}.pt", stage, finished=stage != "gan")
 
 
 @pytest.mark.parametrize("left", [b"\xff\xfe\0\n", b"[" * 100_000, b"[1]\n{}\nnull\n"])
@@ -305,7 +306,7 @@ def test_a_save_that_fails_underway_is_tried_again(command, class_folder, class_
     monkeypatch.setattr(torch, "save", full)
     options = ("--data", class_folder, "--outdir", folder, "--smoke", "--kimg", 0.032, "--snap", 0.016)
     assert "training goes on until the next save" in command("gan", *options).output
-    assert training.load(folder / "gan.pt", "gan")["images_seen"] == 32
+    assert checkpoints.load(folder / "gan.pt", "gan")["images_seen"] == 32
 
 
 @pytest.mark.parametrize("stage", ["encoder", "classifier", "gan"])
@@ -482,13 +483,13 @@ def test_snapshots_that_are_kept(tmp_path, monkeypatch):
 
     def kept(*images: int) -> list[int]:
         for n in images:
-            training.save_snapshot(folder / f"gan-{n:08d}.pt", state, keep=3, every=10_000)
+            checkpoints.save_snapshot(folder / f"gan-{n:08d}.pt", state, keep=3, every=10_000)
         assert all((folder / name).exists() for name in others)
         return sorted(int(p.stem[4:]) for p in folder.iterdir() if p.name not in others)
 
     assert kept(*range(1000, 26000, 1000)) == [10_000, 20_000, 23_000, 24_000, 25_000]
-    training.save_snapshot(folder / "gan-00026000.pt", state, keep=3, every=7_000)  # other rounds leave those kept
-    assert 10_000 in training.snapshots(folder, "gan") and 20_000 in training.snapshots(folder, "gan")
+    checkpoints.save_snapshot(folder / "gan-00026000.pt", state, keep=3, every=7_000)  # other rounds leave those kept
+    assert 10_000 in checkpoints.snapshots(folder, "gan") and 20_000 in checkpoints.snapshots(folder, "gan")
     assert kept(21_000) == [10_000, 20_000, 21_000]  # a run that was started over
     millions = [99_999_000, 100_000_000, 100_001_000]  # of nine digits, which names do not sort
     assert kept(*millions) == [10_000, 20_000, *millions]
@@ -497,8 +498,8 @@ def test_snapshots_that_are_kept(tmp_path, monkeypatch):
         if not path.exists():
             raise click.ClickException("not there")
 
-    monkeypatch.setattr(training, "load", load)
-    assert training.instead(tmp_path / "gan.pt", "gan").endswith("gan-100001000.pt")  # the newest
+    monkeypatch.setattr(checkpoints, "load", load)
+    assert checkpoints.instead(tmp_path / "gan.pt", "gan").endswith("gan-100001000.pt")  # the newest
 
 
 # One run at a time.

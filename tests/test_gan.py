@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from conftest import OTHER_PRECISION, ROOT, copy_run, run_script
 from PIL import Image
 
+import checkpoints
 import classifier as stage2
 import gan
 import training
@@ -339,9 +340,9 @@ def test_updates_touch_their_network_only():
     real, y = torch.rand(8, 3, 32, 32) * 2 - 1, torch.eye(3)[torch.arange(8) % 3]
 
     def changed(update):
-        before = {n: training.fingerprint(getattr(t, n).state_dict()) for n in ("decoder", "D", "ema")}
+        before = {n: checkpoints.fingerprint(getattr(t, n).state_dict()) for n in ("decoder", "D", "ema")}
         update()
-        return {n for n, h in before.items() if training.fingerprint(getattr(t, n).state_dict()) != h}
+        return {n for n, h in before.items() if checkpoints.fingerprint(getattr(t, n).state_dict()) != h}
 
     assert changed(t.regularise) == {"decoder"}
     assert changed(lambda: t.discriminate(real, y)) == {"D"}
@@ -465,7 +466,7 @@ def test_joint_regularisation_adds_to_the_adversarial_step():
         t = trainer(encoder=encoder, classifier=classifier)
         CPU.reseed(1)
         losses = t.generate(joint)
-        moved[joint] = training.fingerprint(t.decoder.state_dict()), losses["loss_g"].item()
+        moved[joint] = checkpoints.fingerprint(t.decoder.state_dict()), losses["loss_g"].item()
         assert ("mi_bits" in losses) == joint
     assert moved[False][0] != moved[True][0] and moved[False][1] == moved[True][1]
 
@@ -534,7 +535,7 @@ def test_each_option_changes_the_weights(other):
         real, y = torch.rand(8, 3, 32, 32) * 2 - 1, torch.eye(3)[torch.arange(8) % 3]
         CPU.reseed(1)
         t.iteration(0, real[: t.batch], y[: t.batch])
-        states.append([training.fingerprint(n.state_dict()) for n in (t.decoder, t.D)])
+        states.append([checkpoints.fingerprint(n.state_dict()) for n in (t.decoder, t.D)])
     assert states[0] != states[1]
 
 
@@ -573,7 +574,7 @@ def run_folder(class_run, tmp_path):
 
 
 def digest(path):
-    return training.fingerprint(training.load(path, "gan")["ema"])
+    return checkpoints.fingerprint(checkpoints.load(path, "gan")["ema"])
 
 
 def test_command_writes_what_it_says(command, class_folder, run_folder):
@@ -608,31 +609,31 @@ def test_resumed_run_equals_an_unbroken_one(command, class_folder, class_run, tm
     whole, broken = (copy_run(class_run, tmp_path / name) for name in ("whole", "broken"))
     common = ["--data", class_folder, "--smoke", "--snap", 0.032, "--kimg", 0.064]
     command("gan", *common, "--outdir", whole)
-    state = training.load(whole / "snapshots" / "gan-00000064.pt", "gan")
+    state = checkpoints.load(whole / "snapshots" / "gan-00000064.pt", "gan")
     assert state["images_seen"] == 64
     with pytest.MonkeyPatch.context() as patch:  # the same run, ended after its first save
-        save = training.save
+        save = checkpoints.save
 
         def save_once(path, state, **how):
             save(path, state)
             if path.name == "gan.pt":
                 raise KeyboardInterrupt
 
-        patch.setattr(training, "save", save_once)
+        patch.setattr(checkpoints, "save", save_once)
         command("gan", *common, "--outdir", broken, code=130)
-    assert training.load(broken / "gan.pt", "gan")["images_seen"] == 32
+    assert checkpoints.load(broken / "gan.pt", "gan")["images_seen"] == 32
     command("gan", *common, "--outdir", broken)
     assert digest(broken / "gan.pt") == digest(whole / "gan.pt")
     assert "already" in command("gan", *common, "--outdir", broken).output
     assert digest(broken / "gan.pt") == digest(whole / "gan.pt")
-    state = training.load(broken / "gan.pt", "gan", go_on=True)
+    state = checkpoints.load(broken / "gan.pt", "gan", go_on=True)
     for name in gan.BEFORE:  # as a run saved it before there were these options
         del state["options"][name]
-    training.save(broken / "gan.pt", state)
+    checkpoints.save(broken / "gan.pt", state)
     longer = ["gan", *common[:-1], 0.072, "--outdir", broken, "--precision", "fp16"]  # which may change on the way
     assert "made with blur False, but here blur is True" in command(*longer, code=1).output
     command(*longer, "--no-blur", "--reg-stretch", 1, "--tanh-slope", 0)
-    assert training.load(broken / "gan.pt", "gan")["images_seen"] == 72
+    assert checkpoints.load(broken / "gan.pt", "gan")["images_seen"] == 72
 
 
 def test_options_of_the_command_reach_the_run(command, class_folder, class_run, tmp_path):
@@ -699,12 +700,12 @@ def test_refusals(command, class_folder, attribute_folder, run_folder, tmp_path)
     (tmp_path / "junk.pt").write_bytes(b"not a checkpoint")
     assert "junk.pt" in refused(*data, "--outdir", run_folder, "--smoke", "--init", tmp_path / "junk.pt")
     assert digest(run_folder / "gan.pt") == before
-    classifier = training.load(run_folder / "classifier.pt", "classifier")
+    classifier = checkpoints.load(run_folder / "classifier.pt", "classifier")
     original = copy.deepcopy(classifier)
     classifier["model"]["weight"] += 1
-    training.save(run_folder / "classifier.pt", classifier)
+    checkpoints.save(run_folder / "classifier.pt", classifier)
     assert "another classifier.pt" in refused(*data, "--outdir", run_folder, "--smoke", "--kimg", 1)
-    training.save(run_folder / "classifier.pt", original)
+    checkpoints.save(run_folder / "classifier.pt", original)
     joint = ("--reg-mode", "joint", "--reg-clip")
     few = ("--disc", "patch", "--disc-layers", 4)
     assert "--disc-layers" in refused(*data, "--outdir", run_folder, *few, code=2)
@@ -726,9 +727,9 @@ def test_refusals(command, class_folder, attribute_folder, run_folder, tmp_path)
             *data, "--outdir", run_folder, *without, code=2
         )
     assert "needs labels" in refused(*data, "--outdir", run_folder, "--smoke", *alone, code=2)
-    encoder = training.load(run_folder / "encoder.pt", "encoder")
+    encoder = checkpoints.load(run_folder / "encoder.pt", "encoder")
     next(iter(encoder["model"].values()))[0] += 1
-    training.save(run_folder / "encoder.pt", encoder)
+    checkpoints.save(run_folder / "encoder.pt", encoder)
     assert "belongs to another encoder" in refused(*data, "--outdir", run_folder, "--smoke")
     with pytest.raises(click.ClickException, match=r"classifier\.py"):
         gan.load(run_folder / "classifier.pt")
@@ -770,7 +771,7 @@ def test_two_processes_train_as_one_network(class_folder, run_folder, more):
     options = ("--data", class_folder, "--outdir", run_folder, "--smoke", "--kimg", 0.064, "--device", "cpu")
     done = run_script(ROOT / "gan.py", *options, *more, processes=2)
     assert done.returncode == 0, done.stderr[-2000:]
-    state = training.load(run_folder / "gan.pt", "gan")
+    state = checkpoints.load(run_folder / "gan.pt", "gan")
     assert state["images_seen"] == 64 and state["iteration"] == 8
 
 

@@ -10,27 +10,39 @@ FILES = sorted(p.stem for p in ROOT.glob("*.py"))
 
 # What each file may import of ours, anywhere in it. Every name stands below those that import it.
 MAY_IMPORT = {
-    "training": set(),
+    "checkpoints": set(),
+    "training": {"checkpoints"},
     "critters": set(),
     "files": set(),
     "layouts": {"files", "critters"},
     "download": {"files", "layouts"},
     "clusters": set(),
-    "dataset": {"training", "files", "layouts", "download", "critters"},
-    "control": {"ops", "training"},
-    "encoder": {"ops", "training", "layouts", "dataset"},
-    "classifier": {"training", "layouts", "dataset", "encoder", "clusters"},
-    "gan": {"ops", "training", "layouts", "dataset", "encoder", "classifier"},
-    "trained": {"training", "dataset", "encoder", "classifier", "gan", "control"},
+    "dataset": {"checkpoints", "training", "files", "layouts", "download", "critters"},
+    "control": {"ops", "checkpoints", "training"},
+    "encoder": {"ops", "checkpoints", "training", "layouts", "dataset"},
+    "classifier": {"checkpoints", "training", "layouts", "dataset", "encoder", "clusters"},
+    "gan": {"ops", "checkpoints", "training", "layouts", "dataset", "encoder", "classifier"},
+    "trained": {"checkpoints", "training", "dataset", "encoder", "classifier", "gan", "control"},
     "metrics": {"ops", "trained"},
-    "latents": {"training", "critters", "dataset", "control", "gan"},
+    "latents": {"checkpoints", "training", "critters", "dataset", "control", "gan"},
     "page": {"gan", "latents"},
-    "explore": {"training", "files", "dataset", "encoder", "gan", "trained", "metrics", "latents", "page"},
+    "explore": {
+        "checkpoints",
+        "training",
+        "files",
+        "dataset",
+        "encoder",
+        "gan",
+        "trained",
+        "metrics",
+        "latents",
+        "page",
+    },
 }
 AT_THE_TOP = {
-    "encoder": {"training"},
-    "classifier": {"training"},
-    "gan": {"ops", "training"},
+    "encoder": {"checkpoints", "training"},
+    "classifier": {"checkpoints", "training"},
+    "gan": {"ops", "checkpoints", "training"},
     "metrics": {"ops"},
 }
 
@@ -69,7 +81,7 @@ def test_ops_import_nothing_of_ours():
 # Files to copy together, and a program that uses them.
 COPIES = {
     "ops": "from ops import bias_lrelu; print(bias_lrelu(torch.ones(2, 3), torch.zeros(3)).shape)",
-    "encoder training": """
+    "encoder training checkpoints": """
         import encoder
         views = encoder.augment(torch.rand(8, 3, 32, 32) * 2 - 1)
         net = encoder.Encoder("resnet18", "imagenet")
@@ -77,13 +89,13 @@ COPIES = {
         loss.backward()
         print(loss.shape)
         """,
-    "classifier training": """
+    "classifier training checkpoints": """
         import classifier
         h, y = torch.randn(20, 5), torch.eye(2)[torch.arange(20) % 2]
         options = dict(batch=8, lr=1e-3, weight_decay=0, balance=True, seed=0)
         print(classifier.fit(h, y, True, options, epochs=1, first=None, state={}).weight.shape)
         """,
-    "gan ops training": """
+    "gan ops training checkpoints": """
         import gan, training
         run = training.Run(torch.device("cpu"), None, seed=0)
         options = gan.default_options(32, batch=4, disc="patch", loss="lsgan", reg_every=0)
@@ -91,7 +103,7 @@ COPIES = {
         trainer.iteration(0, torch.rand(4, 3, 32, 32) * 2 - 1, torch.eye(3)[[0, 1, 2, 0]])
         print(trainer.ema(torch.eye(3), torch.randn(3, trainer.ema.latent_width)).shape)
         """,
-    "dataset layouts files download critters training": """
+    "dataset layouts files download critters training checkpoints": """
         import dataset
         print(torch.Size(dataset.square(dataset.Image.new("RGB", (40, 30)), 16).shape))
         """,

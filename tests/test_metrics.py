@@ -663,7 +663,7 @@ FAKES = {
 
         import numpy as np
 
-        PRESETS = ()
+        DATASETS = ()
 
         def read_info(pack):
             return dict(classes=[], attributes=[])
@@ -699,8 +699,8 @@ def fake_run(folder: Path, kind: str = "one-hot", wrong: bool = False) -> Path:
     for name, text in FAKES.items():
         text = text.format(kind=kind, wrong=wrong) if name == "gan" else text
         (folder / f"{name}.py").write_text(textwrap.dedent(text))
-    for name in ("metrics.py", "trained.py", "control.py", "training.py", "encoder.py", "classifier.py"):
-        shutil.copy(ROOT / name, folder)
+    for name in ("metrics", "trained", "control", "training", "checkpoints", "encoder", "classifier"):
+        shutil.copy(ROOT / f"{name}.py", folder)
     (folder / "gan.pt").touch()
     return folder / "gan.pt"
 
@@ -843,7 +843,7 @@ def test_several_runs_are_one_table(stand_ins):
     import trained
 
     world = metrics.start("cpu", 64)
-    assert trained.Run(str(snapshot), world).folder == path.parent  # where classifier.pt and stats.jsonl are
+    assert trained.TrainedRun(str(snapshot), world).folder == path.parent  # where classifier.pt and stats.jsonl are
 
 
 def test_a_table_of_runs_says_what_does_not_compare():

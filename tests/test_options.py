@@ -9,6 +9,7 @@ import pytest
 from click.testing import CliRunner
 from conftest import copy_run
 
+import checkpoints
 import classifier
 import critters
 import dataset
@@ -57,12 +58,12 @@ def test_odd_values(class_folder, folder, tmp_path, monkeypatch, name, option):
         raise Accepted("accepted")
 
     for module, work in (
-        *((encoder, "train"), (classifier, "fit"), (gan.Trainer, "iteration"), (trained.Run, "__init__")),
+        *((encoder, "train"), (classifier, "fit"), (gan.Trainer, "iteration"), (trained.TrainedRun, "__init__")),
         (explore.latents, "project"),
     ):
         monkeypatch.setattr(module, work, accept)
     monkeypatch.setitem(sys.modules, "page", SimpleNamespace(serve=accept))  # without gradio, slow to import
-    for module in (training, gan):  # every value would read the same files again
+    for module in (checkpoints, gan):  # every value would read the same files again
         monkeypatch.setattr(module, "load", functools.cache(module.load))
     monkeypatch.chdir(tmp_path)
     run = copy_run(folder, tmp_path / "run")

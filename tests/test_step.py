@@ -14,6 +14,7 @@ from conftest import ROOT, run_script
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+import checkpoints
 import encoder
 import gan
 import training
@@ -249,8 +250,8 @@ def test_updates_as_graphs_are_the_same_updates(graphs_on_the_cpu, monkeypatch, 
             losses.append({name: value.item() for name, value in stats.items()})
         found[eager] = (
             losses,
-            training.fingerprint(trainer.decoder.state_dict()),
-            training.fingerprint(trainer.D.state_dict()),
+            checkpoints.fingerprint(trainer.decoder.state_dict()),
+            checkpoints.fingerprint(trainer.D.state_dict()),
         )
         names = {"discriminate", "generate", "regularise"} | ({"penalise"} if penalty == "r1" else set())
         assert {key[0] for key in trainer.graphs.captured} == (names if eager == 2 else set())
@@ -289,9 +290,9 @@ def test_graphs_are_captured_anew_after_another_state_is_loaded(graphs_on_the_cp
     assert trainer.graphs.captured
     trainer.load_state(copy.deepcopy(trainer.state()), trainer.ema.state_dict())
     assert not trainer.graphs.captured
-    before = training.fingerprint(trainer.D.state_dict())
+    before = checkpoints.fingerprint(trainer.D.state_dict())
     trainer.iteration(3, torch.zeros(2, 3, 32, 32), torch.eye(3)[:2])
-    assert training.fingerprint(trainer.D.state_dict()) != before
+    assert checkpoints.fingerprint(trainer.D.state_dict()) != before
 
 
 def test_augmentation_is_the_same_on_both_ways(monkeypatch):

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from conftest import copy_run
 
+import checkpoints
 import metrics
 import training
 
@@ -46,7 +47,7 @@ def test_output_folders_that_cannot_be(command, class_folder, tmp_path):
 
 
 def test_a_full_disk_keeps_the_old_checkpoint(tmp_path, monkeypatch):
-    training.save(tmp_path / "a.pt", {"stage": "gan", "x": 1})
+    checkpoints.save(tmp_path / "a.pt", {"stage": "gan", "x": 1})
 
     def fail(state, file):
         Path(file).write_bytes(b"half")
@@ -54,7 +55,7 @@ def test_a_full_disk_keeps_the_old_checkpoint(tmp_path, monkeypatch):
 
     monkeypatch.setattr(torch, "save", fail)
     with pytest.raises(click.ClickException, match="is the disk full"):
-        training.save(tmp_path / "a.pt", {"stage": "gan", "x": 2})
+        checkpoints.save(tmp_path / "a.pt", {"stage": "gan", "x": 2})
     assert torch.load(tmp_path / "a.pt", weights_only=True)["x"] == 1 and len(list(tmp_path.iterdir())) == 1
 
 
@@ -73,7 +74,7 @@ def test_errors_of_the_system_are_one_line(command, class_run, class_folder, tmp
 def test_damaged_checkpoints(tmp_path, content):
     (tmp_path / "a.pt").write_bytes(content)
     with pytest.raises(click.ClickException, match="is not a checkpoint"):
-        training.load(tmp_path / "a.pt", "gan")
+        checkpoints.load(tmp_path / "a.pt", "gan")
 
 
 def zipped_anew(path: Path, change: Callable[[str, bytes], bytes], method: int = zipfile.ZIP_STORED) -> None:
@@ -115,13 +116,13 @@ def test_checkpoints_that_claim_more_than_they_hold(tmp_path, what):
     if what == "a part cut short":
         zipped_anew(path, lambda name, content: content[:8] if name.endswith("data/0") else content)
     with pytest.raises(click.ClickException, match="is not a checkpoint of this project, or damaged"):
-        training.load(path, "gan")
+        checkpoints.load(path, "gan")
 
 
 def test_what_only_further_training_needs_is_read_for_that_alone(class_run, tmp_path):
-    path, state = tmp_path / "encoder.pt", training.load(class_run / "encoder.pt", "encoder")
-    training.save(path, state | {"training": {"stepper": torch.zeros(3)}})
-    to_use, to_go_on = (training.load(path, "encoder", go_on=go_on) for go_on in (False, True))
+    path, state = tmp_path / "encoder.pt", checkpoints.load(class_run / "encoder.pt", "encoder")
+    checkpoints.save(path, state | {"training": {"stepper": torch.zeros(3)}})
+    to_use, to_go_on = (checkpoints.load(path, "encoder", go_on=go_on) for go_on in (False, True))
     assert to_go_on.keys() - to_use.keys() == {"training"}
     for name, value in to_go_on["model"].items():
         assert torch.equal(value, to_use["model"][name])
@@ -130,10 +131,10 @@ def test_what_only_further_training_needs_is_read_for_that_alone(class_run, tmp_
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.int64, torch.bool])
 def test_finite_means_every_element(dtype):
     x = torch.ones(3, 5, dtype=dtype)
-    assert training.all_finite(x) and training.all_finite(x[:0])
+    assert checkpoints.all_finite(x) and checkpoints.all_finite(x[:0])
     for value in (math.nan, math.inf, -math.inf) if dtype.is_floating_point else ():
         x[1, 2] = value
-        assert not training.all_finite(x)
+        assert not checkpoints.all_finite(x)
 
 
 def test_uint8_and_float_undo_each_other():
@@ -148,11 +149,11 @@ def test_uint8_and_float_undo_each_other():
 def test_atomic_leaves_the_old_file_or_the_whole_new_one(tmp_path):
     path = tmp_path / "a.json"
     path.write_text("old")
-    with pytest.raises(KeyboardInterrupt), training.atomic(path) as temporary:
+    with pytest.raises(KeyboardInterrupt), checkpoints.atomic(path) as temporary:
         temporary.write_text("ne")
         raise KeyboardInterrupt
     assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
-    with training.atomic(path) as temporary:
+    with checkpoints.atomic(path) as temporary:
         temporary.write_text("new")
     assert path.read_text() == "new" and list(tmp_path.iterdir()) == [path]
 
