@@ -27,7 +27,7 @@ SIZES = tuple(2**i for i in range(4, 11))  # of images, in pixels: the networks 
 ENTRIES = {
     "encoder": dict(config=dict, model=dict, data=dict, options=dict, images_seen=int),
     "classifier": dict(config=dict, model=dict, data=dict, options=dict, encoder_hash=str, balance=list),
-    # A snapshot has little more than this; what further training needs is in the latest gan.pt alone.
+    # No more than a snapshot has: what further training needs is in gan.pt alone.
     "gan": dict(ema=dict, data=dict, options=dict, images_seen=int),
 }
 # squash and train_on_all: later stages must open the images in the same way.
@@ -48,7 +48,7 @@ RESUME_REMEDY = "give --no-resume to start over, or another --outdir"
 def atomic(path: Path | str) -> Iterator[Path]:
     """Gives a temporary path in the same folder, renamed to `path` at the end: never half a file under its name."""
     path = Path(path)
-    # In the same folder, since renaming does not cross disks; by a name that `lock` clears after a kill.
+    # In the same folder, since renaming does not cross disks; by a name that `training.lock` clears after a kill.
     temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
     try:
         yield temporary
@@ -94,7 +94,7 @@ def save_snapshot(path: Path, state: dict, keep: int, every: int) -> None:
     images = [n for n in found if n <= int(now)]
     drop = found.keys() - {*images}
     if len(images) > keep:  # one drops out of the last `keep`; those before it were decided on when they did
-        # 0 in front: the first snapshot of all has something before it too.
+        # 0 in front, so that the first snapshot of all has one before it as well.
         before, n = [0, *images][-keep - 2 : -keep]
         drop |= {n} if n // every == before // every else set()  # not round: no multiple of `every` in between
     for n in drop:
@@ -143,10 +143,10 @@ def load(path: Path | str, stage: str, finished: bool = False, go_on: bool = Fal
             damaged = parts.testzip()
         # By way of a map of the file: a plain load reads beyond parts that are shorter than their tensors.
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        # Left out while they are only mapped: Adam's moments are two thirds of such a file.
+        # Left out while they are only mapped: Adam's moments alone are twice the size of the weights.
         if not go_on and isinstance(state, dict):
             state = {name: value for name, value in state.items() if name not in FURTHER}
-        # Tensors may share memory in the file, and get their own here: up to 4 times its size, not any amount.
+        # Tensors that share memory in the file get their own here: up to 4 times its size, not any amount.
         state = in_memory(state, [4 * path.stat().st_size])
     except Exception as error:  # damaged files raise nearly anything
         raise click.ClickException(

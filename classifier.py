@@ -109,14 +109,14 @@ def fit(
     generator = torch.Generator().manual_seed(options["seed"])
     held, kept = torch.randperm(n, generator=generator).to(h.device).split([n // 10, n - n // 10])
     weight = weights_of(y, one_hot) if options["balance"] else None
-    # Adam's steps are alike in all weights: without this, features of small scale would take many more epochs.
+    # Adam's steps are as large in all weights: without this, features of small scale would take many more epochs.
     # 1e-6: a feature may be 0 for all images, since a ReLU made it.
     mean, std = h.mean(0), h.std(0, correction=0) + 1e-6
     x = (h - mean) / std
 
     layer = Classifier(h.shape[1], y.shape[1]).to(h.device)
     if first is None:
-        # The loss is convex in one layer: no random start is needed to break a symmetry.
+        # The loss of a single layer is convex: no random start is needed to break a symmetry.
         nn.init.zeros_(layer.weight), nn.init.zeros_(layer.bias)
     else:
         # The inverse of `folded`: the layer here sees standardised features, `first` sees h itself.
@@ -132,7 +132,7 @@ def fit(
             if not all(checkpoints.all_finite(v) for part in ("best", "layer") for v in state[part].values()):
                 raise ValueError("its weights are no finite numbers")
             training.load_adam(optimizer, state["optimizer"], parameters=2)  # weight and bias
-    # A state_dict shares memory with its layer, whose every step would change the kept best.
+    # A state_dict shares memory with its layer: without a copy, every step would change the best that is kept.
     best = {k: v.clone() for k, v in best.items()}
 
     def folded() -> Classifier:
@@ -164,7 +164,7 @@ def fit(
                 best[name] = torch.where(better, value, best[name])
             least = torch.minimum(test, least)
         signum = stopping()
-        # About ten saves, and lines in the log, a run.
+        # About ten saves and ten lines of the log in a run.
         due = (epoch + 1) % max(1, epochs // 10) == 0 or epoch + 1 == epochs or signum
         if log:
             log.add(loss=total / len(kept), **({"held_out_loss": test.sum()} if len(held) else {}))
@@ -192,7 +192,7 @@ def evaluate(logits: torch.Tensor, y: torch.Tensor, names: list[str], one_hot: b
     """
     from sklearn.metrics import average_precision_score, balanced_accuracy_score  # slow to import
 
-    # AP ranks images by a class: its logits compare between images only after the softmax.
+    # AP ranks images by each class's score, and logits of classes compare between images only after the softmax.
     scores = (logits.log_softmax(1) if one_hot else logits).numpy()
     truth = y.numpy().astype(int)
     # With the balance left in, a threshold of 0 is where both sides of an attribute weigh alike.
@@ -309,7 +309,7 @@ def main(**options):
     weights = checkpoints.load_init(options["init"], "classifier")["model"] if options["init"] else None
 
     # Embed every image once.
-    # A tenth is held out. Where --epochs is given, it counts, however few steps that makes.
+    # Nine tenths train, the last is held out. An --epochs that was given counts, however few steps it makes.
     steps = -(-len(ds) * 9 // 10 // options["batch"])
     least = 0 if given or options["smoke"] else math.ceil(STEPS / max(1, steps))
     epochs = options["epochs"] = int(max(options["epochs"], least))
@@ -339,7 +339,7 @@ def main(**options):
     if internal:
         if state:
             with checkpoints.reading(path):
-                # k-means again could number the clusters otherwise than the classifier that goes on.
+                # Another k-means could number the clusters otherwise than those that the classifier has learnt.
                 found = {split: v.numpy() for split, v in state["assignments"].items()}
             names = state["data"]["label_names"]
         else:

@@ -51,7 +51,7 @@ def cluster(h: dict, spec: str, seed: int, folder: Path) -> dict[str, np.ndarray
         )
 
     def fit(k: int) -> KMeans:
-        # Of four starts the tightest clusters are kept: a single start may end in a poor split.
+        # The best of four starts: a single one may end in a poor split.
         return KMeans(k, n_init=4, random_state=seed).fit(x["train"])
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -101,7 +101,7 @@ def write(
         with open(folder / f"{split}.csv", "w", newline="", encoding="utf-8", errors="backslashreplace") as file:
             table = csv.writer(file)
             table.writerow(["img", "cluster"])
-            # Not i itself: clusters that came from a table keep its numbers, which may have gaps.
+            # Not i itself: clusters that came from a table keep their numbers there, which may have gaps.
             numbers = [names[i].removeprefix("cluster") for i in v]
             table.writerows(zip(sets[split].names, numbers, strict=True))
     # clip: an embedding of zeros has no direction, and must not become NaN.

@@ -31,11 +31,10 @@ def questions(kind: str, real: Tensor, each: int, seed: int, published: bool = F
     without, the other attributes as they occur together in the rows of `real`. published: all with it, the other
     attributes fair coins.
     """
-    # Each purpose has a stream of its own: 2 here, 3 for the judge, 8 for diversity, 9 for information.
+    # Each purpose has a stream of its own: 2 here, 3 for the judge, 8 for diversity, 9 for information, 1 for y.
     asked, draw = torch.arange(real.shape[1]).repeat_interleave(each), np.random.default_rng([seed, 2])
     if kind == "one-hot":
         return torch.eye(real.shape[1])[asked], asked
-    # As published: each attribute a fair coin.
     if published:
         y = torch.from_numpy(draw.integers(0, 2, (len(asked), real.shape[1]))).float()
     else:
@@ -92,7 +91,7 @@ class Judge(nn.Module):
     of its logits.
     """
 
-    # Small, since every data set needs its own: 1,500 steps, metrics.py's number on CPUs, take two minutes of one core.
+    # Small, since every data set needs a judge of its own, also on CPUs.
     WIDTHS = (32, 32, 64, 64, 128, 128, 128)  # channels of its convolutions
     DIMS = 4 * WIDTHS[-1]  # features: the last map, pooled to 2x2
 
@@ -155,7 +154,7 @@ def loss_of(logits: Tensor, y: Tensor, groups: Sequence[tuple[str, int]]) -> Ten
     loss = logits.new_zeros(())
     widths = [width for _, width in groups]
     for (kind, _), ours, theirs in zip(groups, logits.split(widths, 1), y.split(widths, 1), strict=True):
-        # Means over the attributes, so that many of them do not outweigh the classes.
+        # Both are means: a sum over many attributes would outweigh the classes.
         loss += (F.cross_entropy if kind == "one-hot" else F.binary_cross_entropy_with_logits)(ours, theirs)
     return loss
 
@@ -194,7 +193,7 @@ def train_judge(
             # An eighth of the side, as the discriminator's translation in stage 3.
             most = x.shape[1] // 8
             down, right = draw.integers(0, 2 * most + 1, 2)
-            # The border is repeated, since black bars would be a sight of their own.
+            # The border is repeated: generated images have no black bars.
             x = np.pad(x, ((0, 0), (most, most), (most, most), (0, 0)), "edge")
             x = x[:, down : down + images.shape[1], right : right + images.shape[2]].astype(np.float32)
             # A tenth of the 255 levels and a fifth of the contrast, so that labels are not read off the exposure.
@@ -357,7 +356,7 @@ def measure_information(run, n: int, seed: int) -> dict:
     # y as in the data, whatever the protocol: H(Y) is that of the data, and eq. 4 means it so.
     y = run.real[torch.from_numpy(np.random.default_rng([seed, 1]).integers(0, len(run.real), n))]
     results = {"h_y_bits": h_y, "mi_generated_bits": bits(run.generated(n, seed, y), y), "information_n": n}
-    # Validation images, which training does not see unless --train-on-all is given.
+    # Validation images, which training does not see (unless with --train-on-all, celeba's published setting).
     labels = run.labels("val")
     if labels is not None:
         index = np.sort(np.random.default_rng([seed, 9]).permutation(len(labels))[:n])

@@ -79,7 +79,8 @@ def squashed(image: Image.Image, size: int) -> np.ndarray:
 
     The paper's code did that to CelebA: 178 x 218 to 128 x 128, by torchvision's Resize on tensors.
     """
-    # EXTENT looks at four pixels for each of the result, as torchvision does on tensors; Image.resize would antialias.
+    # EXTENT looks at four pixels for each of the result, as torchvision before 0.17 did on tensors; Image.resize would
+    # antialias, as torchvision now does by default.
     area = (0, 0, *image.size)
     planes = [  # in float, since Pillow rounds bytes down
         plane.convert("F").transform((size, size), Image.Transform.EXTENT, area, Image.Resampling.BILINEAR)
@@ -102,7 +103,7 @@ def load_image(
 ) -> np.ndarray:
     """Image `key` of a source as uint8 [size, size, 3] RGB. Raises one of UNREADABLE for an image it cannot read."""
     if root is None:
-        # Seed 0 for everybody, so that runs on critters compare.
+        # Seed 0 for everybody, so that runs on critters can be compared.
         return critters.render(0, *key, size)[0]
     return (squashed if squash else square)(open_image(root, key, max_pixels), size)
 
@@ -332,7 +333,7 @@ def state_of(root: Path, files: list[str], folders: list[str]) -> str:
 @contextlib.contextmanager
 def only_one(cache: Path) -> Iterator[bool]:
     """Let one process at a time pack; the kernel drops the lock with its process. False where there are no locks."""
-    # The file stays there: without it, one process could wait for the old file while another locks a new one.
+    # The file is never deleted: else one process could wait for the old file while another locks a new one.
     with open(cache / ".lock", "a") as lock:
         try:
             # First without waiting, to tell the user why nothing happens.
@@ -406,7 +407,7 @@ def decode(
     row, jobs, broken = size * size * 3, [], {s: {} for s in splits}
     chunk = max(1, min(64, 2**24 // row))  # images a job: at most 16 MB, and enough jobs for all processors
     # The processors that this process may use: in containers and batch jobs the machine often has more.
-    # Up to 64 images are about one job: a second process would have nothing to do.
+    # Up to 64 images, if not large, are one job: a second process would have nothing to do.
     processes = len(os.sched_getaffinity(0)) if len(source.keys) > 64 else 1
     context = multiprocessing.get_context("fork")  # a new interpreter would first import torch
     # The lock of files.py works between threads; here several processes decode.
@@ -432,7 +433,7 @@ def decode(
     finally:
         bar.close()
         if pool:
-            pool.shutdown(cancel_futures=True)  # after an error, the jobs that are left would still be decoded
+            pool.shutdown(cancel_futures=True)  # else, after an error, the jobs that are left would still run
     return broken
 
 

@@ -37,7 +37,7 @@ def fetch(path: Path, check: Callable[[Path], str | None], page: str, **source: 
     path.parent.mkdir(parents=True, exist_ok=True)
     arrived = path.with_name(path.name + ".part")  # gdown writes to <this>.<8 letters>.part until it has all
     try:
-        # retries: further tries of this command; timeout: seconds of silence, after which a connection counts as lost.
+        # retries: further tries within this call; timeout: seconds of silence after which a connection counts as lost.
         gdown.download(output=str(arrived), resume=True, retries=3, timeout=30, **source)
     except Exception as error:  # requests and gdown have many
         reason = (str(error) or type(error).__name__).splitlines()[0]

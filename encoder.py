@@ -43,19 +43,19 @@ EVALUATED = 20_000  # most images of a split that the evaluation looks at: its l
 PRESETS = {
     # Gentle views: small crops and strong colours hide glasses and hats, which an untrained network then tells better.
     # Drawn faces, 20,000 images seen: a linear readout has 69 % balanced accuracy, with strong views 55, untrained 67.
-    # Faces, 40,000 seen: I(X;E) half-way was 0.5 bits at the published lr, temperature and area, 1.3 at 1e-3, 0.2, 0.3.
+    # Faces, 40,000 seen: with the published lr, temperature and area, I(X;E) half-way was 0.5 bits in place of 1.3.
     # tau 0.99 is BYOL's for runs of 100 to 300 epochs. half_cosine counts for --schedule published alone: about AFHQ's.
     "": dict(backbone="resnet18", schedule="cosine", epochs=200.0, batch=64, lr=1e-3, weight_decay=1e-4, temperature=0.1,
              area=0.6, strength=0.4, grey=0.2, tau=0.99, stem="auto", cpu_images=40_000, squash=False, train_on_all=False,
              half_cosine=400),
-    # Found by trying. tau 0.9: the target averages some ten steps of the hundreds that such a run has.
+    # Found by trying. tau 0.9: the target averages about ten steps, of the hundreds that such a run has.
     "critters": dict(epochs=5.0, temperature=0.2, area=0.3, strength=1.0, grey=0.75, tau=0.9, stem="imagenet", cpu_images=None),
     # Half an epoch is 30,000 images. They are grey already.
     "fashion-mnist": dict(epochs=0.5, grey=0.0, tau=0.9, stem="imagenet"),
 }  # fmt: skip
 
-# --protocol paper: the published settings. half_cosine is the number of batches in an epoch of the published runs, on 80 %
-# of the images. Those were the first 80 % of all files; of AFHQ it is the train split here, so that val stays unseen.
+# --protocol paper: the published settings. half_cosine is the number of batches in an epoch of the published runs, on
+# 80 % of the images. Those were the first 80 % of the files; of AFHQ it is the train split here: val stays unseen.
 PAPER = {
     "": dict(backbone="resnet50", stem="imagenet", schedule="published", epochs=200.0, batch=32, lr=3e-4, weight_decay=1e-4,
              temperature=0.5, area=0.08, strength=1.0, grey=0.2, cpu_images=None),
@@ -165,10 +165,11 @@ def augment(x: torch.Tensor, area: float = 0.08, strength: float = 1.0, grey: fl
     def uniform(low: float, high: float) -> torch.Tensor:
         return torch.rand(b, 1, 1, device=x.device) * (high - low) + low
 
-    # It blurs too. SimCLR does so after the colours; both are linear, so little but the clamp below can tell.
+    # It blurs too, which SimCLR does after the colours. Both are linear, so the order hardly matters.
     x = training.random_crop(x, area)
 
-    # Colour: brightness and contrast scale pixels (in [0, 1]) and shift them by the mean; the rest is a matrix that keeps grey.
+    # Colour: brightness and contrast scale pixels (in [0, 1]) and shift them by the mean; the rest is a matrix that
+    # keeps grey.
     # The probability of 0.8 and the ranges, 0.8 and for the hue 0.2, are SimCLR's.
     jitter = (uniform(0, 1) < 0.8) * strength
     brightness, contrast, saturation = (1 + jitter * uniform(-0.8, 0.8) for _ in range(3))
@@ -220,7 +221,7 @@ def whiten(z: torch.Tensor, ridge: float = 0.1) -> torch.Tensor:
 
 def standardise(z: torch.Tensor) -> torch.Tensor:
     """z [B, D] with mean 0 and variance 1 of each feature over the batch."""
-    # The biased deviation and 1e-5 as in a batch norm, by which Barlow Twins standardises.
+    # The biased deviation, as in the batch norm by which Barlow Twins standardises.
     return (z - z.mean(0)) / (z.std(0, correction=0) + 1e-5)
 
 
@@ -230,7 +231,7 @@ def barlow(z1: torch.Tensor, z2: torch.Tensor) -> torch.Tensor:
     b, d = z1.shape
     c = standardise(z1).T @ standardise(z2) / b
     on = c.diagonal()
-    # Their lambda is 0.005, found by a search at 8,192 features; here are 128.
+    # Their lambda is 0.005, found by a search at 8,192 features; here there are 128.
     return (1 - on).square().sum() + (c.square().sum() - on.square().sum()) / d
 
 
@@ -257,7 +258,7 @@ def knn(bank: np.ndarray, labels: np.ndarray, queries: np.ndarray, k: int = 20) 
     """Share of each label among the k nearest of `bank` [N, F] by cosine: [Q, Y] in [0, 1]. labels: 0 or 1 [N, Y]."""
     from sklearn.neighbors import NearestNeighbors  # slow to import, and not needed for --help
 
-    # By cosine, as NT-Xent and BYOL compare. DINO (Caron et al. 2021) found k = 20 best too.
+    # By cosine, as NT-Xent and BYOL compare. k = 20 is what DINO (Caron et al. 2021) found best.
     neighbours = NearestNeighbors(n_neighbors=min(k, len(bank)), metric="cosine").fit(bank)
     return labels[neighbours.kneighbors(queries, return_distance=False)].mean(1)
 
@@ -335,7 +336,7 @@ def evaluate(encoder: Encoder, train, val, run: training.Run, limit: int = EVALU
         labels[split] |= {name: np.eye(len(names))[value[index]] for name, (value, names) in ds.hidden.items()}
     results = {"images": len(h["train"]), "val_images": len(h["val"])}
     results["rank"] = effective_rank(torch.from_numpy(h["val"]))
-    # Centred: pixels are all positive, and so plain ones have cosines near 1 for any two images.
+    # Centred: pixels are never negative, so without this the cosine of any two images would be near 1.
     centre = pixels["train"].mean(0)
     for name, y in labels["train"].items():
         one_hot, asked, key = train.label_kind == "one-hot" or name != "", labels["val"][name], name and name + "_"
@@ -405,7 +406,7 @@ def train(
         modules["predictor"] = nn.Sequential(
             training.BatchNorm(128), nn.Linear(128, 512), training.BatchNorm(512), nn.ReLU(), nn.Linear(512, 128)
         ).to(run.device)
-        # Its weights follow the encoder's, further below; no gradient may reach them (BYOL's stop-gradient).
+        # The target's weights follow the encoder's, further below; no gradient may reach them (BYOL's stop-gradient).
         modules["target"] = copy.deepcopy(encoder).requires_grad_(False)
     # BYOL learns from a predictor that keeps up with the encoder: it takes 5 times the learning rate (found by trying).
     groups = [
@@ -423,13 +424,12 @@ def train(
     def extra() -> dict:
         return {name: value.state_dict() for name, value in stateful.items()}
 
-    # A smoke run has four batches: it saves after two and at its end.
     every = batch * max(1, max(total // 50, 2 * batch if options["smoke"] else 5_000) // batch)
-    tick = max(1, total // batch // 200)  # 200 lines in the log
+    tick = max(1, total // batch // 200)  # some 200 lines in the log
     for images, _ in ds.batches(own, run.device, run.seed, seen, run.rank, run.world, options["workers"]):
         # Set the learning rate, draw two views of each image, and project them.
         run.reseed(seen)
-        # The rate in the middle of the batch: at its start the first step would have none.
+        # The rate in the middle of the batch: that at its start is 0 in the first step.
         part = rate(options["schedule"], seen + batch // 2, total, len(ds), options["half_cosine"])
         stepper.set_rate(options["lr"] * part)
         x = training.to_float(images)
@@ -439,7 +439,7 @@ def train(
             z = encoder.projection(encoder(views))
             p = modules["predictor"](z) if method == "byol" else None
             with torch.no_grad():
-                # In training mode as the encoder: norms take the batch's statistics, and only weights need averaging.
+                # In training mode, as the encoder is: norms use the batch's statistics, so only weights need averaging.
                 t = modules["target"].projection(modules["target"](views)) if method == "byol" else None
 
         # Compute the loss of the whole batch, over all processes, in fp32.
@@ -455,7 +455,7 @@ def train(
         else:
             # White targets: from raw ones the embedding learns only the directions that vary most.
             t1, t2, p1, p2 = rest
-            # Nearest neighbours on critters after 48,000 images: 91.0 %, by targets that are only standardised 88.3.
+            # Nearest neighbours on critters after 48,000 images: 91.0 %, with standardised targets 88.3 %.
             loss = byol(p1, p2, *whiten(torch.cat((t1, t2))).split(batch))
 
         # Update the weights. The sum of the processes' gradients is wanted, and the stepper takes their mean.
@@ -583,7 +583,7 @@ def main(**options):
             raise click.UsageError(
                 f"--batch {options['batch']} is more than the {len(ds)} training images of {options['data']}"
             )
-        # Fewer images than a batch: one of all of them, shared evenly by the processes.
+        # Fewer images than a batch: a batch of all of them, as far as the processes can share it evenly.
         options["batch"] = len(ds) // run.world * run.world
     total = max(1, round(options["epochs"] * len(ds)))
     if given["epochs"] is None and run.device.type == "cpu" and options["cpu_images"]:
@@ -604,7 +604,7 @@ def main(**options):
         if options["precision"] == "auto" and ds.size < 64:
             run.dtype = None  # no slower, and better: 94.5 % by nearest neighbours on critters, against 92.2 in bf16
         elif ds.size < 32 and config["stem"] == "imagenet":
-            # The last maps have one pixel; there oneDNN 3.12 leaves a strided 3x3 kernel's half-precision gradient unset.
+            # The last maps have one pixel, where oneDNN 3.12 leaves a strided 3x3 kernel's 16-bit gradient unset.
             raise click.UsageError(
                 f"--stem imagenet on {ds.size} px needs --precision fp32 on a CPU, or take --stem small"
             )

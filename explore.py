@@ -206,7 +206,7 @@ def table(found: list[dict]) -> list[str]:
         # A name is a label and its effect, 'Hat +0.9'. NAMELESS goes first: a class may be called 'no'.
         by = {} if d["name"] == latents.NAMELESS else d["labels"].get(d["name"].rpartition(" ")[0], {})
         logits = [f"{by[who]['logit']:+.1f}" if who in by else "" for who in ("classifier", "judge")]
-        same = f"{min(r['consistency'] for r in by.values()):.0%}" if by else ""  # of the least agreed reader
+        same = f"{min(r['consistency'] for r in by.values()):.0%}" if by else ""  # the lowest of the readers'
         numbers = f"{logits[0]:>13s} {logits[1]:>6s} {same:>10s}"
         also = ", ".join(d["also"][:3])  # dimensions.json has all
         lines.append(f"{d['layer']:5d} {d['dim']:3d} {d['change']:7.1%}   {d['name']:38s} {numbers}   {also}".rstrip())
@@ -220,7 +220,7 @@ def factor_table(found: list[dict], readable: Sequence[str]) -> list[str]:
     best = {name: f"layer {d['layer']}, dim {d['dim']} ({effect:+.1f})" for effect, name, d in moved}  # the last stays
     lines = ["What critters are drawn with, and the dimension that moves it most:"]
     for group, factors in latents.FACTORS.items():
-        # Only what the judge can read: 'none' would blame the generator for the judge's eyes.
+        # Only what the judge can read: of other factors nobody knows whether a dimension moves them.
         its = [f"{name}: {best.get(name, 'none')}" for name in factors if name in readable]
         lines.append(f"  {group:7s} {'; '.join(its)}")
     return lines
@@ -401,7 +401,7 @@ def traverse_command(network, y, seeds, dims, steps, interpolate, frames, trunca
         codes = truncation * network.latents([numbers[i % len(numbers)] for i in range(stops)])
         labels = None if labels is None else labels[torch.arange(stops) % len(names)]
         labels, codes = latents.loop(labels, codes, frames, network.label_kind == "one-hot")
-        # In batches: the last bit, which they change, cannot be seen in a film of hundreds of frames.
+        # In batches: they change the last bit, which cannot be seen in a film of hundreds of frames.
         images = latents.generate(network, labels, codes, latents.BATCH)
         pictures = [
             Image.fromarray(gan.grid(x[None], 1)).resize((tile, tile), Image.Resampling.BICUBIC) for x in images
@@ -539,7 +539,7 @@ def embedding_command(network, data, seed, device, out):
     try:
         state = checkpoints.load(network, "encoder")
     except click.ClickException as error:
-        # A gan.pt is refused in these words, and taken below; any other error is the user's.
+        # A gan.pt is refused in these words, and read below; any other error is for the user.
         if "written by gan.py" not in error.message:
             raise
 
@@ -632,7 +632,7 @@ def serve_command(network, host, port, device):
         # Here, because requirements.txt leaves gradio out: nothing else needs it.
         import page
     except ModuleNotFoundError as error:
-        if error.name != "gradio":  # one that gradio lacks: its traceback says more
+        if error.name != "gradio":  # a module that gradio itself lacks: its traceback says more
             raise
         raise click.ClickException("the page needs gradio: pip install gradio") from None
     file = network or PRETRAINED

@@ -260,7 +260,7 @@ def read(root: Path, name: str, most: int) -> bytes:
     return content
 
 
-# Four files are one data set: images and labels, for training and test. Every image of it comes from here.
+# Four files are one data set: images and labels, for training and test. Each is read once, not for every image.
 @functools.lru_cache(maxsize=4)
 def read_idx(root: Path, name: str) -> np.ndarray:
     """An IDX file of unsigned bytes (the format of MNIST), gzipped or not, as uint8 of the shape it names."""

@@ -44,14 +44,14 @@ BEFORE = dict(blur=False, reg_stretch=1.0, tanh_slope=0.0)  # for checkpoints fr
 
 LOG_EVERY = 2_000  # images: a minute on a CPU, a second on a GPU
 
-# Defaults by preset; '' is all other data. None: it depends on the image size, see `set_by_size`. squash and train_on_all
-# count only where there is no encoder.pt.
+# Defaults by preset; '' is all other data. None: it depends on the image size, see `set_by_size`. squash and
+# train_on_all count only where there is no encoder.pt.
 # Why defaults are not the published settings (figures are of small images, most of one seed):
 # lr_decay: usual in short runs. In 15,000 images a constant rate was better, in 50,000 little of that was left.
 # projection: where the classifier is often wrong, the regularisation alone does not make images follow y.
 # reg_clip: on critters its gradient was 4 to 200 times the adversarial one's, whose steps by the same Adam then shrank.
-# reg_stretch: icons ceased to follow y where that gradient was 0.6 of reg_clip's limit; beyond 2 FD got worse.
-# draw_y, reg_over: eq. 4 has the labels' own distribution, and a sum over attributes.
+# reg_stretch: icons ceased to follow y where that gradient fell to 0.6 of reg_clip's limit; beyond 2, FD got worse.
+# draw_y, reg_over: eq. 4 has the labels' own distribution and a sum over attributes.
 # reg_augment: control under a judge was 57.9 % with crops and 53.6 % with shifts (icons, 64 px, one seed).
 # blur: without it, icons at 64 px had 13 and 33 times the real power at the Nyquist frequencies, with it 0.3 times.
 # tanh_slope: without it, half of all pixels of icons were saturated after 512 images; with 0.05, 3 % after 2,560.
@@ -60,13 +60,14 @@ PRESETS = {
                           augment="color,translation,cutout", reg_every=2, reg_clip=True, reg_stretch=2.0, penalty=None, draw_y="data",
                           reg_over="sum", reg_augment="crop", blur=True, tanh_slope=0.05, start="he", squash=False,
                           train_on_all=False),
-    # 12,000 images and more: augmentation is for few. critters without blur have the power at Nyquist that they should.
+    # 12,000 images and more: augmentation is for few. Without blur, critters have 0.9 to 1.0 times the real power at
+    # the Nyquist frequencies.
     "critters":      dict(augment="none", reg_augment="none", reg_stretch=1.0, blur=False, tanh_slope=0.0),
     "fashion-mnist": dict(augment="none", reg_augment="none", reg_stretch=1.0, blur=False, tanh_slope=0.0),
 }  # fmt: skip
 
 # --protocol paper: the published settings, for AFHQ at 256 px and CelebA at 128 px; 200,000 iterations each.
-# kimg: 200,000 times the batch. reg_every stands at its published value, 2, in PRESETS already.
+# kimg: 200,000 times the batch. reg_every is not here, since PRESETS has its published value, 2.
 PAPER = {
     "":       dict(width=16, batch=32, lr=1e-4, lr_decay=0.0, beta1=0.5, kimg=6400.0, snap=200.0, projection=False, r1=10.0,
                    augment="color,translation,cutout", reg_clip=False, reg_stretch=1.0, penalty="r1", draw_y="uniform",
@@ -92,9 +93,9 @@ def he_init(network: nn.Module) -> None:
     for layer in network.modules():
         if isinstance(layer, (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)):
             up = isinstance(layer, nn.ConvTranspose2d)
-            # Bilinear weights that meet in a pixel sum to 1, so only the channels of a transposed convolution count.
+            # The bilinear weights that meet in one pixel sum to 1, so only the channels add to a result's variance.
             inputs = layer.in_channels if up else layer.weight[0].numel()
-            # A leaky ReLU of slope s passes (1 + s^2) / 2 of the power; this makes up for it, layer by layer.
+            # A leaky ReLU of slope s passes (1 + s^2) / 2 of the power; this scale makes up for it.
             nn.init.normal_(layer.weight, std=(2 / (1 + 0.2**2) / inputs) ** 0.5)
             if up:
                 tent = torch.tensor([0.5, 1.0, 0.5])  # bilinear upsampling at stride 2
@@ -135,7 +136,7 @@ class Subspace(nn.Module):
 
     def gram(self) -> Tensor:
         """U U^T [basis, basis], in full precision."""
-        # U U^T is so close to I that of the difference 16 bits would leave only their rounding.
+        # U U^T is nearly I, so in 16 bits its difference from I would be nothing but rounding.
         with torch.autocast(self.U.device.type, enabled=False):
             U = self.basis().flatten(1)
             return U @ U.T
@@ -157,13 +158,14 @@ class Upsample(nn.ConvTranspose2d):
     def __init__(self, in_channels: int, out_channels: int, blurred: bool):
         super().__init__(in_channels, out_channels, 3, stride=2, padding=1, output_padding=1)  # to 2r, not 2r - 1
         tent = torch.tensor([0.25, 0.5, 0.25], device="cpu")  # `checkpoints.rebuild` makes all else without memory
-        # Its sum is 1, so flat areas keep their value; [1, 2, 1] is 0 at the Nyquist frequency, the one of the dots.
+        # Its sum is 1, so flat areas keep their value.
         blur = (tent[:, None] * tent).expand(out_channels, 1, 3, 3).contiguous() if blurred else None
         self.register_buffer("blur", blur, persistent=False)  # a constant, which checkpoints need not hold
 
     def forward(self, x: Tensor) -> Tensor:
         x = conv_transpose2d(x, self.weight, stride=2, padding=1, output_padding=1)
-        # Zeros beyond the border leave a line at the right and the bottom; two runs with continued maps did no better.
+        # Zeros beyond the border leave a line at the right and the bottom. Two shorter runs whose maps went on there
+        # followed y less.
         return x if self.blur is None else F.conv2d(x, self.blur, padding=1, groups=len(self.blur))
 
 
@@ -239,7 +241,7 @@ class Generator(nn.Module):
     def __init__(self, size: int, orthonormal: bool = False, width: int = 16, blurred: bool = False):
         super().__init__()
         self.size = size
-        # A layer for each of 4, 8, .. size / 2, which doubles it; `channels` has one entry more, for the full size.
+        # A block for each of 4, 8, .. size / 2, which doubles it. The last entry, the full size, has no block.
         resolutions = [4 * 2**i for i in range(int(math.log2(size)) - 1)]
         channels = [channels_at(size, r, width) for r in resolutions]
         self.first = nn.Linear(NOISE, 16 * channels[0])  # 16: the places of a 4x4 map
@@ -296,7 +298,7 @@ class Decoder(nn.Module):
 
 def build_decoder(options: dict, size: int, labels: int) -> Decoder:
     """The decoder that the options of a run describe."""
-    options = BEFORE | options  # older checkpoints lack some names
+    options = BEFORE | options
     return Decoder(size, labels, options["orth"] == "exact", options["width"], options["blur"])
 
 
@@ -477,13 +479,13 @@ def augment(x: Tensor, policy: str, p: float = 0.6) -> Tensor:
     columns = torch.arange(W, device=x.device)
     if "translation" in names and runs[3]:
         # A shift is a product with a 0/1 matrix: exact, batched, and its gradient needs no scatter.
-        # floor: each whole number of pixels from -s / 8 to s / 8 is as likely. A shift of 0 is the identity matrix.
+        # floor: all whole shifts from -s / 8 to s / 8 are equally likely. A shift of 0 is the identity matrix.
         down, right = (coins[3] * (((2 * (s // 8) + 1) * u).floor() - s // 8) for s, u in ((H, u[3]), (W, u[4])))
         shift_rows = (rows - down == rows[:, None]).to(x.dtype).transpose(2, 3)
         shift_columns = (columns - right == columns[:, None]).to(x.dtype)
         x = shift_rows @ x @ shift_columns
     if "cutout" in names and runs[4]:
-        # Its centre may be any pixel, so at a border less than a quarter is cut, as in Zhao et al.'s code.
+        # The centre may be any pixel, so a part of the hole can lie outside the image, as in Zhao et al.'s code.
         top = ((H + 1 - H // 2 % 2) * u[5]).floor() - H // 4
         left = ((W + 1 - W // 2 % 2) * u[6]).floor() - W // 4
         inside = ((rows >= top) & (rows < top + H // 2)).transpose(2, 3) & (columns >= left) & (columns < left + W // 2)
@@ -550,7 +552,7 @@ def gradient_penalty(scores: Tensor, *images: Tensor) -> list[Tensor]:
 
 def scores_real_fake(D: nn.Module, real: Tensor, fake: Tensor, y_real: Tensor, y_fake: Tensor) -> tuple[Tensor, Tensor]:
     """D on both: in one pass, unless batch statistics would then mix them."""
-    # channels_last, as the weights: else the first convolution's backward pass copies its whole output into that format.
+    # channels_last, as the weights: else the first convolution's backward pass copies its whole output to that format.
     real, fake = (x.contiguous(memory_format=torch.channels_last) for x in (real, fake))
     if D.batch_statistics:
         return D(real, y_real), D(fake, y_fake)
@@ -626,7 +628,7 @@ class Trainer:
     ):
         self.options, self.run, self.kind = options, run, kind
         self.encoder, self.classifier = encoder, classifier
-        self.labels = None if labels is None else labels.to(run.device)  # drawn from there without a copy
+        self.labels = None if labels is None else labels.to(run.device)  # y is then drawn without a transfer
         self.entropy = 0.0 if labels is None else training.entropy_bits(self.labels)  # H(Y)
         torch.manual_seed(run.seed)  # the same weights in every process
         width, classes = (0, 0) if labels is None else (labels.shape[1], labels.shape[1] * options["per_class"])
@@ -688,7 +690,7 @@ class Trainer:
         penalised = self.options["penalty"] == "r1r2" and self.options["r1"] > 0
         with torch.no_grad():
             fake, y_fake = self.fake()
-        # detach: without augmentation these are the batch itself, which is not to be marked.
+        # detach: without augmentation x is the caller's own batch, which must not start to require gradients.
         images = [augment(x, self.options["augment"]).detach().requires_grad_(penalised) for x in (real, fake)]
         with no_weight_gradients() if penalised else self.run.autocast():  # a penalty is computed in fp32
             score_real, score_fake = scores_real_fake(self.D, *images, y_real, y_fake)
@@ -712,7 +714,7 @@ class Trainer:
         with no_weight_gradients():
             score = self.D(augment(x, self.options["augment"]), y_real)
         (r1,) = gradient_penalty(score, x)
-        # Not times R1_EVERY, as StyleGAN2 has it for its lazy penalties: as published.
+        # StyleGAN2 multiplies a lazy penalty by the iterations between two of them; the published code does not.
         self.step_d.step(self.options["r1"] * r1)
         return {"r1": r1}
 
@@ -720,9 +722,9 @@ class Trainer:
         """One adversarial step of the decoder, eqs. 6-7, with the orthogonality penalty; joint: with eqs. 4-5 too."""
         self.drop_gradients()
         x, y = self.fake("data" if joint else None)
-        # As in D's step: if the decoder were spared it, shifts and holes would get into its images (Zhao et al. 2020).
+        # As in D's step: D judges only augmented images well, and plain ones teach the decoder little (Zhao et al.).
         augmented = augment(x, self.options["augment"])
-        # Gradients of D's weights would be computed and thrown away.
+        # Otherwise gradients of D's weights would be computed and thrown away.
         self.D.requires_grad_(False)
         with self.run.autocast():
             score = self.D(augmented, y)
@@ -731,7 +733,7 @@ class Trainer:
         loss = adversarial + (ORTH * orthogonality if self.options["orth"] == "penalty" else 0)
         stats = {"loss_g": adversarial, "orthogonality": orthogonality}
         if joint:
-            # For comparison: the paper's contribution is to update by the two losses separately.
+            # For comparison: the paper updates by the two losses separately.
             classification, more = self.classification(x, y)
             loss, stats = loss + classification, stats | more
         stats["norm_g"] = self.step_g.step(loss)  # of its gradient: what `regularise` is limited by
@@ -764,7 +766,7 @@ class Trainer:
         with self.run.autocast():
             logits = self.classifier(self.encoder(x))
         loss = loss_y(self.kind, logits, y)
-        # Any module serves as the classifier: one that knows of no balance has none.
+        # getattr: any module may be the classifier, also one without a balance.
         h = loss_y(self.kind, logits.detach() - getattr(self.classifier, "balance", 0), y)
         mean = self.kind == "multi-label" and self.options["reg_over"] == "mean"
         loss = loss / self.labels.shape[1] if mean else loss
@@ -807,7 +809,7 @@ class Trainer:
         norm = stats.pop("norm_g")
 
         # Every n-th iteration, train it to show what the labels say.
-        # Published code does this first. Here it comes last, since reg_clip needs the norm of this iteration's step.
+        # The published code does this first. Here it comes last: reg_clip needs the norm of this iteration's step.
         if regularised and not joint:
             stats |= self.graphs(self.regularise, norm * o["reg_every"] if o["reg_clip"] else None)
 
@@ -920,7 +922,6 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> Network:
                 raise ValueError(f"{len(names)} label names, but labels of {rows.shape[1]}")
             rows = rows.float().repeat_interleave(counts, dim=0)
         with torch.inference_mode():
-            # The weights no longer change, so these convolutions are done once for all images.
             convolved = decoder.generator.convolved()
         kind = data["label_kind"] if labels else "none"
         return Network(
@@ -962,7 +963,7 @@ def grid_inputs(trainer: Trainer, seed: int) -> tuple[Tensor | None, Tensor]:
 
     Of more than eight classes the first eight are drawn.
     """
-    # Numbers of its own: the grid is the same in every snapshot, and training draws what it would without.
+    # A generator of its own: every snapshot has the same grid, and the random numbers of training stay as they are.
     draw = torch.Generator().manual_seed(seed)
     latents = torch.randn(64, trainer.decoder.latent_width, generator=draw)
     y = None
@@ -1097,18 +1098,20 @@ def set_by_size(options: dict) -> None:
     if patch or options["per_class"] or options["unconditional"]:
         options["projection"] = False
     # Found by trying: with the global discriminator, both penalties and no momentum keep classes from collapsing; with
-    # patches and their batch norm the pictures get worse. At 64 px, 2 made D blind, and 0.02 the pictures worse than 0.2.
+    # patches and their batch norm the pictures get worse.
     options["penalty"] = options["penalty"] or ("r1" if patch else "r1r2")
     if not size:
         return
     if patch and options["disc_layers"] is None:
         options["disc_layers"] = patch_layers(size)
-    # 10 is published. At 32 px it kept patches so flat that the decoder saturated; by area they learnt.
+    # r1r2: at 64 px, a weight of 2 made D blind, and 0.02 gave worse pictures than 0.2. r1: 10 is published; at 32 px
+    # it kept the patch discriminator so flat that the decoder saturated, but not when scaled by area.
     r1 = (0.5 if size <= 32 else 0.25) if options["penalty"] == "r1r2" else 10 * (size / 256) ** 2 if patch else 10.0
-    # Small images take a higher rate, smaller batches and wider maps, found by trying at 32 px; above, the published ones.
+    # Small images take a higher rate, smaller batches and wider maps, found by trying at 32 px; else as published.
     batch, lr = (16, 5e-4) if size <= 64 else (32, 1e-4)
     kimg = options["kimg"] or default_kimg(size)
-    # width: FD 229 with 32, 455 with the published 16 (critters, 15,000 images, three seeds). Above, 32 is slow.
+    # width: FD 229 with 32, 455 with the published 16 (critters, 15,000 images, three seeds). Above 32 px, 32 takes too
+    # long on CPUs.
     # beta1 0: better pictures, of more kinds of animals (critters, 30,000 images, one seed); 0.5 is published.
     width, beta1 = 32 if size <= 32 else 16, 0.5 if patch else 0.0
     by_size = dict(width=width, batch=batch, lr=lr, beta1=beta1, r1=r1, kimg=kimg, snap=kimg / 6)
@@ -1126,7 +1129,7 @@ def default_options(size: int, **given) -> dict:
 
 def check_options(options: dict, given: dict) -> None:
     """Raise click.UsageError for options that contradict each other; given: as the user gave them."""
-    # 8 is the number for the largest images, 1024 px, as long as the size is not known.
+    # As long as the size is not known, 8: the most layers for the largest images, 1024 px.
     size, most = options["size"], patch_layers(options["size"]) if options["size"] else 8
     patch, never = options["disc"] == "patch", options["unconditional"] or options["reg_every"] == 0
     for bad, why in (
@@ -1236,7 +1239,7 @@ def main(**options):
     if start:
         checkpoints.init_weights(trainer.decoder, start["ema"], options["init"])
         trainer.ema.load_state_dict(trainer.decoder.state_dict())  # the average starts from the same weights
-        # With another of these, D has other weights, and cannot take those of the file.
+        # Where one of these differs, D is another network, and cannot take the weights of the file.
         other = [k for k in ("disc", "disc_layers", "per_class", "projection") if start["options"].get(k) != options[k]]
         if "trainer" in start and not other:
             checkpoints.init_weights(trainer.D, start["trainer"]["D"], options["init"])
@@ -1288,7 +1291,7 @@ def main(**options):
             training.write_options(outdir / "gan.json", options)
             click.echo(introduction(trainer, data, images, total))
         fixed = grid_inputs(trainer, options["seed"])
-        snap = max(round(1000 * options["snap"]), options["batch"])  # at most one an iteration
+        snap = max(round(1000 * options["snap"]), options["batch"])  # an iteration saves at most once
         batches = data.batches(trainer.batch, run.device, run.seed, images, run.rank, run.world, options["workers"])
         for real, y in batches:
             # Train on one batch, count, log.

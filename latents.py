@@ -27,7 +27,7 @@ import training
 
 RANGE = 4.5  # a traversal covers z in [-4.5, 4.5], as in EigenGAN
 END = 2.0  # dimensions are measured from z = -2 to 2: 95 % of what the generator met in training lies there
-MOST = 1000  # seeds of a range, images of a strip, frames from seed to seed: more is a typo
+MOST = 1000  # seeds of a range, images of a strip, frames from seed to seed: more is probably a typo
 BATCH = 32  # images at once where rounding does not matter
 
 
@@ -182,7 +182,7 @@ def strips(
     Returns [len(dims), N, 3, size, size] in [-1, 1].
     """
     moved = torch.cat([move(latent.expand(len(values), -1), *d, values) for d in dims])
-    # In batches: the last bit, which they change, cannot be seen in a strip.
+    # In batches: they change the last bit, which cannot be seen in a strip.
     images = generate(network, None if y is None else y.expand(len(moved), -1), moved, BATCH)
     return images.unflatten(0, (len(dims), len(values)))
 
@@ -499,7 +499,7 @@ def project(network: gan.Network, image: Tensor, steps: int, seed: int = 0) -> t
     latents = (0.5 * draws[torch.cat(errors).cpu().topk(STARTS, largest=False).indices]).to(device).requires_grad_()
 
     parameters = [latents] if y is None else [latents, y]
-    # 0.99 averages squares over 100 steps; PyTorch's 0.999 over 1,000, more than a search has.
+    # 0.99 averages squares over 100 steps; PyTorch's 0.999 over 1,000, but a search has 300 by default.
     optimizer = torch.optim.Adam(parameters, RATE, betas=(0.9, 0.99))
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, RATE, total_steps=steps)
     bar = tqdm(range(steps), desc="project", unit="step", leave=False, dynamic_ncols=True)

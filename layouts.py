@@ -71,7 +71,7 @@ BESIDE += (
     ".yml",
     ".sh",
 )  # what often lies beside images
-# Bounds on what a table may ask for: each of these takes far more memory than bytes in the file.
+# Bounds on what a file may ask for: each of these things takes far more bytes of memory than of the file.
 MAX_LINE = 2**20  # characters of a line in a table: room for thousands of attributes
 MAX_LABELS = 2**14  # label names: labels are rows of that many numbers
 MAX_LISTS = 4 * 10**6  # lists in a dataset.json, of which each takes 60 bytes or more: three times ImageNet's
@@ -439,7 +439,7 @@ def matcher(images: list[str], top: str = "") -> Callable[[str], list[str]]:
 
     def find(name: str) -> list[str]:
         name = nfc(name)
-        # Not at once: on Linux the name of a file may have a backslash in it.
+        # Only now: on Linux a file's name may have a backslash in it.
         if name not in paths:
             name = name.replace("\\", "/").removeprefix("./")  # Windows and find(1) write them so
         return [paths[name]] if name in paths else ends().get(name, [])
@@ -476,7 +476,7 @@ def by_image(
         if found[0] in result:
             fail(f"{where}: {name} is there twice")
         result[found[0]] = convert(cells, where)
-    # Not a part of the images but another table, or one with a column before the names.
+    # Then the table is that of other images, or has another column before the names.
     if absent and not result:
         fail(f"{place}: none of its {absent:,} rows names an image that is there; the last one names {name}")
     for image in images:

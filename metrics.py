@@ -232,10 +232,10 @@ class Folder:
             what = "only one image, but a distance needs at least two" if self.files else "no image"
             raise click.ClickException(f"{path} has {what} ({', '.join(SUFFIXES)})")
         if num and num < len(self.files):
-            # 6: what else is drawn by this seed has other numbers there.
+            # 6 keeps this draw apart from others by the same seed, which have other numbers there.
             chosen = np.random.default_rng([seed, 6]).choice(len(self.files), num, replace=False)
             self.files = [self.files[i] for i in np.sort(chosen)]
-        self.sizes: set[tuple] = set()  # a note says if they differ
+        self.sizes: set[tuple] = set()  # of the images that were read; a note says if they differ
 
     def __len__(self) -> int:
         return len(self.files)
@@ -263,7 +263,7 @@ class Folder:
                     ahead.append(submit(block))
                     yield torch.cat([job.result() for job in ahead.pop(0)])
             finally:
-                # Where an error ends the pass, nobody waits for the pictures still in the queue.
+                # After an error nobody waits for the pictures that are still in the queue.
                 pool.shutdown(wait=False, cancel_futures=True)
 
 
@@ -348,7 +348,7 @@ class Inception(nn.Module):
             self.sizes[block] = [len(b) for b in bias]
 
     def to(self, device: torch.device) -> "Inception":
-        self.convs = {  # channels_last: fastest for convolutions
+        self.convs = {  # channels_last, as images are that come as [B, H, W, 3]
             name: (w.detach().to(device, memory_format=torch.channels_last), b.detach().to(device), stride, padding)
             for name, (w, b, stride, padding) in self.convs.items()
         }
@@ -433,7 +433,7 @@ def published_weights(url: str, option: str) -> Path:
                 f"elsewhere and save it as {path}, or give it by {option} FILE"
             ) from None
         finally:
-            socket.setdefaulttimeout(timeout)  # it is the whole program's
+            socket.setdefaulttimeout(timeout)  # the setting is the whole program's
     # A file that lay there is checked too: other weights would give numbers that look all right.
     if not file_hash(path).startswith(digits):
         raise click.ClickException(f"{path} is not the published weight file (SHA-256 {digits}...): delete it")
@@ -552,7 +552,7 @@ def frechet_distance(mean1: np.ndarray, cov1: np.ndarray, mean2: np.ndarray, cov
         a[pivot - 1] = np.tril(lower)[:, :rank]
         return a
 
-    product = factor(cov1).T @ factor(cov2)  # [rank, rank]: small if a set has few images
+    product = factor(cov1).T @ factor(cov2)  # [rank of cov1, rank of cov2]: small where a set has few images
     if min(product.shape) <= 256:  # the more exact way, while it is cheap
         trace = scipy.linalg.svdvals(product).sum() if product.size else 0.0
     else:
@@ -561,7 +561,7 @@ def frechet_distance(mean1: np.ndarray, cov1: np.ndarray, mean2: np.ndarray, cov
         # Rounding puts some eigenvalues just below 0, where the root would be NaN.
         trace = np.sqrt(scipy.linalg.eigvalsh(gram, check_finite=False, overwrite_a=True).clip(0)).sum()
     shift = np.asarray(mean1, np.float64) - np.asarray(mean2, np.float64)
-    # For equal sets, rounding would give a distance just below 0.
+    # For equal sets, rounding could give a distance just below 0.
     return max(0.0, float(shift @ shift + np.trace(cov1) + np.trace(cov2) - 2 * trace))
 
 
@@ -587,7 +587,7 @@ class InceptionScore:
         p = log_p.exp()
         if self.p is None:
             self.p = torch.zeros(len(self.entropy), p.shape[1], dtype=torch.float64)
-        # Sums of p log p, which are 0 at p = 0.
+        # entr(p) is -p log p, and 0 at p = 0, where p.log() is infinite.
         self.entropy.index_add_(0, split, -torch.special.entr(p).sum(1))
         self.p.index_add_(0, split, p)
 
@@ -669,7 +669,7 @@ def precision_recall(real: Tensor, fake: Tensor, k: int = 3, block: int = 1024) 
         radius = torch.cat([d.kthvalue(k_th, 1).values for d in distances(centres, centres)])
         return torch.cat([(d <= radius).any(1) for d in distances(points, centres)]).double().mean().item()
 
-    real, fake = real.double(), fake.double()  # close points cancel in the expanded square
+    real, fake = real.double(), fake.double()  # |a|^2 + |b|^2 - 2 a.b cancels for close points
     return within(fake, real), within(real, fake)
 
 
@@ -730,7 +730,7 @@ def load_stats(path: Path | str, features) -> tuple[Moments, bool]:
         if any(stats[name].dtype.kind not in "fiu" for name in ("mu", "sigma")):
             raise ValueError
         mean, cov = (torch.from_numpy(np.asarray(stats[name], np.float64)) for name in ("mu", "sigma"))
-        # pytorch-fid does not say how many: then so many that no note below calls them too few.
+        # pytorch-fid does not say how many images: then so many that no note calls them too few.
         n = int(stats.get("n", 10**9))
     except Exception as error:  # damaged files raise nearly anything
         why = f": {error.strerror}" if getattr(error, "strerror", None) else ""
@@ -821,7 +821,7 @@ def forces(p: Tensor, y: Tensor, dims: int, block: int = 1024) -> tuple[Tensor, 
         own = points[a : a + block]
         w = torch.cdist(own, points, compute_mode="donot_use_mm_for_euclid_dist")  # exact for close pairs too
         w = w.square_().div_(v).add_(1).reciprocal_()
-        q = w * w.sqrt() if dims == 3 else w  # w^((v + 1) / 2); in space, without a power
+        q = w * w.sqrt() if dims == 3 else w  # w^((v + 1) / 2): v is 2 in space, 1 in the plane
         total = total + q.sum(dtype=torch.float64) - len(own)  # q of a point with itself is 1
         for out, weight in ((attract, p[a : a + block] * w), (repel, q * w)):
             out[a : a + block] = weight.sum(1, keepdim=True) * own - weight @ points
@@ -849,7 +849,7 @@ def tsne(x: Tensor, dims: int = 3, perplexity: float = 30.0, iterations: int = 1
     vectors = torch.linalg.eigh(centred.T @ centred)[1][:, -dims:].flip(1)
     vectors = vectors * vectors.gather(0, vectors.abs().argmax(0, keepdim=True)).sign()  # as scikit-learn's
     y[:dims] = (centred @ vectors).T
-    # scikit-learn's first scale, for random starts as well. 1e-30: where all points are one, they stay at 0.
+    # scikit-learn's first scale. 1e-30: where all points are one, they stay at 0.
     y *= 1e-4 / y[0].std(correction=0).clamp(min=1e-30)
     # n / 48 = n / exaggeration / 4: scikit-learn's "auto" (Belkina et al. 2019). v: degrees of freedom.
     rate, v = max(n / 48, 50.0), max(dims - 1, 1)
@@ -893,7 +893,8 @@ def chamfer(a: Tensor, b: Tensor, block: int = 1024) -> tuple[float, float]:
 
 def perplexity_of(points: int) -> float:
     """t-SNE's perplexity for `points` a side: 30, or of fewer than 91 points a third of them."""
-    # 30: scikit-learn's default. (n - 1) / 3: the most that van der Maaten's own t-SNE takes of n points.
+    # 30: scikit-learn's default. (n - 1) / 3: the most that van der Maaten's own t-SNE allows for n points. Both sides
+    # together have twice as many, and so stay well below it.
     return min(30.0, (points - 1) / 3)
 
 
@@ -954,7 +955,7 @@ class World:
                 action()
             except click.ClickException as e:
                 error = e.message
-        if error := self.gather(error)[0]:  # the others wait here
+        if error := self.gather(error)[0]:
             raise click.ClickException(error)
 
     def scan(self, source, network: Callable, what: str) -> Iterator[tuple[np.ndarray, object]]:
@@ -1065,7 +1066,7 @@ def measure_chamfer(name: str, clouds: Callable, seeds: Sequence[int], points: i
     for v, f in world.gather((values, floors)):
         values, floors = values | v, floors | f
     results: dict = {"_n": points, "_values": [values[seed] for seed in seeds]}
-    for key, found in (("", values), ("_floor", floors)):  # the floor tells what value no difference would have
+    for key, found in (("", values), ("_floor", floors)):
         if found:
             results[key] = float(np.mean([*found.values()]))
         if len(found) > 1:  # one seed has no spread
@@ -1205,7 +1206,7 @@ def measure_fidelity(options: dict, amounts: dict, need: set, run, world: World,
     # One pass over each side, or the statistics of one.
     compared = need - {"is"}
     if compared and real is None:
-        theirs, named = load_stats(reference, features)  # first: a wrong file ends it before the pass
+        theirs, named = load_stats(reference, features)  # first: a wrong file ends the command before the pass
         if not named:
             notes.append(f"{reference} does not name its network and resize: assumed to be the ones used here")
         results |= {"n_reference": theirs.n} if theirs.n < 10**9 else {}  # files of pytorch-fid do not say it
@@ -1248,7 +1249,7 @@ def measure_fidelity(options: dict, amounts: dict, need: set, run, world: World,
         results["precision"], results["recall"] = precision_recall(*parts)
     if "spectrum" in need:
         fake, true = (world.joined(spectrum).nyquist() for spectrum in spectra)
-        # b = 0: real images without any detail, of which there is no ratio.
+        # b = 0: real images without any power at that frequency, so there is no ratio to it.
         results |= {f"nyquist_{way}": a / b for way, a, b in zip("hv", fake, true, strict=True) if b > 0}
     if "chamfer" in need:
         seeds = range(seed, seed + (options["seeds"] or amounts["seeds"]))
@@ -1417,7 +1418,7 @@ OPTIONS = [
 @contextlib.contextmanager
 def one_line() -> Iterator[None]:
     """Within it, errors about options and files become one line, without the usage that click prints above them."""
-    # Within, errors become click's; around it, the text of all of these is cut to one line.
+    # The inner try makes click's errors of the others; the outer one cuts the text of all to one line.
     try:
         try:
             yield
@@ -1462,7 +1463,7 @@ def main(network: tuple[str, ...], json_file: str | None, **options) -> None:
     for stream in (sys.stdout, sys.stderr):  # names of files must not end a run in an ASCII terminal
         with contextlib.suppress(AttributeError, ValueError):  # notebooks put streams of their own there
             stream.reconfigure(errors="backslashreplace")
-    # What options and names of files tell is said before anything is measured, or processes join.
+    # Errors in options and file names are reported first: before processes join and anything is measured.
     if bool(network) == bool(options["images"]) or bool(network and options["reference"]):
         raise click.UsageError("give either --network FILE, or --images DIR and --reference DIR|NPZ")
     for name in ("data", "protocol"):

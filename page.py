@@ -36,7 +36,7 @@ def visible_dimensions(network: gan.Network, file: Path) -> list[dict]:
     found = latents.found_names(network, file)
     if not found:
         click.echo("explore.py dimensions finds names for the sliders; until then they have numbers alone")
-        # Equal labels lie together, so four at equal distances are as different as can be.
+        # Sorted, with equal labels together, so that four at equal distances differ as far as they can.
         y = None if network.real_labels is None else network.real_labels[:: max(1, len(network.real_labels) // 4)][:4]
         # Without readers, on four images: it finds no names but the order, and the page opens soon.
         found = latents.measure(network, y, network.latents(range(4 if y is None else len(y))), {})
@@ -92,7 +92,7 @@ def build(network: gan.Network, file: Path, folder: Path) -> gr.Blocks:
                 elif names:
                     labels = gr.CheckboxGroup(names, value=[], label="Attributes", elem_id="labels")
                 else:
-                    labels = gr.State(None)  # stands for them, so that `draw` is called alike
+                    labels = gr.State(None)  # stands in for them, so that `draw` gets as many arguments
                 with gr.Row():
                     # Seeds that `sample --seeds` takes too.
                     seed = gr.Number(0, label="Seed of eps", precision=0, minimum=0, maximum=2**32 - 1, elem_id="seed")
@@ -124,7 +124,7 @@ def build(network: gan.Network, file: Path, folder: Path) -> gr.Blocks:
         # Every control redraws; while a slider moves, only its last place counts.
         inputs = [labels, seed, truncation, *sliders]
         moves = [control.change for control in inputs if not isinstance(control, gr.State)]
-        # Else the picture would fade at every move. private: not for other programs to call.
+        # hidden: else the picture would fade at every move. private: not for other programs to call.
         quietly = dict(show_progress="hidden", api_visibility="private")
         outputs = [picture, save_picture, save_latent]
         # page.load: the first picture, before anything is touched.

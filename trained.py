@@ -31,7 +31,7 @@ import training
 
 # The four measures of section 3, IS and Chamfer distance by the formulas of the published code.
 OF_PAPER = {"fid", "is_published", "chamfer_sum", "accuracy"}  # what --protocol paper measures by default
-# The one takes 100,000 images, the other scikit-learn's t-SNE of 12,800 points for every seed.
+# is_published takes 100,000 images, chamfer_sum a t-SNE of 12,800 points by scikit-learn for every seed.
 SLOW = {"is_published", "chamfer_sum"}  # measured by default with --protocol paper only
 # These need labels: they ask what images for a given y show.
 OF_LABELS = {"accuracy", "diversity", "information"}
@@ -136,7 +136,7 @@ def log_probabilities(logits: Tensor, kind: str) -> Tensor:
 def features_of(path: str, device: torch.device) -> EncoderFeatures:
     """The encoder of an encoder.pt, or of a gan.pt with its classifier."""
     try:
-        # An encoder's file first; a gan.pt names itself in the error that this raises.
+        # As an encoder.pt first; the error that a gan.pt raises here says that gan.py wrote it.
         state = checkpoints.load(path, "encoder")
         classifier, kind, size = None, "none", state["data"]["size"]
         with checkpoints.reading(path):
@@ -180,7 +180,7 @@ class TrainedRun:
         self.all_labels = info["classes"], info["attributes"]  # what the images have, whatever the run took
         self.protocol = self.net.options["protocol"]
         remedy = "give the run's folder the data it was trained on, or train again"
-        # Against other images than it was trained on, or of another size, no number would be this run's.
+        # Measured against other images than it was trained on, or of another size, no number would mean anything.
         checkpoints.check_same(data, self.train.info(), ("fingerprint", "size"), path, remedy)
 
         # A run without labels carries no classifier, but stages 1 and 2 may lie beside it.
@@ -214,7 +214,7 @@ class TrainedRun:
 
         Under the paper's protocol, classes are drawn uniformly and attributes are fair coins, as its code does.
         """
-        # Each purpose has a stream of its own: 1 is y; 2, 3, 8 and 9 are control.py's, 6 and 7 metrics.py's.
+        # Each purpose has a stream of its own: 1 is y; 4 and 5 are below; others are in control.py and metrics.py.
         draw = np.random.default_rng([seed, 1])
         if y is None and self.real is not None:
             Y = self.real.shape[1]
@@ -252,7 +252,7 @@ class TrainedRun:
             for line in (self.folder / "stats.jsonl").read_text().splitlines():
                 entry = json.loads(line)
                 if entry.get("stage") == stage:
-                    # After fewer images than in the line before, the stage was started over: what it said is forgotten.
+                    # Fewer images than in the line before: the stage was started over, and older lines do not count.
                     value = entry.get(key, value if entry["images"] > images else None)
                     images = entry["images"]
         return value
@@ -305,7 +305,7 @@ class TrainedRun:
 
     def sides(self, n: int, seed: int) -> tuple[Generated, Real]:
         """The two sets of images that FID and the like compare: n generated ones, and n real ones or all."""
-        # Sorted below: mapped images are best read in the order of the file.
+        # Sorted below, since mapped images are best read in the order of the file.
         order = np.random.default_rng([seed, 5]).permutation(len(self.train))
         return self.generated(n, seed), Real(self.train, np.sort(order[:n]))
 
@@ -378,7 +378,7 @@ def control_table(r: dict, columns: int = 5) -> list[str]:
     """Lines of a run's attribute control in the layout of the paper's Tables 1-3, five attributes a row."""
     # FD where the judge or the encoder took Inception's place.
     names, distance = list(r["accuracy_labels"]), "fd" if "fd" in r else "fid"
-    width = max(9, *map(len, names)) + 2  # 9: room for 100.00%
+    width = max(9, *map(len, names)) + 2  # 9: as the columns of FD and IS
     lines = [f"{distance.upper():>9s}{'IS':>9s}  Attribute control accuracy"]
     for i in range(0, len(names), columns):
         part = names[i : i + columns]

@@ -46,7 +46,7 @@ PATH_MAX = 4096  # characters of a path, as Linux has it
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Options that every stage takes.
+# Options that every stage takes, its errors, and the folder of a run.
 
 
 class FilePath(click.Path):
@@ -106,7 +106,7 @@ class Stopped(click.ClickException):
 @contextlib.contextmanager
 def one_line() -> Iterator[None]:
     """Within it, what the user got wrong, and what the machine has no room for, is reported in one line."""
-    # Within, errors become click's; around it, the text of all of these is cut to one line.
+    # The inner `try` turns errors into click's; the outer one makes the text of these one line.
     try:
         try:
             yield
@@ -168,7 +168,7 @@ class Screen:
         self.stream = stream
         atexit.register(self.end)  # such functions run before Python's own last flush
 
-    # Bars and click ask for isatty, encoding and more.
+    # tqdm and click ask for isatty, encoding and more.
     def __getattr__(self, name: str) -> object:
         return getattr(self.stream, name)
 
@@ -284,7 +284,7 @@ def lock(outdir: Path, stage: str, rank: int = 0) -> Iterator[None]:
             raise click.ClickException(f"cannot write to {outdir}: {error.strerror}; give another --outdir") from None
         # Safe once the lock is held: no other run has temporary files here.
         for folder in (outdir, outdir / "snapshots", outdir / "samples"):
-            for left in folder.glob(".*"):  # temporary files of `atomic`, and no others
+            for left in folder.glob(".*"):  # temporary files of `checkpoints.atomic`, and no others
                 if re.fullmatch(r"\.(encoder|classifier|gan|stats|\d+)([.-]\w+)?\.\d+\.(pt|jsonl?|png)", left.name):
                     left.unlink(missing_ok=True)
         yield
@@ -332,7 +332,7 @@ class Run:
             return self.signal
         if iteration % 8:  # often enough, and too seldom to cost anything
             return 0
-        # Between CPUs: a message between GPUs would wait for all their work. 0 is no signal, so any number is one.
+        # Between CPUs: a message between GPUs would wait for all their work. MAX: 0 is no signal, so one is enough.
         asked = torch.tensor(self.signal)
         dist.all_reduce(asked, dist.ReduceOp.MAX, self.group)
         return int(asked)
@@ -372,7 +372,7 @@ class Run:
     def wait(self) -> None:
         """All processes meet here; the others wait while the first one saves and measures."""
         if self.world > 1:
-            dist.barrier(self.group)  # which waits an hour; NCCL's own group gives up after a minute
+            dist.barrier(self.group)  # which waits an hour; the default group gives up after a minute
 
     def average_gradients(self, parameters: Iterable[torch.nn.Parameter]) -> None:
         """Replace gradients by their mean over all processes, in one message; does nothing with one process.
@@ -387,7 +387,7 @@ class Run:
         if self.flat is None or self.flat.numel() < total:
             self.flat = grads[0].new_empty(total)  # one for all updates: as large as the largest
         flat = self.flat[:total]
-        # Parts in the memory formats of their parameters: both copies below then move plain memory, many parts a launch.
+        # Parts in the memory formats of their parameters: both copies below then move plain memory, many in one launch.
         parts = [v.as_strided(p.shape, p.stride()) for v, p in zip(flat.split(sizes), parameters, strict=True)]
         torch._foreach_copy_(parts, grads)
         if dist.get_backend() == "nccl":
@@ -493,7 +493,6 @@ def check_finite(steppers: Iterable[Stepper], images: int, options: dict) -> Non
         skipped, steps = int(stepper.skipped), int(stepper.steps)
         if steps >= 100:
             stepper.skipped.zero_(), stepper.steps.zero_()
-        # 20 has to be more than the 16 that fp16 may skip: its scale starts at 2^16, and each skip halves it.
         if skipped >= max(20, steps / 5):
             raise click.ClickException(
                 f"training has diverged: {skipped} of the last {steps} gradients, before {images:,} images, were not finite. "

@@ -58,7 +58,7 @@ class PlainBlock(nn.Module):
 
 
 # Options of our side that make it train what the plain side trains.
-# Nearly the published settings: what our defaults add to them, the plain side does not have.
+# It has nothing of what our defaults add to the published settings, so these switch that off.
 PLAIN = dict(
     width=16, projection=False, lr_decay=0.0, beta1=0.5, reg_clip=False, penalty="r1", reg_augment="none", blur=False,
     tanh_slope=0.0,

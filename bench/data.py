@@ -55,7 +55,7 @@ def seconds_per_image(batches: Iterable, batch: int, count: int, repeats: int) -
     for _ in range(repeats):
         start = time.perf_counter()
         for x, _ in islice(batches, count):
-            # The time is divided by full batches.
+            # Seconds are divided by batch * count below, so every batch must be full.
             assert x.shape[0] == batch
         result.append((time.perf_counter() - start) / (batch * count))
     return result

@@ -109,7 +109,7 @@ class Launches(TorchDispatchMode):
             self.waits.append(name)
         if name in ("_to_copy", "copy_") and len(kinds) > 1:
             self.copies.append(name)
-        # Its last argument says which of the three gradients are wanted.
+        # The last argument of convolution_backward says which of its three gradients are wanted, each a launch.
         times = sum(args[-1]) if name == "convolution_backward" else 1
         if name in PRODUCTS:
             key = f"{name} {str(tensors[0].dtype)[6:]}"  # without 'torch.'

@@ -45,7 +45,7 @@ def frechet_row(quick: bool) -> dict:
         "ours": lambda: found.update(ours=metrics.frechet_distance(*stats)),
         "theirs": lambda: found.update(theirs=calculate_frechet_distance(*stats)),
     }
-    # Seconds for each call: a warm-up would change nothing.
+    # A call takes seconds, so that a warm-up would change little.
     times = take_turns(sides, warm=0)
     note = f"the two differ by {abs(found['ours'] - found['theirs']) / found['theirs']:.0e}"
     return row(f"Frechet step, {d} features", times["ours"], times["theirs"], "pytorch-fid", note=note)
@@ -57,7 +57,7 @@ def features_row(quick: bool) -> dict:
     from pytorch_fid.fid_score import get_activations
 
     torch.manual_seed(0)
-    # 1008 classes: FID's Inception. init_weights: drawing them takes long, and no time depends on them.
+    # 1008 classes: FID's Inception. init_weights: drawing them takes long, and speed does not depend on them.
     net = torchvision.models.inception_v3(num_classes=1008, aux_logits=False, weights=None, init_weights=False)
     n, world = 32 if quick else 96, metrics.World(torch.device("cpu"), batch=50)  # 50: pytorch-fid's default
     with tempfile.TemporaryDirectory() as folder:

@@ -204,7 +204,7 @@ def peak_gflops(n: int = 2048) -> float:
 def generation_rows(quick: bool) -> list[dict]:
     """Images from a trained generator: batch 16 at 256 px, with the convolved maps kept, as gan.load keeps them."""
     training.keep_memory()
-    # First weights: the time does not depend on them.
+    # Untrained: the time does not depend on the weights.
     decoder = gan.Decoder(256, 3).to(memory_format=torch.channels_last).eval()
     plain = PlainDecoder(256, 3).eval()
     plain.take(decoder)

@@ -28,7 +28,7 @@ def take_turns(
         for name, side in sides.items():
             for _ in range(warm):
                 side()
-            synchronize()  # else the device would still be at the warm-up
+            synchronize()  # else the device could still be busy with the warm-up
             for _ in range(calls):
                 start = time.perf_counter()
                 side()

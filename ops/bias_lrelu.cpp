@@ -43,7 +43,7 @@ template <class T>
 void forward(const T* x, const acc_t<T>* bias, T* y, uint32_t* positive, int64_t outer, int64_t C, int64_t inner, acc_t<T> slope) {
   using A = acc_t<T>;
   const int64_t total = outer * C * inner, words = (inner + kWord - 1) / kWord, size = tile_size(C, inner);
-  // Written over x, a line has been read already, and an ordinary store costs no more traffic.
+  // In place, a line of y has just been read as x, so an ordinary store costs no more traffic.
   const bool past = x != y && is_streamed(y, total, inner);
   const Buffer<A> tile(inner == 1 ? size : 0);
   if (inner == 1) repeat(bias, C, tile.data, size);
@@ -87,7 +87,8 @@ void masked(const T* g, const uint32_t* positive, const acc_t<T>* bias, T* dx, a
   const bool past = is_streamed(dx, total, inner);
   const Buffer<A> tile(inner == 1 ? size : 0);
   if (inner == 1) repeat(bias, C, tile.data, size);
-  // At most 128 partial sums. The shape alone says how many: they must not depend on the threads.
+  // Partial sums: one for each image, in channels_last 128 at most. Were there one for each thread, results would
+  // depend on the number of threads.
   const int64_t pieces = inner == 1 ? std::clamp<int64_t>(total / kTask, 1, 128) : outer;
   std::vector<A> part(pieces * C, A(0));
 #pragma omp parallel if (total >= 2 * kTask)

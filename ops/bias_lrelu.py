@@ -73,7 +73,7 @@ class _BiasLrelu(torch.autograd.Function):
             y, signs = _run_forward(x, bias, slope, impl, keep, x)
         else:
             y, signs = _forward(x, bias, slope, impl, keep)
-        # The bias for its shape and dtype alone: no derivative depends on its values.
+        # The bias is kept for its shape and dtype alone: no derivative depends on its values.
         ctx.save_for_backward(signs if impl == "cpp" else y, bias)
         ctx.slope, ctx.impl, ctx.format = slope, impl, format_of(x)
         return y

@@ -260,7 +260,7 @@ def _build(sources: list[str], path: str) -> None:
     compiler = shlex.split(os.environ.get("CXX", "c++"))[0]
     if shutil.which(compiler) is None:
         raise RuntimeError(f"no C++ compiler: '{compiler}' is not on PATH (install g++, or set CXX)")
-    # Else it warns of compilers that it does not know, though they work.
+    # Else PyTorch warns of compilers that it does not know, though they work.
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     from torch.utils import cpp_extension  # takes half a second, only needed here
 

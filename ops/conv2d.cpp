@@ -45,7 +45,7 @@ template <int M, int R> struct Toom {
   static constexpr int N = M + R - 1;
   double A[N][M] = {}, G[N][R] = {}, B[N][N] = {};
   constexpr Toom() {
-    // Small numbers and an inverse round least. N - 1 of them are used: all six for M = R = 4.
+    // Small points and the inverse of one give the least rounding. N - 1 of them are used: all six for M = R = 4.
     const double points[] = {0, 1, -1, 2, -2, 0.5};
     for (int i = 0; i < N; i++) {
       const bool infinity = i == N - 1;
@@ -309,7 +309,7 @@ template <class T, int M, int R> struct Convolution : Shape {
     const auto multiply = width == L<T> ? gemm<T, 1> : gemm<T, 2>;
     const auto write = past ? &Convolution::outputs<true> : &Convolution::outputs<false>;
     const int64_t u_apart = K * width + L<T>, u_panel = P * u_apart, u_all = parities * panels * u_panel;
-    // Small: they fit the cache, or are no larger than the transformed inputs.
+    // Small: the transformed kernels fit the cache, or are no larger than the transformed inputs.
     if (u_all * int64_t(sizeof(T)) <= std::max<int64_t>(kCache, P * tiles * K * sizeof(T))) {
       // Many tiles and small kernels: transform the kernels once; then each thread takes tiles of its own from input to output.
       const int64_t block = std::min(fitting(2 * kRows), padded((tiles + threads - 1) / threads));

@@ -68,7 +68,7 @@ def conv2d(
     # 'cpp' by name is C++ for these very shapes, or an error: only 'auto' takes the detours below.
     if impl == "auto" and _is_from_image(x, weight, stride, padding):
         return _from_image(x, weight, bias)
-    if impl == "auto" and x.shape[2] * x.shape[3] <= _FEW_PLACES and min(out) > 0:
+    if impl == "auto" and _is_small(x, weight, padding, out):
         return _by_places(x, weight, bias, stride, padding, out)
     return _Conv.apply(x, weight, bias, stride, padding, impl)
 
@@ -103,7 +103,7 @@ def use_conv2d(network: nn.Module) -> None:
     """Make a network on the CPU run its convolutions by `conv2d` where that can: they become `Conv2d`, in place.
 
     On other devices nothing changes. Names, weights and results stay, but for rounding. An encoder of ResNet-18 trains
-    twice to three times as fast.
+    twice to three and a half times as fast.
     """
     for layer in network.modules():
         # type(), because a subclass may compute something else.
@@ -139,8 +139,9 @@ _weight_gradients = True  # what `no_weight_gradients` switches
 
 
 def _fit(x, weight, bias, channels):
-    """Whether these go together, with `channels` in and out. If not, PyTorch says why; C++ would read beyond them."""
+    """Whether these go together, with `channels` in and out and a square kernel; PyTorch takes or refuses the rest."""
     fit = x.ndim == weight.ndim == 4 and x.shape[1] == channels[0] and x.device == weight.device
+    fit = fit and weight.shape[2] == weight.shape[3]  # the derivatives here are those of square kernels
     return fit and (bias is None or (bias.shape == channels[1:] and bias.dtype == x.dtype and bias.device == x.device))
 
 
@@ -163,7 +164,8 @@ def _autocast(*tensors):
     device = tensors[0].device.type
     if not torch.is_autocast_enabled(device):
         return tensors
-    return [t if t is None else t.to(torch.get_autocast_dtype(device)) for t in tensors]
+    dtype = torch.get_autocast_dtype(device)
+    return [t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in tensors]
 
 
 def _out(x, weight, stride, padding):
@@ -315,7 +317,7 @@ def _reversed(weight):
 def _is_from_image(x, weight, stride, padding):
     """Whether `_from_image` computes this convolution: a ResNet's first, of images with even sides."""
     even = x.shape[2] % 2 == x.shape[3] % 2 == 0
-    return even and (*weight.shape[1:], stride, padding) == (3, 7, 7, 2, 3)
+    return even and len(x) > 0 and (*weight.shape[1:], stride, padding) == (3, 7, 7, 2, 3)
 
 
 def _from_image(x, weight, bias):
@@ -328,6 +330,11 @@ def _from_image(x, weight, bias):
     x, weight = F.pad(x, (4, 2, 4, 2, 0, 1)), F.pad(weight, (1, 0, 1, 0, 0, 1))
     x, weight = (F.pixel_unshuffle(t, 2).contiguous(memory_format=torch.channels_last) for t in (x, weight))
     return conv2d(x, weight, bias)
+
+
+def _is_small(x, weight, padding, out):
+    """Whether `_by_places` computes this convolution: of maps of few pixels, some of which every window covers."""
+    return x.shape[2] * x.shape[3] <= _FEW_PLACES and padding < weight.shape[2] and min(out) > 0
 
 
 def _by_places(x, weight, bias, stride, padding, out):

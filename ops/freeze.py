@@ -41,7 +41,7 @@ def freeze(network: nn.Module, shape: Sequence[int]) -> nn.Module:
         # After folding, which gives convolutions their biases.
         for name, shapes in _input_shapes(frozen, reference.new_zeros(1, *shape)).items():
             frozen.set_submodule(name, _for_cpu(frozen.get_submodule(name), shapes))
-    return frozen.to(memory_format=torch.channels_last)  # the only format that conv2d.cpp takes
+    return frozen.to(memory_format=torch.channels_last)  # 3x3 and 7x7 then give conv2d.cpp's format from NCHW too
 
 
 def _fold_batch_norms(network: nn.Module) -> None:

@@ -52,7 +52,7 @@ void forward(const T* h, const acc_t<T>* coef, const T* maps, const acc_t<T>* bi
              int64_t K, bool last, acc_t<T> slope) {
   using A = acc_t<T>;
   const int64_t P = C * S, W = (P + kWord - 1) / kWord, groups = std::max<int64_t>(1, (K + kMaps - 1) / kMaps), KK = groups * kMaps;
-  // Written over h, a line has been read already, and an ordinary store costs no more traffic.
+  // In place, a line of y has just been read as h, so an ordinary store costs no more traffic.
   const bool past = h != y && is_streamed(y, B, P);
   std::vector<A> coefs(B * KK);  // padded with zeros to whole groups, as the maps are below
   for (int64_t b = 0; b < B; b++) std::copy(coef + b * K, coef + (b + 1) * K, coefs.begin() + b * KK);

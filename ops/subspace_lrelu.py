@@ -339,7 +339,7 @@ def _triton_forward(h, coef, maps, bias, y, slope):
 def _triton_backward(g, y, coef, maps, dh, dcoef, dmaps, dbias, slope):
     B, C, S, K, last = _sizes(y, coef)
     IMAGES, PLACES = _backward_tile(B)
-    grid = (triton.cdiv(C * S, PLACES), triton.cdiv(B, IMAGES))  # CUDA ends the second axis at 65,535: the short one
+    grid = (triton.cdiv(C * S, PLACES), triton.cdiv(B, IMAGES))  # the short one second: CUDA ends it at 65,535
     part_coef = coef.new_empty(grid[0], B, K) if dcoef.numel() else None
     # One row of programs has all images, so its sums are the gradient itself.
     part_maps = (dmaps if grid[1] == 1 else coef.new_empty(grid[1], K, C * S)) if dmaps.numel() else None

@@ -191,7 +191,7 @@ if triton is not None:
             others = (j[None, :] < n) & (i[:, None] != j[None, :])
             q = tl.where(others, q, 0)
             total += q
-            # p's diagonal may hold anything: the distance there is 0.
+            # p's diagonal needs no mask: whatever it holds is multiplied by a distance of 0.
             inside = (i[:, None] < n) & (j[None, :] < n)
             # 64 bits: from 46,341 points on, P has more than 2^31 elements.
             a = tl.load(p + i[:, None].to(tl.int64) * n + j[None, :], mask=inside, other=0) * w

@@ -134,6 +134,32 @@ def test_first_and_last_layers_of_a_resnet_to_second_order(x, weight, stride, pa
     assert gradgradcheck(f, inputs, fast_mode=True)
 
 
+@pytest.mark.parametrize(
+    ("x", "weight", "stride", "padding"),
+    [
+        ((2, 5, 2, 2), (4, 5, 1, 1), 1, 2),
+        ((2, 5, 2, 2), (4, 5, 3, 3), 1, 4),
+        ((2, 5, 2, 2), (4, 5, 3, 1), 1, 1),
+        ((2, 5, 2, 2), (4, 5, 1, 2), 1, 0),
+        ((0, 3, 8, 8), (16, 3, 7, 7), 2, 3),
+        ((0, 5, 2, 2), (4, 5, 3, 3), 1, 1),
+    ],
+)
+def test_odd_convolutions_of_small_maps_are_pytorchs(x, weight, stride, padding):
+    """Windows that lie on padding alone, kernels that are not square, batches without images."""
+    x, weight = randn(*x), randn(*weight, seed=1)
+    got, want = conv2d(x, weight, None, stride, padding), F.conv2d(x, weight, None, stride, padding)
+    torch.testing.assert_close(got, want)
+    for a, b in zip(grad(got.sum(), (x, weight)), grad(want.sum(), (x, weight)), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_autocast_leaves_float64():
+    x, weight = randn(2, 16, 8, 8), randn(16, 16, 3, 3, seed=1)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert conv2d(x, weight).dtype == F.conv2d(x, weight).dtype == torch.float64
+
+
 def test_a_network_that_uses_conv2d_trains_as_before():
     """A ResNet's loss and gradients are PyTorch's but for rounding, its weights keep their names, and a copy has its
     own; what conv2d does not serve stays."""
