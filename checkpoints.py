@@ -1,9 +1,11 @@
 """Checkpoints: dicts of plain Python values and tensors, read without running code, written whole or not at all.
 
-checkpoints.save(path, state)              written aside, then renamed; the one before stays
-state = checkpoints.load(path, "gan")      checked: damaged and foreign files are one line for the user
-state = checkpoints.resume(path, ...)      a stage's own checkpoint, to go on from
-network = checkpoints.rebuild(build, weights)
+The stages, metrics and pictures use these:
+
+    checkpoints.save(path, state)              written aside, then renamed; the one before stays
+    state = checkpoints.load(path, "gan")      checked: damaged and foreign files are one line for the user
+    state = checkpoints.resume(path, ...)      a stage's own checkpoint, to go on from
+    network = checkpoints.rebuild(build, weights)
 """
 
 import contextlib
