@@ -23,6 +23,7 @@ import json
 import math
 import os
 import re
+import resource
 import signal
 import socket
 import sys
@@ -600,14 +601,36 @@ def signals(run: Run) -> Iterator[None]:
             signal.signal(number, handler)
 
 
+@functools.cache
 def keep_memory() -> None:
-    """Have glibc keep freed memory. By default it unmaps large tensors, and every page costs a fault at the next step."""
-    # Other C libraries have no mallopt. The numbers of its parameters are those of glibc's malloc.h.
-    with contextlib.suppress(OSError, AttributeError):
-        mallopt = ctypes.CDLL(None).mallopt
-        mallopt(-4, 0)  # M_MMAP_MAX: never map a tensor on its own (M_MMAP_THRESHOLD cannot go beyond 32 MiB)
-        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: never hand memory back
-        mallopt(-2, 64 * 2**20)  # M_TOP_PAD: grow in steps of 64 MiB
+    """Have glibc keep freed memory, and Linux back it by pages of 2 MiB where it leaves that to each program.
+
+    By default glibc unmaps large tensors, and every page costs a fault at the next step. With pages of 4 KiB, updates of
+    stage 3 took 1.1 to 1.2 times as long on CPUs, looking up addresses. Where either refuses, nothing changes.
+    """
+    # Other C libraries have no mallopt, other systems no /proc.
+    with contextlib.suppress(OSError, AttributeError, StopIteration):
+        libc = ctypes.CDLL(None)
+        # The numbers of these parameters are those of glibc's malloc.h.
+        libc.mallopt(-4, 0)  # M_MMAP_MAX: never map a tensor on its own (M_MMAP_THRESHOLD cannot go beyond 32 MiB)
+        libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: never hand memory back
+        libc.mallopt(-2, 64 * 2**20)  # M_TOP_PAD: grow in steps of 64 MiB
+        pages = Path("/sys/kernel/mm/transparent_hugepage/enabled").read_text()
+        # 2, strict accounting: room that is merely set aside would count as memory in use. Under a limit it could be
+        # refused, and after a refusal glibc maps memory anew each time.
+        strict = Path("/proc/sys/vm/overcommit_memory").read_text().strip() == "2"
+        limits = (resource.getrlimit(limit)[0] for limit in (resource.RLIMIT_AS, resource.RLIMIT_DATA))
+        if "[madvise]" not in pages or strict or any(limit != resource.RLIM_INFINITY for limit in limits):
+            return
+        libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
+        libc.free.argtypes = [ctypes.c_void_p]
+        libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+        # What the heap grows by later does not inherit the advice. So it grows now, by half of the machine's memory:
+        # addresses alone, since Linux gives memory only to what is written.
+        libc.free(libc.malloc(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2))
+        heap = next(line for line in Path("/proc/self/maps").read_text().splitlines() if line.endswith("[heap]"))
+        start, end = (int(address, 16) for address in heap.split()[0].split("-"))
+        libc.madvise(start, end - start, 14)  # MADV_HUGEPAGE
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -131,7 +131,7 @@ def peak_kib() -> int:
 def feed(data: str, size: int, batch: int) -> Iterator[tuple[Tensor, Tensor]]:
     """Batches as gan.py gets them: shuffled, prepared by a thread, converted by the caller."""
     for x, y in dataset.open_dataset(data, size).batches(batch, "cpu"):
-        yield dataset.to_float(x), y
+        yield training.to_float(x), y
 
 
 def plain_feed(data: str, size: int, batch: int) -> Iterator[tuple[Tensor, Tensor]]:

@@ -65,6 +65,47 @@ def test_imports_point_one_way(name):
     assert all(order.index(other) < order.index(name) for other in MAY_IMPORT[name] - {"ops"})
 
 
+def defined(name: str) -> set[str]:
+    """The names at the top of one of our modules, those in its `if`s and `try`s too."""
+    path = ROOT / f"{name}.py" if (ROOT / f"{name}.py").exists() else ROOT / name.replace(".", "/") / "__init__.py"
+    path = path if path.exists() else ROOT / f"{name.replace('.', '/')}.py"
+    names, nodes = {"__name__", "__file__", "__doc__"}, list(ast.parse(path.read_text()).body)
+    while nodes:
+        node = nodes.pop()
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            names.add(node.name)
+        elif isinstance(node, (ast.Import, ast.ImportFrom)):
+            names |= {(alias.asname or alias.name).split(".")[0] for alias in node.names}
+        else:
+            names |= {n.id for n in ast.walk(node) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
+            nodes += [n for n in ast.walk(node) if n is not node and isinstance(n, ast.stmt)]
+    return names | {p.stem for p in path.parent.glob("*.py")} if path.name == "__init__.py" else names
+
+
+USERS = sorted(
+    str(p.relative_to(ROOT)) for part in (".", "bench", "experiments", "ops") for p in (ROOT / part).glob("*.py")
+)
+
+
+@pytest.mark.parametrize("name", USERS)
+def test_names_taken_from_our_modules_exist(name):
+    """Benchmarks and experiments too, which no other test runs to the end."""
+    tree, modules, missing = ast.parse((ROOT / name).read_text()), {}, []
+    package = str((ROOT / name).parent.relative_to(ROOT))
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            modules |= {a.asname or a.name: a.name for a in node.names if a.name.split(".")[0] in {*FILES, "ops"}}
+        elif isinstance(node, ast.ImportFrom):
+            source = ".".join(filter(None, [package if node.level else "", node.module]))
+            if source.split(".")[0] in {*FILES, "ops", "bench", "experiments"}:
+                missing += [f"{source}.{a.name}" for a in node.names if a.name not in defined(source)]
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in modules:
+            source = modules[node.value.id]
+            missing += [f"{source}.{node.attr}"] if node.attr not in defined(source) else []
+    assert not missing
+
+
 def test_the_image_reader_is_one():
     """metrics.py works alone, so it repeats the reader of files.py: word for word."""
     start, end = "# --- the image reader", "# --- end of the image reader"
