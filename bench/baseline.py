@@ -310,7 +310,7 @@ def build(side: str, size: int, batch: int, disc: str, backbone: str, loss: str 
     config = dict(backbone=backbone, stem="imagenet", mean=(0.0,) * 3, std=(1.0,) * 3)
     # The projection has no counterpart there; it keeps its own weights, which nothing uses.
     model = {name: theirs.get(name.removeprefix("backbone."), value) for name, value in state.items()}
-    frozen = gan.frozen_encoder(encoder.build({"config": config, "model": model}), size, run.device)
+    frozen = gan.frozen_encoder(encoder.build({"config": config, "model": model}), size, run.device, run.dtype)
     return gan.Trainer(options, run, torch.eye(3), "one-hot", frozen, classifier.requires_grad_(False))
 
 

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from .conv2d import Conv2d, conv2d, is_usual
+from .conv2d import Conv2d, is_usual, use_conv2d
 
 
 def freeze(network: nn.Module, shape: Sequence[int]) -> nn.Module:
@@ -40,7 +40,10 @@ def freeze(network: nn.Module, shape: Sequence[int]) -> nn.Module:
     if reference.device.type == "cpu":
         # After folding, which gives convolutions their biases.
         for name, shapes in _input_shapes(frozen, reference.new_zeros(1, *shape)).items():
-            frozen.set_submodule(name, _for_cpu(frozen.get_submodule(name), shapes))
+            conv = frozen.get_submodule(name)
+            if _is_small(conv, shapes):
+                frozen.set_submodule(name, _MapLinear(conv, *shapes))
+        use_conv2d(frozen)
     return frozen.to(memory_format=torch.channels_last)  # 3x3 and 7x7 then give conv2d.cpp's format from NCHW too
 
 
@@ -79,36 +82,16 @@ def _input_shapes(network: nn.Module, x: torch.Tensor) -> dict[str, set[torch.Si
     return shapes
 
 
-def _for_cpu(conv: nn.Conv2d, shapes: set[torch.Size]) -> nn.Module:
-    """The fastest module for a convolution that meets inputs of these shapes."""
-    k = conv.kernel_size[0]
-    if len(shapes) == 1:  # a matrix fits one size of maps
-        (shape,) = shapes
-        _, H, W = shape
-        # A pixel costs the matrix H W products, the convolution k k. 4: as conv2d's _FEW_PLACES.
-        if min(4, k * k) >= H * W:  # on 2x2 maps most taps of a 3x3 kernel meet nothing but padding
-            return _MapLinear(conv, shape)
-    return _Conv(conv.weight, conv.bias, conv.stride[0], conv.padding[0])
-
-
-# Their weights are buffers: nothing trains them, and `.to()` moves them.
-
-
-class _Conv(nn.Module):
-    """A convolution by `conv2d`."""
-
-    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None, stride: int, padding: int):
-        super().__init__()
-        self.register_buffer("weight", weight.detach())
-        self.register_buffer("bias", None if bias is None else bias.detach())
-        self.stride, self.padding = stride, padding
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return conv2d(x, self.weight, self.bias, self.stride, self.padding)
+def _is_small(conv: nn.Conv2d, shapes: set[torch.Size]) -> bool:
+    """Whether a convolution that meets inputs of these shapes is fastest as one matrix product, which fits one size."""
+    places = [H * W for _, H, W in shapes]
+    # A pixel costs the matrix H W products, the convolution k k, though on 2x2 maps most taps of a 3x3 kernel meet
+    # nothing but padding. 4: as conv2d's _FEW_PLACES.
+    return len(places) == 1 and places[0] <= min(4, conv.kernel_size[0] ** 2)
 
 
 class _MapLinear(nn.Module):
-    """A convolution of maps of one size as the matrix [out places, in places] that it is."""
+    """A convolution of maps of one size as the matrix [out places, in places] that it is. Nothing trains it."""
 
     def __init__(self, conv: nn.Conv2d, shape: torch.Size):
         super().__init__()
