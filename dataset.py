@@ -295,14 +295,21 @@ def prepare(
     return pack
 
 
+@contextlib.contextmanager
+def reading(pack: Path) -> Iterator[None]:
+    """Within it, whatever damaged files of a pack raise becomes one line with the remedy."""
+    try:
+        yield
+    except (*UNREADABLE, KeyError, TypeError):
+        fail(f"the pack {pack} is damaged: delete that folder and run again")
+
+
 def read_info(pack: Path) -> dict:
     """What write_pack noted about a pack."""
     keys = ["size", "fingerprint", "squash", "train_on_all", "splits", "skipped", "classes", "attributes", "hidden"]
-    try:
+    with reading(pack):
         info = json.loads((pack / "info.json").read_text())
         return {key: info[key] for key in keys}
-    except (*UNREADABLE, KeyError, TypeError):
-        fail(f"the pack {pack} is damaged: delete that folder and run again")
 
 
 def fingerprint_of(content: str, squash: bool, train_on_all: bool) -> str:
@@ -551,7 +558,7 @@ class Dataset:
 
     def __init__(self, pack: Path, data: str, split: str = "train", attributes: str | None = None, preset: str = ""):
         info = read_info(pack)
-        try:
+        with reading(pack):
             if split not in info["splits"]:
                 fail(f"{data} has no split {split!r}: it has {', '.join(info['splits'])}")
             # Mapped, so that a set may be larger than the memory and all processes of a machine share one copy.
@@ -560,8 +567,6 @@ class Dataset:
                 arrays = {k: file[k] for k in file.files if k.startswith(split + ".")}
             if self.images.shape != (info["splits"][split], info["size"], info["size"], 3):
                 raise ValueError
-        except (*UNREADABLE, KeyError, TypeError):
-            fail(f"the pack {pack} is damaged: delete that folder and run again")
         self.pack, self.split, self.preset = pack, split, preset
         # The absolute path, so that a run can be measured from another folder than it was trained in.
         self.data = data if data in DATASETS else os.path.abspath(os.path.expanduser(data))
@@ -588,10 +593,8 @@ class Dataset:
 
     @functools.cached_property
     def names(self) -> list[str]:
-        try:
+        with reading(self.pack):
             return json.loads((self.pack / "names.json").read_text())[self.split]
-        except (*UNREADABLE, KeyError, TypeError):
-            fail(f"the pack {self.pack} is damaged: delete that folder and run again")
 
     def __len__(self) -> int:
         return len(self.images)
