@@ -609,7 +609,7 @@ def keep_memory() -> None:
     stage 3 took 1.1 to 1.2 times as long on CPUs, looking up addresses. Where either refuses, nothing changes.
     """
     # Other C libraries have no mallopt, other systems no /proc.
-    with contextlib.suppress(OSError, AttributeError, StopIteration):
+    with contextlib.suppress(OSError, AttributeError):
         libc = ctypes.CDLL(None)
         # The numbers of these parameters are those of glibc's malloc.h.
         libc.mallopt(-4, 0)  # M_MMAP_MAX: never map a tensor on its own (M_MMAP_THRESHOLD cannot go beyond 32 MiB)
@@ -628,9 +628,10 @@ def keep_memory() -> None:
         # What the heap grows by later does not inherit the advice. So it grows now, by half of the machine's memory:
         # addresses alone, since Linux gives memory only to what is written.
         libc.free(libc.malloc(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2))
-        heap = next(line for line in Path("/proc/self/maps").read_text().splitlines() if line.endswith("[heap]"))
-        start, end = (int(address, 16) for address in heap.split()[0].split("-"))
-        libc.madvise(start, end - start, 14)  # MADV_HUGEPAGE
+        for area in Path("/proc/self/maps").read_text().splitlines():
+            if area.endswith("[heap]"):  # several in a forked process
+                start, end = (int(address, 16) for address in area.split()[0].split("-"))
+                libc.madvise(start, end - start, 14)  # MADV_HUGEPAGE
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ import click
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import copy_run
+from conftest import ROOT, copy_run, run_script
 
 import checkpoints
 import metrics
@@ -44,6 +44,40 @@ def test_output_folders_that_cannot_be(command, class_folder, tmp_path):
     for outdir in (tmp_path / "file", tmp_path / "file" / "below", "/proc/nowhere"):
         line = one_line(command("encoder", "--data", class_folder, "--smoke", "--outdir", outdir, code=1))
         assert f"cannot write to {outdir}" in line and "--outdir" in line
+
+
+MEMORY = """
+import resource, sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+import torch, training
+limit = int(sys.argv[2])
+resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+training.keep_memory()
+def huge():  # KiB of this process in pages of 2 MiB
+    return int(Path("/proc/self/smaps_rollup").read_text().partition("AnonHugePages:")[2].split()[0])
+def faults():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+before = huge()
+x = torch.ones(64 * 2**18)  # 64 MiB
+grown = huge() - before
+del x
+before = faults()
+x = torch.ones(64 * 2**18)
+print(grown, faults() - before)
+"""
+
+
+@pytest.mark.parametrize("limit", [-1, 2**36])  # none, and one that is never reached
+def test_memory_is_kept_and_in_large_pages(tmp_path, limit):
+    (tmp_path / "script.py").write_text(MEMORY)
+    done = run_script(tmp_path / "script.py", ROOT, limit)
+    assert done.returncode == 0, done.stderr
+    grown, faults = map(int, done.stdout.split())
+    assert faults < 100  # 16,384 where the memory went back to the system
+    pages = Path("/sys/kernel/mm/transparent_hugepage/enabled").read_text()
+    if "[madvise]" in pages:  # under a limit, no room is set aside
+        assert grown > 60 * 2**10 if limit < 0 else grown == 0
 
 
 def test_a_full_disk_keeps_the_old_checkpoint(tmp_path, monkeypatch):
