@@ -565,6 +565,25 @@ def test_mixed_precision_stays_near_fp32(dtype):
     assert t.step_g.scaler.is_enabled() == (dtype is torch.float16)
 
 
+@pytest.mark.parametrize("disc", ["global", "patch"])
+def test_penalties_in_bf16_and_in_fp32_give_the_same_gradient(disc):
+    """With fp16 they are in fp32, as the whole step of D then is."""
+    real, y = torch.rand(8, 3, 32, 32) * 2 - 1, torch.eye(3)[torch.arange(8) % 3]
+    found = {}
+    for dtype in (None, torch.bfloat16, torch.float16):
+        t = trainer(disc=disc, penalty="r1r2", r1=1.0, augment="color", projection=disc == "global")
+        t.run = training.Run(torch.device("cpu"), dtype, 0)
+        t.fake = lambda: (0.5 * real.flip(0), y.flip(0))  # else the decoder's own precision would count too
+        t.step_d.step = lambda total: total.backward()
+        torch.manual_seed(0)
+        r1 = t.discriminate(real, y)["r1"].item()
+        found[dtype] = torch.cat([p.grad.flatten() for p in t.D.parameters()]), r1
+    (exact, r1), (bf16, r1_bf16), (fp16, _) = found.values()
+    assert torch.cosine_similarity(exact, bf16, dim=0) > 0.99 and 0.95 < bf16.norm() / exact.norm() < 1.05
+    assert r1_bf16 != r1 and r1_bf16 == pytest.approx(r1, rel=0.05)
+    torch.testing.assert_close(fp16, exact)
+
+
 # The command.
 
 
