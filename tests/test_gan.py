@@ -779,7 +779,7 @@ def test_dry_run_touches_nothing(command, tmp_path, monkeypatch):
     assert json.loads(command("gan", "--dry-run").output)["start"] == "he"
     # On other data, length, rate and batch go by the size.
     names = ("width", "batch", "lr", "lr_decay", "kimg", "snap")
-    for size, expected in ((32, (32, 16, 5e-4, 0.5, 60, 10)), (128, (16, 32, 1e-4, 0.5, 240, 40))):
+    for size, expected in ((32, (32, 16, 5e-4, 0.5, 80, 80 / 6)), (128, (16, 32, 1e-4, 0.5, 320, 320 / 6))):
         options = json.loads(command("gan", "--preset", "none", "--size", size, "--dry-run").output)
         assert tuple(options[name] for name in names) == expected
     assert not list(tmp_path.iterdir())
