@@ -1,6 +1,7 @@
 """The house: imports point one way, and what the README says can be copied works on its own."""
 
 import ast
+import functools
 import shutil
 
 import pytest
@@ -65,6 +66,7 @@ def test_imports_point_one_way(name):
     assert all(order.index(other) < order.index(name) for other in MAY_IMPORT[name] - {"ops"})
 
 
+@functools.cache
 def defined(name: str) -> set[str]:
     """The names at the top of one of our modules, those in its `if`s and `try`s too."""
     path = ROOT / f"{name}.py" if (ROOT / f"{name}.py").exists() else ROOT / name.replace(".", "/") / "__init__.py"
