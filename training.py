@@ -607,7 +607,7 @@ def keep_memory() -> None:
     """Have glibc keep freed memory, and Linux back it by pages of 2 MiB where it leaves that to each program.
 
     By default glibc unmaps large tensors, and every page costs a fault at the next step. With pages of 4 KiB, updates of
-    stage 3 took 1.1 to 1.2 times as long on CPUs, looking up addresses. Where either refuses, nothing changes.
+    stage 3 took up to 1.2 times as long on CPUs, looking up addresses. Where either refuses, nothing changes.
     """
     # Other C libraries have no mallopt, other systems no /proc.
     with contextlib.suppress(OSError, AttributeError):
