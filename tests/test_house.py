@@ -69,8 +69,8 @@ def test_imports_point_one_way(name):
 @functools.cache
 def defined(name: str) -> set[str]:
     """The names at the top of one of our modules, those in its `if`s and `try`s too."""
-    path = ROOT / f"{name}.py" if (ROOT / f"{name}.py").exists() else ROOT / name.replace(".", "/") / "__init__.py"
-    path = path if path.exists() else ROOT / f"{name.replace('.', '/')}.py"
+    path = ROOT / f"{name.replace('.', '/')}.py"
+    path = path if path.exists() else path.with_suffix("") / "__init__.py"
     names, nodes = {"__name__", "__file__", "__doc__"}, list(ast.parse(path.read_text()).body)
     while nodes:
         node = nodes.pop()
@@ -78,9 +78,10 @@ def defined(name: str) -> set[str]:
             names.add(node.name)
         elif isinstance(node, (ast.Import, ast.ImportFrom)):
             names |= {(alias.asname or alias.name).split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            names.add(node.id)
         else:
-            names |= {n.id for n in ast.walk(node) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
-            nodes += [n for n in ast.walk(node) if n is not node and isinstance(n, ast.stmt)]
+            nodes += ast.iter_child_nodes(node)
     return names | {p.stem for p in path.parent.glob("*.py")} if path.name == "__init__.py" else names
 
 
