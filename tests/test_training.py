@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from conftest import ROOT, copy_run, run_script
 
 import checkpoints
-import encoder
+import classifier
 import metrics
 import training
 
@@ -100,8 +100,8 @@ def test_errors_of_the_system_are_one_line(command, class_run, class_folder, tmp
     def fail(*arguments, **options):
         raise OSError(errno.ENOSPC, "No space left on device", "stats.jsonl")
 
-    # By way of encoder, which gan imports late: its annotations need the class itself.
-    monkeypatch.setattr(encoder.training, "Log", fail)
+    # By way of classifier, which gan imports late: its annotations need the class itself.
+    monkeypatch.setattr(classifier.training, "Log", fail)
     line = one_line(command("gan", "--data", class_folder, "--outdir", run, "--smoke", code=1))
     assert line == "Error: stats.jsonl: No space left on device"
 
