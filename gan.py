@@ -17,7 +17,7 @@ import copy
 import itertools
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,7 +31,7 @@ from torch import Tensor, nn
 
 import checkpoints
 import training
-from ops import bias_lrelu, conv2d, conv_transpose2d, freeze, no_weight_gradients, subspace_lrelu
+from ops import CaptureError, Graphs, bias_lrelu, conv2d, conv_transpose2d, freeze, no_weight_gradients, subspace_lrelu
 
 # As published:
 NOISE = 512  # width of the mapper's noise and of eps
@@ -561,56 +561,6 @@ def scores_real_fake(D: nn.Module, real: Tensor, fake: Tensor, y_real: Tensor, y
     return D(torch.cat((real, fake)), y).chunk(2)
 
 
-class Graphs:
-    """Calls updates; from its third call on, an update is replayed as one CUDA graph: one launch in place of hundreds.
-
-    A graph repeats the same kernels on the same memory. Inputs are copied to fixed tensors; weights, Adam's state and
-    its rate are such; options and all else of Python are frozen at the capture. Random numbers go on as without.
-    """
-
-    EAGER = 2  # calls before: cuDNN chooses algorithms, Triton compiles, Adam makes its state
-
-    def __init__(self, on: bool):
-        self.on, self.calls, self.captured, self.pool = on, {}, {}, None
-
-    def __call__(self, update: Callable[..., dict[str, Tensor]], *inputs: Tensor | None, **flags) -> dict[str, Tensor]:
-        """update(*inputs, **flags), a dict of tensors, detached.
-
-        Raises click.ClickException if the update cannot be captured: torch's state is unusable then.
-        """
-        # A graph holds the branches that were taken at its capture, so each set of flags needs one of its own.
-        key = update.__name__, *flags.items(), *(x is None for x in inputs)
-        self.calls[key] = self.calls.get(key, 0) + 1
-        if not self.on or self.calls[key] <= self.EAGER:
-            return {name: value.detach() for name, value in update(*inputs, **flags).items()}
-        if key not in self.captured:
-            self.captured[key] = self.capture(update, inputs, flags)
-        graph, static, stats = self.captured[key]
-        for own, x in zip(static, inputs, strict=True):
-            if own is not None:
-                own.copy_(x)
-        graph.replay()
-        return {name: value.clone() for name, value in stats.items()}  # the next graph may write over them
-
-    def capture(self, update: Callable, inputs: Sequence[Tensor | None], flags: dict) -> tuple:
-        """Record an update without running it: the graph, its input tensors and its results."""
-        static, graph = [None if x is None else x.clone() for x in inputs], torch.cuda.CUDAGraph()
-        self.pool = self.pool or torch.cuda.graph_pool_handle()  # one for all: results are read before the next replay
-        try:
-            # thread_local: the threads that prepare batches ask the device for pinned memory meanwhile.
-            with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
-                stats = {name: value.detach() for name, value in update(*static, **flags).items()}
-        except RuntimeError as error:
-            # Leaving the capture raises an error over the first one, and it is the first that says why.
-            why = str(error.__context__ or error).splitlines()[0]
-            raise click.ClickException(f"{update.__name__} cannot be a CUDA graph ({why}): give --graph off") from error
-        return graph, static, stats
-
-    def forget(self) -> None:
-        """Capture anew: the tensors that graphs use have been replaced."""
-        self.calls, self.captured = {}, {}
-
-
 class Trainer:
     """Networks, optimisers and labels of one run, and its four updates.
 
@@ -941,13 +891,7 @@ def frozen_encoder(encoder: nn.Module, size: int, device: torch.device, dtype: t
     It keeps `features`, their number, and the `fingerprint` of the weights as they were in the checkpoint.
     dtype: autocast's, where it runs under that alone: its weights are then converted once, and not at every update.
     """
-    # The size matters on CPUs: convolutions of maps of a few pixels become matrix products.
-    frozen = freeze(encoder.to(device, memory_format=torch.channels_last), (3, size, size))
-    for layer in frozen.modules() if dtype else ():
-        # Batch norms that were not folded away stay in fp32, as autocast leaves them.
-        if isinstance(getattr(layer, "weight", None), Tensor) and not isinstance(layer, nn.BatchNorm2d):
-            layer.to(dtype)
-    return frozen
+    return freeze(encoder.to(device, memory_format=torch.channels_last), (3, size, size), dtype)
 
 
 def grid(images: Tensor, columns: int) -> np.ndarray:
@@ -1304,7 +1248,11 @@ def main(**options):
         for real, y in batches:
             # Train on one batch, count, log.
             run.reseed(images)  # a resumed run draws the same numbers
-            log.add(**trainer.iteration(iteration, training.to_float(real), y if conditional else None))
+            try:
+                stats = trainer.iteration(iteration, training.to_float(real), y if conditional else None)
+            except CaptureError as error:
+                raise click.ClickException(f"{error}: give --graph off") from error
+            log.add(**stats)
             before, images, iteration = images, images + options["batch"], iteration + 1
             log.step(options["batch"])
             done, stopping = images >= total, run.stopping(iteration)

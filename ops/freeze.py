@@ -17,11 +17,12 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from .conv2d import Conv2d, is_usual, use_conv2d
 
 
-def freeze(network: nn.Module, shape: Sequence[int]) -> nn.Module:
+def freeze(network: nn.Module, shape: Sequence[int], dtype: torch.dtype | None = None) -> nn.Module:
     """A copy of `network` for inference and for gradients with respect to its input; its parameters get none.
 
     network: any that torch.fx can trace. shape: (C, H, W) of the inputs that the copy will get. Freeze it on the device
-    and in the dtype that it will run in. It is fastest for inputs in channels_last.
+    and in the dtype that it will run in. It is fastest for inputs in channels_last. dtype: autocast's, where the copy
+    runs under that alone: its weights are then converted once, and not at every call.
 
     The copy has the same class and attributes and is in eval mode. Batch norms are folded into the convolutions before
     them, and memory is channels_last. On the CPU the usual convolutions (square, no groups, no dilation) run by
@@ -44,6 +45,10 @@ def freeze(network: nn.Module, shape: Sequence[int]) -> nn.Module:
             if _is_small(conv, shapes):
                 frozen.set_submodule(name, _MapLinear(conv, *shapes))
         use_conv2d(frozen)
+    for layer in frozen.modules() if dtype else ():
+        # Batch norms that were not folded away stay in fp32, as autocast leaves them.
+        if isinstance(getattr(layer, "weight", None), torch.Tensor) and not isinstance(layer, nn.BatchNorm2d):
+            layer.to(dtype)
     return frozen.to(memory_format=torch.channels_last)  # 3x3 and 7x7 then give conv2d.cpp's format from NCHW too
 
 

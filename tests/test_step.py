@@ -6,17 +6,17 @@ import importlib
 import json
 import sys
 
-import click
 import pytest
 import torch
 from click.testing import CliRunner
-from conftest import ROOT, run_script
+from conftest import ROOT, copy_run, run_script
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import checkpoints
 import encoder
 import gan
+import ops
 import training
 from bench import gpu
 from bench.__main__ import main as bench
@@ -256,7 +256,9 @@ def test_updates_as_graphs_are_the_same_updates(graphs_on_the_cpu, monkeypatch, 
     assert found[2] == found[99]
 
 
-def test_a_graph_that_cannot_be_captured_is_said_with_the_remedy(graphs_on_the_cpu, monkeypatch):
+def test_a_graph_that_cannot_be_captured_is_said_with_the_remedy(
+    graphs_on_the_cpu, monkeypatch, command, class_run, class_folder, tmp_path
+):
     @contextlib.contextmanager
     def refuse(*arguments, **options):
         try:
@@ -272,10 +274,11 @@ def test_a_graph_that_cannot_be_captured_is_said_with_the_remedy(graphs_on_the_c
         return {"twice": 2 * x}
 
     assert [graphs(double, torch.tensor(i))["twice"].item() for i in range(2)] == [0, 2]
-    with pytest.raises(
-        click.ClickException, match=r"double cannot be .* \(operation not permitted .*: give --graph off"
-    ):
+    with pytest.raises(ops.CaptureError, match=r"double cannot be .* \(operation not permitted "):
         graphs(double, torch.tensor(2))
+    run = copy_run(class_run, tmp_path / "run")
+    error = command("gan", "--data", class_folder, "--outdir", run, "--smoke", code=1).output.splitlines()[-1]
+    assert error.startswith("Error: discriminate cannot be a CUDA graph (operation not") and "--graph off" in error
 
 
 def test_graphs_are_captured_anew_after_another_state_is_loaded(graphs_on_the_cpu):
