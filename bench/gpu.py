@@ -292,9 +292,9 @@ def bandwidth(run: training.Run, quick: bool) -> Iterator[dict]:
 def waits(run: training.Run, quick: bool) -> Iterator[dict]:
     """16 iterations in which every wait for the device is an error."""
     for disc in ("global", "patch"):
-        trainer, real, y = make_trainer(run, 32 if quick else 128, 8, disc, "resnet18")
+        trainer, real, y = make_trainer(run, 32 if quick else 128, 2 if quick else 8, disc, "resnet18")
         # Warm up: first iterations compile kernels and make Adam's state, which may wait.
-        for i in range(1 if quick else 2):
+        for i in range(0 if quick else 2):
             trainer.iteration(i, real, y)
         if run.device.type == "cuda":
             torch.cuda.synchronize()
@@ -314,8 +314,8 @@ def launches(run: training.Run, quick: bool) -> Iterator[dict]:
     """Dispatched launches of each update against the budget."""
     holds = run.device.type == "cuda" and not quick
     for disc, budget in BUDGET.items():
-        size, backbone = (256, "resnet50") if holds else (32, "resnet18")
-        trainer, real, y = make_trainer(run, size, 8, disc, backbone)
+        size, batch, backbone = (256, 8, "resnet50") if holds else (32, 2, "resnet18")
+        trainer, real, y = make_trainer(run, size, batch, disc, backbone)
         for update, counted in count_updates(trainer, real, y).items():
             note = f"at most {budget[update]}" if holds else "the budget is for 256 px on a GPU"
             if holds and counted.waits + counted.copies:
@@ -500,13 +500,13 @@ def stage2_sides(run: training.Run, size: int, batch: int) -> dict[str, Callable
     return dict(ours=lambda: embed(frozen, last), eager=lambda: embed(plain, x), compile=lambda: embed(compiled, x))
 
 
-def stage3_sides(run: training.Run, size: int, batch: int) -> dict[str, Callable[[], object]]:
-    """16 iterations of stage 3, global with ResNet-18, in the run's precision: ours, plain, and plain compiled."""
+def stage3_sides(run: training.Run, size: int, batch: int, iterations: int) -> dict[str, Callable[[], object]]:
+    """Iterations of stage 3, global with ResNet-18, in the run's precision: ours, plain, and plain compiled."""
     trainer, real, y = make_trainer(run, size, batch, "global", "resnet18", **PLAIN, graph="auto")
 
     def cycle(side: gan.Trainer | PlainTrainer, autocast) -> None:
         with autocast(), torch.device(run.device):  # the plain side makes its indices wherever the default is
-            for i in range(16):
+            for i in range(iterations):
                 side.iteration(i, real, y)
 
     def plain(kind: type) -> PlainTrainer:
@@ -519,7 +519,7 @@ def stage3_sides(run: training.Run, size: int, batch: int) -> dict[str, Callable
     eager, compiled = plain(PlainTrainer), plain(CompiledPlain)
     compiled.compile()
     return dict(
-        ours=lambda: [trainer.iteration(i, real, y) for i in range(16)],
+        ours=lambda: [trainer.iteration(i, real, y) for i in range(iterations)],
         eager=lambda: cycle(eager, run.autocast),
         compile=lambda: cycle(compiled, run.autocast),
     )
@@ -527,11 +527,12 @@ def stage3_sides(run: training.Run, size: int, batch: int) -> dict[str, Callable
 
 def rates(run: training.Run, quick: bool) -> Iterator[dict]:
     """Images per second of each stage, and as a ratio to eager PyTorch and torch.compile, in the run's precision."""
-    for size, batch in [(32, 2)] if quick else [(64, 64), (128, 64), (256, 32)]:
+    iterations = 2 if quick else 16  # one cycle of lazy R1
+    for size, batch in [(16, 2)] if quick else [(64, 64), (128, 64), (256, 32)]:
         for stage, sides_of, images in (
             ("encoder step", stage1_sides, batch),
             ("embedding", stage2_sides, batch),
-            ("stage 3", stage3_sides, 16 * batch),
+            ("stage 3", functools.partial(stage3_sides, iterations=iterations), iterations * batch),
         ):
             # Else torch.compile would give up: it compiles one function eight times at most.
             torch._dynamo.reset()
