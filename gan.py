@@ -38,7 +38,6 @@ NOISE = 512  # width of the mapper's noise and of eps
 BASIS = 6  # basis vectors of a subspace
 BETA2 = 0.99  # of both Adams
 ORTH = 100.0  # weight of the penalty that keeps the bases orthonormal
-R1_EVERY = 16  # iterations between R1 penalties (lazy regularisation, Karras et al. 2020)
 EMA_HALF_LIFE = 10_000  # images
 
 BEFORE = dict(blur=False, reg_stretch=1.0, tanh_slope=0.0)  # for checkpoints from before these options
@@ -58,9 +57,9 @@ LOG_EVERY = 2_000  # images: a minute on a CPU, a second on a GPU
 # tanh_slope: without it, half of all pixels of icons were saturated after 512 images; with 0.05, 3 % after 2,560.
 PRESETS = {
     "":              dict(width=None, batch=None, lr=None, lr_decay=0.5, beta1=None, kimg=None, snap=None, projection=True, r1=None,
-                          augment="color,translation,cutout", reg_every=2, reg_clip=True, reg_stretch=2.0, penalty=None, draw_y="data",
-                          reg_over="sum", reg_augment="crop", blur=True, tanh_slope=0.05, start="he", squash=False,
-                          train_on_all=False),
+                          augment="color,translation,cutout", reg_every=2, reg_clip=True, reg_stretch=2.0, penalty=None,
+                          penalty_every=None, draw_y="data", reg_over="sum", reg_augment="crop", blur=True, tanh_slope=0.05,
+                          start="he", squash=False, train_on_all=False),
     # 12,000 images and more: augmentation is for few. Without blur, critters have 0.9 to 1.0 times the real power at
     # the Nyquist frequencies.
     "critters":      dict(augment="none", reg_augment="none", reg_stretch=1.0, blur=False, tanh_slope=0.0),
@@ -635,10 +634,9 @@ class Trainer:
         self.step_g.optimizer.zero_grad(set_to_none=True)
         self.step_d.optimizer.zero_grad(set_to_none=True)
 
-    def discriminate(self, real: Tensor, y_real: Tensor | None) -> dict[str, Tensor]:
-        """One step of D on real and generated images, eqs. 6-7; --penalty r1r2: with R1 and R2 at what D sees."""
+    def discriminate(self, real: Tensor, y_real: Tensor | None, penalised: bool = False) -> dict[str, Tensor]:
+        """One step of D on real and generated images, eqs. 6-7; penalised: with R1 and R2 at what D sees."""
         self.drop_gradients()
-        penalised = self.options["penalty"] == "r1r2" and self.options["r1"] > 0
         with torch.no_grad():
             fake, y_fake = self.fake()
         # detach: without augmentation x is the caller's own batch, which must not start to require gradients.
@@ -654,7 +652,8 @@ class Trainer:
         stats = {"loss_d": loss, "score_real": score_real.detach().mean(), "score_fake": score_fake.detach().mean()}
         if penalised:
             r1, r2 = gradient_penalty(torch.cat((score_real, score_fake)), *images)
-            total = loss + self.options["r1"] * (r1 + r2)
+            # Times the steps from one penalty to the next, as StyleGAN2: in sum, the weight does not depend on them.
+            total = loss + self.options["penalty_every"] * self.options["r1"] * (r1 + r2)
             stats |= {"r1": r1, "r2": r2}
         self.step_d.step(total)
         if self.options["loss"] == "ns":  # its discriminator bounds the Jensen-Shannon divergence from below, in bits
@@ -751,12 +750,13 @@ class Trainer:
             step.set_rate(o["lr"] * self.decay(i))
         regularised = self.labels is not None and o["reg_every"] > 0 and i % o["reg_every"] == 0
         joint = regularised and o["reg_mode"] == "joint"
+        penalised = o["r1"] > 0 and i % o["penalty_every"] == 0
 
-        # Train D to tell real from generated images.
-        stats = self.graphs(self.discriminate, real, y_real)
+        # Train D to tell real from generated images, with penalties on its gradient at both.
+        stats = self.graphs(self.discriminate, real, y_real, penalised=penalised and o["penalty"] == "r1r2")
 
-        # Penalise its gradient at real images every 16th iteration, if the step above has not.
-        if o["penalty"] == "r1" and o["r1"] > 0 and i % R1_EVERY == 0:
+        # Or penalise its gradient at real images in an update of its own.
+        if penalised and o["penalty"] == "r1":
             stats |= self.graphs(self.penalise, real, y_real)
 
         # Train the decoder to pass for real.
@@ -1011,7 +1011,8 @@ OPTIONS = [
     click.option("--reg-stretch",   metavar="X", type=click.FloatRange(1, 1e6), help="Scale a smaller gradient up to --reg-clip's limit, X times at most.  [default: 2; 1 for critters, fashion-mnist and --protocol paper]"),
     click.option("--orth",          type=click.Choice(["penalty", "exact", "none"]), default="penalty", help="How the bases U are kept orthonormal."),
     click.option("--r1",            metavar="W", type=click.FloatRange(0, 1e6), help="Weight of the gradient penalty; 0: none.  [default: by --penalty; r1r2: 0.5 up to 32 px, then 0.25; r1: 10, for patches 10 (size/256)^2]"),
-    click.option("--penalty",       type=click.Choice(["r1", "r1r2"]), help="Gradient penalty of D. r1: at real images, every 16th iteration, in an update of its own; r1r2: at real and generated images, in every step of D.  [default: r1r2; --disc patch, --protocol paper: r1]"),
+    click.option("--penalty",       type=click.Choice(["r1", "r1r2"]), help="Gradient penalty of D. r1: at real images, in an update of its own; r1r2: at real and generated images, in D's step.  [default: r1r2; --disc patch, --protocol paper: r1]"),
+    click.option("--penalty-every", metavar="N", type=click.IntRange(1, 10**6), help="Iterations between gradient penalties; r1r2 counts N times then.  [default: r1r2: 1; r1: 16]"),
     click.option("--augment",       metavar="LIST|none", help="Augmentation of the discriminator's inputs: color,translation,cutout,crop or some of them.  [default: color,translation,cutout; none for critters and fashion-mnist, but under --protocol paper]"),
     click.option("--draw-y",        type=click.Choice(["data", "uniform"]), help="Labels of generated images: as they occur in the data, or classes alike and fair coins.  [default: data; --protocol paper: uniform]"),
     click.option("--blur/--no-blur", default=None, help="Blur the decoder's maps where their size has doubled, against patterns of dots.  [default: on; off for critters, fashion-mnist and --protocol paper]"),
@@ -1052,6 +1053,7 @@ def set_by_size(options: dict) -> None:
     # Found by trying: with the global discriminator, both penalties and no momentum keep classes from collapsing; with
     # patches and their batch norm the pictures get worse.
     options["penalty"] = options["penalty"] or ("r1" if patch else "r1r2")
+    options["penalty_every"] = options["penalty_every"] or (16 if options["penalty"] == "r1" else 1)  # 16 as published
     if not size:
         return
     if patch and options["disc_layers"] is None:
@@ -1091,6 +1093,7 @@ def check_options(options: dict, given: dict) -> None:
         (given["projection"] and (patch or options["per_class"] or options["unconditional"]),
          "--projection goes with --disc global, without --per-class or --unconditional"),
         (options["per_class"] and options["unconditional"], "--per-class needs labels, --unconditional has none"),
+        (given["penalty_every"] and options["r1"] == 0, "--penalty-every: with --r1 0 there is no penalty"),
         (options["unconditional"] and options["reg_mode"] == "joint", "--reg-mode joint needs labels"),
         *((options["unconditional"] and given[name], f"--{name.replace('_', '-')} needs labels, --unconditional has none")
           for name in ("draw_y", "reg_every")),
@@ -1135,9 +1138,7 @@ def main(**options):
     check_options(options, given)
     if options["dry_run"]:
         set_by_size(options)
-        constants = dict(
-            noise=NOISE, basis=BASIS, beta2=BETA2, orth_weight=ORTH, r1_every=R1_EVERY, ema_half_life=EMA_HALF_LIFE
-        )
+        constants = dict(noise=NOISE, basis=BASIS, beta2=BETA2, orth_weight=ORTH, ema_half_life=EMA_HALF_LIFE)
         return click.echo(json.dumps(options | constants, indent=2))
 
     # Set up the device, the earlier stages and the data.
@@ -1198,7 +1199,8 @@ def main(**options):
         else:  # snapshots and exports leave it out
             anew = f"has another --{other[0].replace('_', '-')}" if other else "holds none"
     keys = sorted(options.keys() - FREE)
-    state = run.first(lambda: checkpoints.resume(checkpoint, "gan", options, data, keys, BEFORE))
+    before = BEFORE | {"penalty_every": 1 if options["penalty"] == "r1r2" else 16}  # neither was an option
+    state = run.first(lambda: checkpoints.resume(checkpoint, "gan", options, data, keys, before))
     run.agree({"images": data.fingerprint, "options": {name: options[name] for name in keys}})
     if anew and not state and run.rank == 0:
         click.echo(f"--init {options['init']} {anew}: the discriminator starts anew")

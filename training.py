@@ -531,8 +531,8 @@ def cpu_has_amx() -> bool:
 def start(device: str = "auto", precision: str = "auto", seed: int = 0, tf32: bool | None = None) -> Run:
     """Set up the device, the precision, the processes of torchrun and the seeds.
 
-    fp32 means fp32 on GPUs too, unless tf32 is asked for. Beside bf16 and fp16, convolutions that stay in fp32 (of R1 at
-    every 16th iteration, and of every penalty in fp16) multiply in TF32 unless it is refused: no less exact than the rest,
+    fp32 means fp32 on GPUs too, unless tf32 is asked for. Beside bf16 and fp16, convolutions that stay in fp32 (of
+    --penalty r1, and of every penalty in fp16) multiply in TF32 unless it is refused: no less exact than the rest,
     and on an H200 1.2 to 1.7 times the images a second where a penalty belongs to every step. Both of PyTorch's switches
     are set, whatever they were.
 

@@ -151,14 +151,8 @@ def counting_triton(count: Callable[[str], None], runs: bool = True) -> Iterator
 def all_updates(trainer: gan.Trainer, real: Tensor, y: Tensor) -> dict[str, Callable[[], object]]:
     """The four updates, and D's with both penalties in it, as calls without arguments."""
 
-    # The trainer has --penalty r1, so that D's step and the penalty are counted apart as well.
-    def discriminate_r1r2() -> None:
-        published, trainer.options = trainer.options, trainer.options | {"penalty": "r1r2"}
-        trainer.discriminate(real, y)
-        trainer.options = published
-
     return dict(
-        discriminate_r1r2=discriminate_r1r2,
+        discriminate_r1r2=lambda: trainer.discriminate(real, y, penalised=True),
         discriminate=lambda: trainer.discriminate(real, y),
         penalise=lambda: trainer.penalise(real, y),
         generate=trainer.generate,

@@ -371,20 +371,21 @@ def test_ema_half_life_counts_images():
             torch.testing.assert_close(q, torch.full_like(q, 0.5))
 
 
-def test_penalties_in_every_step_of_the_discriminator():
-    """--penalty r1r2: both in each iteration, and the step's gradient is the loss's plus theirs times the weight."""
+def test_penalties_in_the_step_of_the_discriminator():
+    """--penalty r1r2: the step's gradient is the loss's plus theirs times the weight and the steps between them."""
     real, y = torch.rand(8, 3, 32, 32) * 2 - 1, torch.eye(3)[torch.arange(8) % 3]
     gradients = []
-    for weight in (0.0, 1.0, 2.0):
-        t = trainer(penalty="r1r2", r1=weight, augment="none", reg_every=0)
+    for weight, every in ((0.0, 1), (1.0, 1), (2.0, 1), (1.0, 2)):
+        t = trainer(penalty="r1r2", r1=weight, penalty_every=every, augment="none", reg_every=0)
         CPU.reseed(1)
-        stats = t.discriminate(real, y)
-        assert ("r2" in stats) == (weight > 0)
+        assert ("r2" in t.discriminate(real, y, penalised=weight > 0)) == (weight > 0)
         gradients.append(torch.cat([p.grad.flatten() for p in t.D.parameters()]))
-        assert ["r1" in t.iteration(i, real, y) for i in (1, 2)] == [weight > 0] * 2
-    once, twice = gradients[1] - gradients[0], gradients[2] - gradients[0]
+        expected = [weight > 0 and i % every == 0 for i in range(1, 5)]
+        assert ["r1" in t.iteration(i, real, y) for i in range(1, 5)] == expected
+    once, *twice = (g - gradients[0] for g in gradients[1:])
     assert once.norm() > 0
-    torch.testing.assert_close(twice, 2 * once, rtol=1e-3, atol=1e-3 * once.abs().max().item())
+    for g in twice:
+        torch.testing.assert_close(g, 2 * once, rtol=1e-3, atol=1e-3 * once.abs().max().item())
 
 
 def test_regularisation_counts_iterations(monkeypatch):
@@ -395,6 +396,8 @@ def test_regularisation_counts_iterations(monkeypatch):
         stats = [t.iteration(i, real, y) for i in range(5)]
         assert [i for i, s in enumerate(stats) if "H_y_given_e" in s] == expected
         assert [i for i, s in enumerate(stats) if "r1" in s] == [0]
+    t = trainer(reg_every=0, penalty_every=2)
+    assert ["r1" in t.iteration(i, real, y) for i in range(3)] == [True, False, True]
 
 
 def test_regularisation_lowers_the_classification_loss():
@@ -576,7 +579,7 @@ def test_penalties_in_bf16_and_in_fp32_give_the_same_gradient(disc):
         t.fake = lambda: (0.5 * real.flip(0), y.flip(0))  # else the decoder's own precision would count too
         t.step_d.step = lambda total: total.backward()
         torch.manual_seed(0)
-        r1 = t.discriminate(real, y)["r1"].item()
+        r1 = t.discriminate(real, y, penalised=True)["r1"].item()
         found[dtype] = torch.cat([p.grad.flatten() for p in t.D.parameters()]), r1
     (exact, r1), (bf16, r1_bf16), (fp16, _) = found.values()
     assert torch.cosine_similarity(exact, bf16, dim=0) > 0.99 and 0.95 < bf16.norm() / exact.norm() < 1.05
@@ -646,12 +649,14 @@ def test_resumed_run_equals_an_unbroken_one(command, class_folder, class_run, tm
     assert "already" in command("gan", *common, "--outdir", broken).output
     assert digest(broken / "gan.pt") == digest(whole / "gan.pt")
     state = checkpoints.load(broken / "gan.pt", "gan", go_on=True)
-    for name in gan.BEFORE:  # as a run saved it before there were these options
+    for name in (*gan.BEFORE, "penalty_every"):  # as a run saved it before there were these options
         del state["options"][name]
     checkpoints.save(broken / "gan.pt", state)
     longer = ["gan", *common[:-1], 0.072, "--outdir", broken, "--precision", "fp16"]  # which may change on the way
     assert "made with blur False, but here blur is True" in command(*longer, code=1).output
-    command(*longer, "--no-blur", "--reg-stretch", 1, "--tanh-slope", 0)
+    older = ("--no-blur", "--reg-stretch", 1, "--tanh-slope", 0)
+    assert "made with penalty_every 1, but here" in command(*longer, *older, "--penalty-every", 2, code=1).output
+    command(*longer, *older)
     assert checkpoints.load(broken / "gan.pt", "gan")["images_seen"] == 72
 
 
@@ -683,8 +688,8 @@ def test_options_of_the_command_reach_the_run(command, class_folder, class_run, 
     for variant in ([], ["--disc", "patch"], ["--unconditional"], ["--per-class"], ["--penalty", "r1"]):
         used.append(json.loads(command("gan", "--data", class_folder, "--size", size, *variant, "--dry-run").output))
     assert [o["projection"] for o in used] == [True, False, False, False, True]
-    found = [[o[name] for name in ("penalty", "beta1", "r1")] for o in (used[0], used[1], used[-1])]
-    assert found == [["r1r2", 0, 0.5], ["r1", 0.5, 10 * (size / 256) ** 2], ["r1", 0, 10]]
+    found = [[o[name] for name in ("penalty", "penalty_every", "beta1", "r1")] for o in (used[0], used[1], used[-1])]
+    assert found == [["r1r2", 1, 0, 0.5], ["r1", 16, 0.5, 10 * (size / 256) ** 2], ["r1", 16, 0, 10]]
     outdir = copy_run(class_run, tmp_path / "snap")
     few = ("--kimg", 0.024, "--snap", 0.008, "--workers", 0)
     command("gan", "--data", class_folder, "--outdir", outdir, "--smoke", *few)
@@ -740,6 +745,7 @@ def test_refusals(command, class_folder, attribute_folder, run_folder, tmp_path)
         ("--unconditional", "--reg-every", 1),
         ("--reg-over", "mean"),
         ("--reg-every", 0, "--reg-mode", "joint"),
+        ("--r1", 0, "--penalty-every", 2),
         ("--augment", "color,none"),
     ):  # which would have no effect
         assert next(o for o in without[-2:] if "--" in str(o)) in refused(
@@ -761,7 +767,9 @@ def test_dry_run_touches_nothing(command, tmp_path, monkeypatch):
     published = dict(
         size=256, batch=32, kimg=6400, lr=1e-4, beta1=0.5, beta2=0.99, reg_every=2, reg_mode="separate", r1=10
     )
-    published |= dict(r1_every=16, penalty="r1", orth="penalty", orth_weight=100, noise=512, basis=6, disc_layers=6)
+    published |= dict(
+        penalty_every=16, penalty="r1", orth="penalty", orth_weight=100, noise=512, basis=6, disc_layers=6
+    )
     published |= dict(
         ema_half_life=10_000, augment="color,translation,cutout", reg_clip=False, draw_y="uniform", start="torch"
     )
