@@ -51,7 +51,7 @@ class Classifier(nn.Linear):
 
 
 def build(checkpoint: dict) -> Classifier:
-    """The frozen classifier in eval mode, from the content of `classifier.pt`. Raises ValueError if that does not fit."""
+    """The frozen classifier in eval mode, from the content of `classifier.pt`. Raises ValueError or RuntimeError if that does not fit."""
     classifier = checkpoints.rebuild(lambda: Classifier(**checkpoint["config"]), checkpoint["model"])
     balance = torch.tensor(checkpoint["balance"], dtype=torch.float32)
     # One number alone would broadcast to all labels, and NaN would reach every bound in bits.
@@ -248,7 +248,7 @@ def report(results: dict, one_hot: bool, balance: bool) -> None:
 
 # fmt: off
 OPTIONS = [
-    click.option("--attributes", metavar="SPEC", help="class; names separated by commas; celeba5, celeba10, celeba15; clusters:K or clusters:auto (K from 3 to 15), found in the "
+    click.option("--attributes", metavar="SPEC", help="class; names separated by commas; celeba5, celeba10, celeba15; clusters:K (2 to 99) or clusters:auto (the best K of 3 to 15), found in the "
                  "encoder's embeddings; TRAIN.csv,VAL.csv or one table for both: clusters of images, with the header img,cluster.  [default: classes if there are any, else all attributes; celeba: celeba5]"),
     click.option("--epochs", metavar="N", type=click.IntRange(1, 10**6), help="Passes over the embeddings.  [default: 200, and at least 3,000 steps]"),
     click.option("--balance/--no-balance", default=None, help="Let all classes weigh the same, or the images with and without an attribute.  [default: balance; --protocol paper: no]"),

@@ -318,8 +318,8 @@ def effective_rank(h: torch.Tensor) -> float:
 def evaluate(encoder: Encoder, train, val, run: training.Run, limit: int = EVALUATED) -> dict:
     """What the embedding is worth, on at most `limit` images of each split; train, val: Datasets.
 
-    Returns accuracies in [0, 1] by 20 nearest neighbours and by a linear probe, on h and beside it on raw pixels (reduced
-    to 32 px), for the labels and for the hidden ones if there are any; and the effective rank of h.
+    Returns accuracies in [0, 1]: on h by 20 nearest neighbours and by a linear probe, on raw pixels (reduced to 32 px) by
+    nearest neighbours, for the labels and for the hidden ones if there are any; and the effective rank of h.
     """
     h, pixels, labels = {}, {}, {}
     for split, ds in (("train", train), ("val", val)):
@@ -391,11 +391,13 @@ def train(
 
     Returns how many were seen, and what further training needs beside the encoder.
 
-    `save(images_seen, extra, must)` is called about 50 times a run, about 5,000 images apart or more, and at the end;
+    `save(images_seen, extra, must)` is called at most about 50 times a run, at least about 5,000 images apart, and at the end;
     must: it may not fail, since a signal asked for the end. All random numbers follow from the images seen, so that a
     run resumed from any save does what an unbroken one would. Raises training.Stopped, after a save, where a signal
     asked for the end.
     """
+    encoder.train()  # before BYOL's target is copied from it
+
     # Build what training needs beside the encoder, and take its state from the checkpoint.
     method, batch = options["method"], options["batch"]
     seen, own = state.get("images_seen", 0), batch // run.world
@@ -419,7 +421,6 @@ def train(
         with checkpoints.reading("encoder.pt"):
             for name, value in stateful.items():
                 value.load_state_dict(state["training"][name])
-    encoder.train()
 
     def extra() -> dict:
         return {name: value.state_dict() for name, value in stateful.items()}
@@ -534,8 +535,8 @@ OPTIONS = [
                  "(15 times the work); auto: small below 64 px on a GPU, else imagenet.  [default: auto; critters, fashion-mnist, --protocol paper: imagenet]"),
     click.option("--lr",       metavar="RATE", type=click.FloatRange(0, 1e6, min_open=True), help="Learning rate of Adam at its highest.  [default: 1e-3; --protocol paper: 3e-4]"),
     click.option("--epochs",   metavar="N", type=click.FloatRange(0, 1e6, min_open=True), help="Passes over the training images.  [default: 200; critters 5; fashion-mnist 0.5; "
-                 "other data on a CPU: at most 40,000 images]"),
-    click.option("--squash/--crop", default=None, help="Squash images to squares without antialiasing, or crop their centre and resize with it.  [default: crop; celeba under --protocol paper: squash]"),
+                 "other data on a CPU: at most 40,000 images; --protocol paper: always 200]"),
+    click.option("--squash/--crop", default=None, help="Squash images to squares without antialiasing, or crop their centre and resize it with antialiasing.  [default: crop; celeba under --protocol paper: squash]"),
     click.option("--train-on-all/--train-on-train", default=None, help="Train on the images of all splits, or of train.  [default: train; celeba under --protocol paper: all]"),
 ]
 # fmt: on

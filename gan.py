@@ -6,7 +6,8 @@ the frozen encoder and classifier of stages 1 and 2.
 
 From top to bottom: decoder, discriminators, augmentation, losses, the four updates and the iteration that calls them,
 `load` for a trained run, the command. With `ops/`, `training.py` and `checkpoints.py` beside it, this file builds, trains and
-runs the networks in any project; `load` also needs encoder.py and classifier.py, the command dataset.py and layouts.py too.
+runs the networks in any project; `load` also needs encoder.py and classifier.py, the command all that reads data:
+dataset.py, layouts.py, files.py, critters.py, download.py.
 
 Symbols as in the paper: y attributes, eps = r(y, noise) the code given to the generator, z = (z_1..z_k) one small
 vector per generator layer, phi = U (L * z_i) + mu the subspace of layer i, x images in [-1, 1].
@@ -44,7 +45,7 @@ BEFORE = dict(blur=False, reg_stretch=1.0, tanh_slope=0.0)  # for checkpoints fr
 
 LOG_EVERY = 2_000  # images: a minute on a CPU, a second on a GPU
 
-# Defaults by preset; '' is all other data. None: it depends on the image size, see `set_by_size`. squash and
+# Defaults by preset; '' is all other data. None: `set_by_size` sets it. squash and
 # train_on_all count only where there is no encoder.pt.
 # Why defaults are not the published settings (figures are of small images, most of one seed):
 # lr_decay: usual in short runs. In 15,000 images a constant rate was better, in 50,000 little of that was left.
@@ -69,7 +70,7 @@ PRESETS = {
 # --protocol paper: the published settings, for AFHQ at 256 px and CelebA at 128 px; 200,000 iterations each.
 # kimg: 200,000 times the batch. reg_every is not here, since PRESETS has its published value, 2.
 PAPER = {
-    "":       dict(width=16, batch=32, lr=1e-4, lr_decay=0.0, beta1=0.5, kimg=6400.0, snap=200.0, projection=False, r1=10.0,
+    "":       dict(width=16, batch=32, lr=1e-4, lr_decay=0.0, beta1=0.5, kimg=6400.0, snap=200.0, projection=False,
                    augment="color,translation,cutout", reg_clip=False, reg_stretch=1.0, penalty="r1", draw_y="uniform",
                    reg_over="mean", reg_augment="none", blur=False, tanh_slope=0.0, start="torch"),
     "celeba": dict(batch=64, kimg=12800.0, squash=True, train_on_all=True),
@@ -234,12 +235,17 @@ class TanhWithFloor(torch.autograd.Function):
 
 
 class Generator(nn.Module):
-    """G(eps [B, 512], z [B, layers, 6]) -> x [B, 3, size, size] float32 in [-1, 1] (EigenGAN, He et al. 2021)."""
+    """G(eps [B, 512], z [B, layers, 6]) -> x [B, 3, size, size] float32 in [-1, 1] (EigenGAN, He et al. 2021).
+
+    size: a power of two, 8 or more, else ValueError.
+    """
 
     tanh_slope = 0.0  # least slope of tanh in its gradient; `Trainer` sets it
 
     def __init__(self, size: int, orthonormal: bool = False, width: int = 16, blurred: bool = False):
         super().__init__()
+        if size < 8 or size & (size - 1):
+            raise ValueError(f"images of {size} px: give a power of two, 8 or more")
         self.size = size
         # A block for each of 4, 8, .. size / 2, which doubles it. The last entry, the full size, has no block.
         resolutions = [4 * 2**i for i in range(int(math.log2(size)) - 1)]
@@ -433,8 +439,10 @@ def build_discriminator(
 ) -> nn.Module:
     """kind 'patch' of `layers`, by default `patch_layers`, or 'global' of `width` with the projection of `labels`.
 
-    classes > 0: one discriminator per class, which needs no projection.
+    classes > 0: one discriminator per class, which needs no projection. Raises ValueError for another kind.
     """
+    if kind not in ("patch", "global"):
+        raise ValueError(f"no discriminator {kind!r}")
 
     def make() -> nn.Module:
         if kind == "patch":
@@ -445,20 +453,24 @@ def build_discriminator(
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Augmentation of the discriminator's inputs (Zhao et al. 2020, "Differentiable augmentation"), in fp32.
+# Augmentation of what the discriminator and the encoder see (Zhao et al. 2020, "Differentiable augmentation"), in fp32.
+
+AUGMENTATIONS = {"color", "translation", "cutout", "crop"}
 
 
 def augment(x: Tensor, policy: str, p: float = 0.6) -> Tensor:
     """Brightness, saturation, contrast, translation by up to 1/8 and a cutout of 1/2, differentiable to any order.
 
     x [B, 3, H, W] in [-1, 1] (colours may leave it) -> same shape, contiguous or channels_last.
-    policy: comma list of color, translation, cutout, crop, or 'none'.
+    policy: comma list of color, translation, cutout, crop (for which H = W), or 'none'; else ValueError.
     Each of the five is applied to the whole batch or not, with probability p (0.6 as published); its strength is drawn
     for each image.
     crop: `training.random_crop` of at least 0.6 of the area comes first, always.
     On a GPU all five run, with no effect where the coin says so: the host need not know, and a CUDA graph can do it.
     """
     names = [] if policy == "none" else policy.split(",")
+    if other := set(names) - AUGMENTATIONS:
+        raise ValueError(f"no augmentation {', '.join(other)}")
     if "crop" in names:
         x = training.random_crop(x, 0.6)  # as the encoder's own views, where the data have no preset
     B, _, H, W = x.shape
@@ -503,8 +515,11 @@ LOSSES = ("hinge", "hinge-v1", "ns", "lsgan", "lsgan-published")
 def loss_d(kind: str, real: Tensor, fake: Tensor) -> Tensor:
     """Discriminator loss: hinge (Lim & Ye 2017), ns (Goodfellow et al. 2014) or lsgan (Mao et al. 2017, a=0, b=1).
 
-    hinge-v1 has the hinge loss here; lsgan-published squares twice, as the published code does.
+    hinge-v1 has the hinge loss here; lsgan-published squares twice, as the published code does. Raises ValueError for
+    another kind.
     """
+    if kind not in LOSSES:
+        raise ValueError(f"no loss {kind!r}")
     if kind in ("hinge", "hinge-v1"):
         return F.relu(1 - real).mean() + F.relu(1 + fake).mean()
     if kind == "ns":
@@ -516,6 +531,8 @@ def loss_d(kind: str, real: Tensor, fake: Tensor) -> Tensor:
 
 def loss_g(kind: str, fake: Tensor) -> Tensor:
     """Generator loss that goes with `loss_d` (lsgan: c=1); hinge-v1 stops where D is fooled, as EigenGAN's default."""
+    if kind not in LOSSES:
+        raise ValueError(f"no loss {kind!r}")
     if kind == "hinge":
         return -fake.mean()
     if kind == "hinge-v1":
@@ -563,8 +580,8 @@ def scores_real_fake(D: nn.Module, real: Tensor, fake: Tensor, y_real: Tensor, y
 class Trainer:
     """Networks, optimisers and labels of one run, and its four updates.
 
-    `discriminate`, `penalise` (R1), `generate` and `regularise` each draw their own latents, run forward and backward
-    and step their optimiser. They return device scalars for the log and do not synchronise (but for --per-class, which
+    Each of `discriminate`, `penalise` (R1), `generate` and `regularise` runs forward and backward and steps its
+    optimiser. All but `penalise` draw latents of their own. They return device scalars for the log and do not synchronise (but for --per-class, which
     must know whose images are whose).
 
     labels: float [N, Y] of the training images, from which y is drawn; None is unconditional. kind: 'one-hot',
@@ -698,7 +715,8 @@ class Trainer:
         """Classification regularisation, eqs. 4-5, as an update of the decoder of its own.
 
         norm: what its gradient is scaled to: down by any factor, up by at most --reg-stretch. With --reg-clip it is n
-        times the norm of the last adversarial gradient, so that over n iterations the two count the same. The encoder's
+        times the norm of the decoder's last adversarial step, orthogonality penalty included, so that over n iterations
+        the two count the same. The encoder's
         gradient can be a hundred times the discriminator's, and through their common Adam it would all but stop the
         adversarial game. It can also become too small, and then images stop following y.
         """
@@ -797,7 +815,7 @@ class Network:
     decoder: Decoder
     encoder: nn.Module | None
     classifier: nn.Module | None
-    balance: Tensor | None  # [Y], part of the classifier's logits that only makes up for how rare an attribute is
+    balance: Tensor | None  # [Y], part of the classifier's logits that only makes up for how rare a label is
     data: dict  # what the images were: source, size, label names and kind, splits
     label_names: list[str]
     label_kind: str  # 'one-hot', 'multi-label' or 'none'
@@ -939,8 +957,11 @@ def save_grid(trainer: Trainer, path: Path, y: Tensor | None, latents: Tensor) -
 
 @torch.inference_mode()
 def logged_control(trainer: Trainer, n: int = 256) -> float:
-    """Part of n averaged images in which the run's classifier finds the labels asked for, the same latents each time."""
-    # Of 256 images, a part near 1/2 has a standard error of 3 %. 64 at a time bounds the memory.
+    """Share of labels that the run's classifier finds as asked for, in n images of the averaged decoder.
+
+    One-hot: share of images. The latents are the same each time.
+    """
+    # Of 256 images, a share near 1/2 has a standard error of 3 %. 64 at a time bounds the memory.
     draw = torch.Generator().manual_seed(0)
     y = trainer.labels[torch.randint(len(trainer.labels), (n,), generator=draw).to(trainer.run.device)]
     latents = torch.randn(n, trainer.decoder.latent_width, generator=draw).to(trainer.run.device)
@@ -1010,11 +1031,11 @@ OPTIONS = [
     click.option("--reg-clip/--no-reg-clip", default=None, help="Limit a regularisation's gradient to --reg-every times the adversarial one's norm.  [default: on; --protocol paper: off]"),
     click.option("--reg-stretch",   metavar="X", type=click.FloatRange(1, 1e6), help="Scale a smaller gradient up to --reg-clip's limit, X times at most.  [default: 2; 1 for critters, fashion-mnist and --protocol paper]"),
     click.option("--orth",          type=click.Choice(["penalty", "exact", "none"]), default="penalty", help="How the bases U are kept orthonormal."),
-    click.option("--r1",            metavar="W", type=click.FloatRange(0, 1e6), help="Weight of the gradient penalty; 0: none.  [default: by --penalty; r1r2: 0.5 up to 32 px, then 0.25; r1: 10, for patches 10 (size/256)^2]"),
+    click.option("--r1",            metavar="W", type=click.FloatRange(0, 1e6), help="Weight of the gradient penalty; 0: none.  [default: by --penalty; r1r2: 0.5 up to 32 px, then 0.25; r1: 10, for patches 10 (size/256)^2, but 10 under --protocol paper]"),
     click.option("--penalty",       type=click.Choice(["r1", "r1r2"]), help="Gradient penalty of D. r1: at real images, in an update of its own; r1r2: at real and generated images, in D's step.  [default: r1r2; --disc patch, --protocol paper: r1]"),
     click.option("--penalty-every", metavar="N", type=click.IntRange(1, 10**6), help="Iterations between gradient penalties; r1r2 counts N times then.  [default: r1r2: 1; r1: 16]"),
-    click.option("--augment",       metavar="LIST|none", help="Augmentation of the discriminator's inputs: color,translation,cutout,crop or some of them.  [default: color,translation,cutout; none for critters and fashion-mnist, but under --protocol paper]"),
-    click.option("--draw-y",        type=click.Choice(["data", "uniform"]), help="Labels of generated images: as they occur in the data, or classes alike and fair coins.  [default: data; --protocol paper: uniform]"),
+    click.option("--augment",       metavar="LIST|none", help="Augmentation of the discriminator's inputs: color,translation,cutout,crop or some of them.  [default: color,translation,cutout; none for critters and fashion-mnist, unless --protocol paper]"),
+    click.option("--draw-y",        type=click.Choice(["data", "uniform"]), help="Labels of generated images in the adversarial game: as they occur in the data, or classes alike and fair coins. The regularisation always takes the data's.  [default: data; --protocol paper: uniform]"),
     click.option("--blur/--no-blur", default=None, help="Blur the decoder's maps where their size has doubled, against patterns of dots.  [default: on; off for critters, fashion-mnist and --protocol paper]"),
     click.option("--tanh-slope",    metavar="S", type=click.FloatRange(0, 1), help="In its gradient, count the slope of the decoder's tanh as at least S where that leads out of saturation; 0: its own.  [default: 0.05; 0 for critters, fashion-mnist and --protocol paper]"),
     click.option("--start",         type=click.Choice(["he", "torch"]), help="First weights: at He et al.'s scale, with smooth upsampling, or PyTorch's.  [default: he; --protocol paper: torch]"),
@@ -1060,7 +1081,9 @@ def set_by_size(options: dict) -> None:
         options["disc_layers"] = patch_layers(size)
     # r1r2: at 64 px, a weight of 2 made D blind, and 0.02 gave worse pictures than 0.2. r1: 10 is published; at 32 px
     # it kept the patch discriminator so flat that the decoder saturated, but not when scaled by area.
-    r1 = (0.5 if size <= 32 else 0.25) if options["penalty"] == "r1r2" else 10 * (size / 256) ** 2 if patch else 10.0
+    r1 = 10 * (size / 256) ** 2 if patch and options["protocol"] != "paper" else 10.0
+    if options["penalty"] == "r1r2":
+        r1 = 0.5 if size <= 32 else 0.25
     # Small images take a higher rate, smaller batches and wider maps, found by trying at 32 px; else as published.
     batch, lr = (16, 5e-4) if size <= 64 else (32, 1e-4)
     kimg = options["kimg"] or default_kimg(size)
@@ -1103,7 +1126,7 @@ def check_options(options: dict, given: dict) -> None:
         (given["reg_clip"] and options["reg_mode"] == "joint", "--reg-clip limits a regularisation of its own, not a joint one"),
         (given["reg_stretch"] and (options["reg_mode"] == "joint" or not options["reg_clip"]),
          "--reg-stretch goes with --reg-clip and --reg-mode separate"),
-        *((options[name] != "none" and set(options[name].split(",")) - {"color", "translation", "cutout", "crop"},
+        *((options[name] != "none" and set(options[name].split(",")) - AUGMENTATIONS,
            f"--{name.replace('_', '-')} {options[name]}: choose from color, translation, cutout, crop, separated by commas, or none")
           for name in ("augment", "reg_augment")),
     ):  # fmt: skip
@@ -1199,8 +1222,9 @@ def main(**options):
         else:  # snapshots and exports leave it out
             anew = f"has another --{other[0].replace('_', '-')}" if other else "holds none"
     keys = sorted(options.keys() - FREE)
-    before = BEFORE | {"penalty_every": 1 if options["penalty"] == "r1r2" else 16}  # neither was an option
-    state = run.first(lambda: checkpoints.resume(checkpoint, "gan", options, data, keys, before))
+    # Older checkpoints do not name penalty_every.
+    older = BEFORE | {"penalty_every": 1 if options["penalty"] == "r1r2" else 16}
+    state = run.first(lambda: checkpoints.resume(checkpoint, "gan", options, data, keys, older))
     run.agree({"images": data.fingerprint, "options": {name: options[name] for name in keys}})
     if anew and not state and run.rank == 0:
         click.echo(f"--init {options['init']} {anew}: the discriminator starts anew")

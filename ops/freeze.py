@@ -14,19 +14,20 @@ import torch.nn.functional as F
 from torch import fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from .conv2d import Conv2d, is_usual, use_conv2d
+from .conv2d import _FEW_PLACES, Conv2d, is_usual, use_conv2d
 
 
 def freeze(network: nn.Module, shape: Sequence[int], dtype: torch.dtype | None = None) -> nn.Module:
     """A copy of `network` for inference and for gradients with respect to its input; its parameters get none.
 
     network: any that torch.fx can trace. shape: (C, H, W) of the inputs that the copy will get. Freeze it on the device
-    and in the dtype that it will run in. It is fastest for inputs in channels_last. dtype: autocast's, where the copy
-    runs under that alone: its weights are then converted once, and not at every call.
+    and in the dtype of its inputs. It is fastest for inputs in channels_last. dtype: autocast's, if the copy will run
+    under autocast alone: its weights are then converted once, and not at every call.
 
     The copy has the same class and attributes and is in eval mode. Batch norms are folded into the convolutions before
     them, and memory is channels_last. On the CPU the usual convolutions (square, no groups, no dilation) run by
-    `conv2d`, and those of maps of at most four pixels as one matrix product. Results differ by rounding only.
+    `conv2d`, and as one matrix product those that meet maps of one size alone, of at most four pixels (1x1 kernels: of
+    one). Results differ by rounding only.
 
     Raises torch.fx.proxy.TraceError if the network cannot be traced. The copy raises ValueError for inputs of another
     size where a matrix product stands for a convolution.
@@ -47,7 +48,8 @@ def freeze(network: nn.Module, shape: Sequence[int], dtype: torch.dtype | None =
         use_conv2d(frozen)
     for layer in frozen.modules() if dtype else ():
         # Batch norms that were not folded away stay in fp32, as autocast leaves them.
-        if isinstance(getattr(layer, "weight", None), torch.Tensor) and not isinstance(layer, nn.BatchNorm2d):
+        norm = isinstance(layer, nn.modules.batchnorm._BatchNorm)
+        if isinstance(getattr(layer, "weight", None), torch.Tensor) and not norm:
             layer.to(dtype)
     return frozen.to(memory_format=torch.channels_last)  # 3x3 and 7x7 then give conv2d.cpp's format from NCHW too
 
@@ -91,8 +93,8 @@ def _is_small(conv: nn.Conv2d, shapes: set[torch.Size]) -> bool:
     """Whether a convolution that meets inputs of these shapes is fastest as one matrix product, which fits one size."""
     places = [H * W for _, H, W in shapes]
     # A pixel costs the matrix H W products, the convolution k k, though on 2x2 maps most taps of a 3x3 kernel meet
-    # nothing but padding. 4: as conv2d's _FEW_PLACES.
-    return len(places) == 1 and places[0] <= min(4, conv.kernel_size[0] ** 2)
+    # nothing but padding.
+    return len(places) == 1 and places[0] <= min(_FEW_PLACES, conv.kernel_size[0] ** 2)
 
 
 class _MapLinear(nn.Module):

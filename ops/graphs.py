@@ -13,8 +13,9 @@ class CaptureError(RuntimeError):
 class Graphs:
     """Calls updates; from its third call on, an update is replayed as one CUDA graph: one launch in place of hundreds.
 
-    A graph repeats the same kernels on the same memory. Inputs are copied to fixed tensors; weights, Adam's state and
-    its rate are such; options and all else of Python are frozen at the capture. Random numbers go on as without.
+    A graph repeats the same kernels on the same memory. So inputs are copied into fixed tensors. Weights, Adam's state
+    and a learning rate that is a tensor may change; options and other values of Python stay as they were at the
+    capture. Random numbers go on as without. Updates, flags and shapes of inputs that differ have graphs of their own.
     """
 
     EAGER = 2  # calls before: cuDNN chooses algorithms, Triton compiles, Adam makes its state
@@ -28,7 +29,7 @@ class Graphs:
         Raises CaptureError if the update cannot be captured: torch's state is unusable then.
         """
         # A graph holds the branches that were taken at its capture, so each set of flags needs one of its own.
-        key = update.__name__, *flags.items(), *(x is None for x in inputs)
+        key = update, *flags.items(), *(x if x is None else (x.shape, x.dtype) for x in inputs)
         self.calls[key] = self.calls.get(key, 0) + 1
         if not self.on or self.calls[key] <= self.EAGER:
             return {name: value.detach() for name, value in update(*inputs, **flags).items()}

@@ -353,8 +353,12 @@ def test_each_option_changes_the_result(command, two_steps, class_folder, tmp_pa
     targets = []
     keep = SimpleNamespace(deepcopy=lambda net: targets.append(copy.deepcopy(net)) or targets[-1])
     monkeypatch.setattr(encoder, "copy", keep)
+    train = encoder.train
+    monkeypatch.setattr(
+        encoder, "train", lambda network, *rest: train(network.eval(), *rest)
+    )  # as `evaluate` leaves it
     command("encoder", "--data", class_folder, "--outdir", tmp_path, "--smoke", "--epochs", TWO_STEPS, *extra)
-    assert len(targets) == ("byol" in extra)
+    assert len(targets) == ("byol" in extra) and all(target.training for target in targets)
     for p in (p for target in targets for p in target.parameters()):  # else its graph grows with every step
         assert p.is_leaf and not p.requires_grad
     state, base = state_of(tmp_path), two_steps

@@ -587,6 +587,20 @@ def test_penalties_in_bf16_and_in_fp32_give_the_same_gradient(disc):
     torch.testing.assert_close(fp16, exact)
 
 
+def test_names_and_sizes_that_there_are_not():
+    x = torch.zeros(2, 3, 32, 32)
+    for wrong in (
+        lambda: gan.loss_d("wgan", x, x),
+        lambda: gan.loss_g("wgan", x),
+        lambda: gan.build_discriminator("pach", 32),
+        lambda: gan.augment(x, "colour"),
+        lambda: gan.Generator(48),
+        lambda: gan.Generator(4),
+    ):
+        with pytest.raises(ValueError, match=r"no |power of two"):
+            wrong()
+
+
 # The command.
 
 
@@ -781,7 +795,10 @@ def test_dry_run_touches_nothing(command, tmp_path, monkeypatch):
     assert {key: celeba[key] for key in published} == published
     # Every setting can be overridden; the other protocol, and the paper's on other data, can be asked for.
     options = json.loads(command("gan", *best, "--penalty", "r1r2", "--disc-layers", 3, "--lr", 0.1).output)
-    assert (options["penalty"], options["disc_layers"], options["lr"]) == ("r1r2", 3, 0.1)
+    assert (options["penalty"], options["disc_layers"], options["lr"], options["r1"]) == ("r1r2", 3, 0.1, 0.25)
+    for protocol, r1 in (("paper", 10), ("ours", 10 / 16)):  # the published weight at every size
+        small = json.loads(command("gan", *best, "--size", 64, "--protocol", protocol).output)
+        assert (small["penalty"], small["r1"]) == ("r1", r1)
     assert json.loads(command("gan", *best, "--protocol", "ours").output)["start"] == "he"
     assert json.loads(command("gan", "--protocol", "paper", "--dry-run").output)["start"] == "torch"
     assert json.loads(command("gan", "--dry-run").output)["start"] == "he"

@@ -162,6 +162,8 @@ def test_the_frozen_encoder_in_16_bits_is_the_same_under_autocast():
     x = torch.rand(4, 3, 64, 64) * 2 - 1
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert torch.equal(whole(x), half(x)) and not torch.equal(half(x), half(-x))
+    norm = ops.freeze(torch.nn.Sequential(torch.nn.Flatten(), torch.nn.BatchNorm1d(12)), (3, 2, 2), torch.bfloat16)[1]
+    assert norm.weight.dtype == norm.running_var.dtype == torch.float32
 
 
 # CUDA graphs, as far as they can be tested without a GPU: what a graph would repeat is recorded and repeated.
@@ -253,7 +255,7 @@ def test_updates_as_graphs_are_the_same_updates(graphs_on_the_cpu, monkeypatch, 
         )
         # With penalties and without, each other time, D's step is two graphs.
         names = ["discriminate", "generate", "regularise", "penalise" if penalty == "r1" else "discriminate"]
-        assert sorted(key[0] for key in trainer.graphs.captured) == (sorted(names) if eager == 2 else [])
+        assert sorted(key[0].__name__ for key in trainer.graphs.captured) == (sorted(names) if eager == 2 else [])
         assert int(trainer.step_g.steps) == 9 and int(trainer.step_g.skipped) == 0
     assert found[2] == found[99]
 
@@ -281,6 +283,28 @@ def test_a_graph_that_cannot_be_captured_is_said_with_the_remedy(
     run = copy_run(class_run, tmp_path / "run")
     error = command("gan", "--data", class_folder, "--outdir", run, "--smoke", code=1).output.splitlines()[-1]
     assert error.startswith("Error: discriminate cannot be a CUDA graph (operation not") and "--graph off" in error
+
+
+def test_updates_flags_and_shapes_that_differ_have_graphs_of_their_own(graphs_on_the_cpu):
+    graphs, seen = ops.Graphs(True), []
+
+    def times(n):
+        def update(x, twice=False):
+            return {"y": n * x * (2 if twice else 1)}
+
+        return update
+
+    for update, factor in ((times(3), 3), (times(5), 5)):  # of one name
+        for shape in ((2,), (1,)):
+            for twice in (False, True):
+                seen += [
+                    torch.equal(
+                        graphs(update, i * torch.ones(shape), twice=twice)["y"],
+                        i * factor * (1 + twice) * torch.ones(shape),
+                    )
+                    for i in range(4)
+                ]
+    assert all(seen) and len(graphs.captured) == 8
 
 
 def test_graphs_are_captured_anew_after_another_state_is_loaded(graphs_on_the_cpu):
