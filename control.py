@@ -1,8 +1,8 @@
 """Evaluation beyond FID: attribute control, diversity within one y, bounds on information.
 
 trained.py calls this for `metrics.py --network`. y and labels are float32 [N, Y], one-hot or multi-hot; kind is
-'one-hot' or 'multi-label'. `run` is a trained.TrainedRun: it generates, embeds and classifies. The functions
-above the `measure_*` need networks, images and labels alone.
+'one-hot' or 'multi-label'. `run` is a trained.TrainedRun: it generates, embeds and classifies. Functions without
+it need tensors and networks alone.
 """
 
 import contextlib
@@ -169,11 +169,12 @@ def hold_out(draw: np.random.Generator, images: int) -> tuple[np.ndarray, np.nda
 def train_judge(
     images, groups: Sequence[Group], seed: int, device: torch.device, steps: int, mirror: bool = True
 ) -> tuple[Judge, list[float]]:
-    """Train a Judge on nine tenths of the real images; returns it with its `balanced_accuracy` on the last tenth.
+    """Train a Judge on nine tenths of the real images; returns it with its `balanced_accuracy` on at most
+    TESTED images of the last tenth.
 
     images: uint8 [N, S, S, 3], array or memory-map. steps: of 64 images, AdamW with one cycle of the learning rate.
-    Images are shifted by up to an eighth, vary in brightness and contrast, and, with mirror, half of the batches are
-    shown left to right: False is for labels that depend on the side.
+    Images are shifted by up to an eighth, vary in brightness and contrast. mirror: flip half of the batches; False is
+    for labels that depend on left and right.
     """
     draw = np.random.default_rng([seed, 3])
     labels, widths = torch.cat([y for _, _, y in groups], 1), [(kind, y.shape[1]) for kind, _, y in groups]

@@ -21,7 +21,7 @@ import shutil
 import struct
 import subprocess
 import warnings
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 os.environ["MPLBACKEND"] = "agg"  # read when matplotlib is imported; notebooks' shells name one that may not be there
@@ -95,10 +95,18 @@ def gallery(images: Tensor, columns: int, tile: int, row_names: list[str], colum
     return picture
 
 
-def check_out(path: Path | None, option: str = "--out") -> None:
-    """Raises click.ClickException for a picture that could not be written: before the work, not after it."""
-    if path and not path.suffix:
-        raise click.UsageError(f"{option} {path}: name a file with an ending, such as .png")
+PICTURES = {ending for ending, kind in Image.registered_extensions().items() if kind in Image.SAVE}
+FIGURES = {f".{ending}" for ending in Figure().canvas.get_supported_filetypes()}
+NO_FFMPEG = "an MP4 needs ffmpeg, which is not installed: install it, or give a .gif"
+
+
+def check_out(path: Path | None, endings: Collection[str] = PICTURES, option: str = "--out") -> None:
+    """Raises click.ClickException for a file that could not be written: before the work, not after it."""
+    if path and path.suffix.lower() not in endings:
+        usual = [ending for ending in (".png", ".gif", ".mp4", ".pdf", ".json") if ending in endings]
+        raise click.UsageError(f"{option} {path}: name a file that ends in {' or '.join(usual)}")
+    if path and path.suffix.lower() == ".mp4" and not shutil.which("ffmpeg"):
+        raise click.UsageError(f"{option} {path}: {NO_FFMPEG}")
     if path and not path.parent.is_dir():
         raise click.ClickException(f"{option} {path}: No such file or directory: make the folder {path.parent} first")
 
@@ -136,7 +144,7 @@ def write_mp4(frames: Sequence[Image.Image], path: Path, rate: float) -> None:
     """Encode frames by ffmpeg. Raises ValueError where it is missing or fails."""
     program = shutil.which("ffmpeg")
     if program is None:
-        raise ValueError("an MP4 needs ffmpeg, which is not installed: install it, or give a .gif")
+        raise ValueError(NO_FFMPEG)
     even = "pad=ceil(iw/2)*2:ceil(ih/2)*2:color=white"  # yuv420p, which every player shows, halves the colours
     # Raw pixels through a pipe: no frame is compressed twice or written to a file of its own.
     command = [program, "-y", "-loglevel", "error", "-f", "rawvideo", "-pix_fmt", "rgb24", "-r", str(rate), "-s",
@@ -218,12 +226,12 @@ def factor_table(found: list[dict], readable: Sequence[str]) -> list[str]:
     moved = [(effect, name, d) for d in found for name, effect in latents.names_of(d["labels"])]
     moved.sort(key=lambda item: abs(item[0]))
     best = {name: f"layer {d['layer']}, dim {d['dim']} ({effect:+.1f})" for effect, name, d in moved}  # the last stays
-    lines = ["What critters are drawn with, and the dimension that moves it most:"]
+    lines = []
     for group, factors in latents.FACTORS.items():
         # Only what the judge can read: of other factors nobody knows whether a dimension moves them.
         its = [f"{name}: {best.get(name, 'none')}" for name in factors if name in readable]
-        lines.append(f"  {group:7s} {'; '.join(its)}")
-    return lines
+        lines += [f"  {group:7s} {'; '.join(its)}"] if its else []
+    return ["What critters are drawn with, and the dimension that moves it most:", *lines] if lines else []
 
 
 def write_figure(figure: Figure, path: Path) -> None:
@@ -319,7 +327,8 @@ def sample_command(network, y, seeds, vary, latent, separate, truncation, tile, 
     """Images as a grid, or each on its own.
 
     The paper's four explorations are --vary eps,z at fixed y, eps at fixed z and y, z at fixed eps and y, and y at fixed
-    eps and z. A seed gives the same image in any of them, whatever else is drawn.
+    eps and z. With eps,z and y a seed gives the same image, whatever else is drawn. With eps or z alone, the other part
+    is the first seed's.
     """
     if not separate:
         check_out(out)  # else it is a folder, made below
@@ -384,7 +393,7 @@ def traverse_command(network, y, seeds, dims, steps, interpolate, frames, trunca
         raise click.UsageError("--interpolate moves all dimensions, by --frames: leave --dims and --steps away")
     if frames and not interpolate:
         raise click.UsageError("--frames goes with --interpolate; --steps is the number of images in a strip")
-    check_out(out)
+    check_out(out, {".gif", ".mp4"} if interpolate else PICTURES | {".mp4"})
     # Here, so that the checks above see what was given. 9 is odd: z = 0 is in the middle.
     frames, steps = frames or 25, steps or 9
     file, network = network, gan.load(network, device)
@@ -444,20 +453,19 @@ def dimensions_command(network, data, num, steps, json_file, seed, device, out):
     judge that is trained once on the real images and all that is known of them, say which labels move. The page and the
     strips take the names from dimensions.json.
     """
-    check_out(out)
-    check_out(json_file, "--json")
-    if json_file and json_file.suffix.lower() != ".json":
-        raise click.UsageError(f"--json {json_file}: name a file that ends in .json")
+    check_out(out, FIGURES)
+    check_out(json_file, {".json"}, "--json")
     # 64 images at once, as metrics.py has by default.
     file, run = network, trained.TrainedRun(str(network), metrics.start(device, 64), data)
     readers, quality = latents.readers_of(run, seed, steps)
-    # y as it occurs in the data: what a dimension does can depend on it.
+    # y as `generated` draws it (from the data; under --protocol paper uniformly): what a dimension does can depend on it.
     y = run.generated(num, seed).y
     found = latents.measure(run.net, y, run.net.latents(range(seed, seed + num)), readers)
 
     click.echo("\n".join(table(found)))
     if run.train.data == "critters":  # of other data nobody knows what they were drawn from
-        click.echo("\n".join(factor_table(found, readers["judge"].names)))
+        for line in factor_table(found, readers["judge"].names):
+            click.echo(line)
     unread = [name for name in quality if name not in readers["judge"].names]
     if unread:
         click.echo(f"The judge cannot tell well enough to name anything by it: {', '.join(unread)}")
@@ -534,7 +542,7 @@ def embedding_command(network, data, seed, device, out):
     import dataset
     import encoder as stage1
 
-    check_out(out)
+    check_out(out, FIGURES)
     state = None
     try:
         state = checkpoints.load(network, "encoder")

@@ -149,6 +149,8 @@ def exploration(
 
     vary 'eps,z', 'eps' or 'z': a row for each y, in it every seed. 'y': a row for each seed, in it every y.
     """
+    if vary not in ("eps,z", "eps", "z", "y"):
+        raise ValueError(f"no exploration {vary!r}")
     latents, rows = network.latents(seeds), 1 if y is None else len(y)
     noise, z = latents[:, : gan.NOISE], latents[:, gan.NOISE :]
     if vary == "eps":
@@ -162,8 +164,10 @@ def exploration(
 
 
 def column(layer: int, dim: int) -> int:
-    """Where a latent holds the z of a dimension."""
-    # The noise comes first, then the z of layer 1, of layer 2, and so on; both count from 1.
+    """Where a latent holds the z of a dimension; layer and dim count from 1, else ValueError."""
+    if layer < 1 or not 1 <= dim <= gan.BASIS:
+        raise ValueError(f"no dimension {layer}.{dim}: layers count from 1, dimensions from 1 to {gan.BASIS}")
+    # The noise comes first, then the z of layer 1, of layer 2, and so on.
     return gan.NOISE + (layer - 1) * gan.BASIS + dim - 1
 
 

@@ -15,7 +15,7 @@ torch-fidelity and the original code, `clean` as clean-fid. All images are compa
 
 Everything random comes from the seed and the index of an image alone, so no number depends on the batch size or on the
 number of processes beyond rounding. For two folders this file needs no other, and with `ops/` beside it t-SNE is faster.
-For `--network` it needs trained.py, which says what the two sets of a run are and what else a run is asked, and what that
+For `--network` and `--features FILE` it needs trained.py, which says what the two sets of a run are and what else a run is asked, and what that
 needs: all of this project.
 """
 
@@ -71,6 +71,7 @@ METRICS = (
 OF_FOLDERS = ("fid", "is", "kid", "pr", "chamfer")  # what needs no run
 FEWEST = 64  # points a side for t-SNE: with fewer, two samples of one distribution can score worse than two far apart
 MAX_STATS = 2**29  # bytes of unpacked statistics: those of 8,000 features
+JUDGE_STATS = "--save-stats: no command reads statistics of a judge: give --inception or --features FILE"
 MOST = 10_000  # features a side for precision and recall, whose time grows with their product
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -275,8 +276,10 @@ def resize(images: Tensor, how: str) -> Tensor:
     """uint8 RGB images [B, H, W, 3] -> float32 [B, 3, 299, 299], resized and scaled as `how` ('torch', 'tf' or 'clean') does.
 
     torch: bilinear between pixel centres, 2x/255 - 1. tf: bilinear between pixel corners, as TensorFlow 1. clean:
-    antialiased bicubic, clipped to [0, 255]. The last two scale by (x - 128)/128.
+    antialiased bicubic, clipped to [0, 255]. The last two scale by (x - 128)/128. Raises ValueError for another `how`.
     """
+    if how not in ("torch", "tf", "clean"):
+        raise ValueError(f"no resize {how!r}: torch, tf or clean")
     x = images.permute(0, 3, 1, 2).float()
     # Arithmetic and scale are each library's own, so that features agree with it to 1e-4.
     if how == "torch":
@@ -515,8 +518,9 @@ class Moments:
         self.join(Moments(len(x), mean, x.T @ x))
 
     def join(self, other: "Moments") -> None:
-        if self.n == 0:
-            self.n, self.mean, self.scatter = other.n, other.mean, other.scatter
+        if self.n == 0 and other.n:
+            # A copy, since later parts are added to it in place.
+            self.n, self.mean, self.scatter = other.n, other.mean, other.scatter.clone()
         elif other.n:
             n, shift = self.n + other.n, other.mean - self.mean
             # The two scatters, and that of their two means (Chan et al. 1979).
@@ -538,12 +542,18 @@ def frechet_distance(mean1: np.ndarray, cov1: np.ndarray, mean2: np.ndarray, cov
     is the sum of the singular values of A^T B: real and not negative whatever the rank. In high rank they are the roots
     of the eigenvalues of the symmetric (A^T B)(A^T B)^T, with an error of 1e-8 of the largest each.
 
-    means [D], covariances [D, D] symmetric. Raises ValueError if they are not finite.
+    means [D], covariances [D, D]. Raises ValueError if they are not finite or are no means and covariances.
     """
     cov1, cov2 = np.asarray(cov1, np.float64), np.asarray(cov2, np.float64)
     # LAPACK is called directly below, and does not look for NaN.
     if not all(np.isfinite(a).all() for a in (mean1, cov1, mean2, cov2)):
         raise ValueError("a mean or covariance is not finite")
+    D = len(cov1)
+    if not (np.shape(mean1) == np.shape(mean2) == (D,) and cov1.shape == cov2.shape == (D, D)):
+        raise ValueError(f"no means and covariances of one size: {[np.shape(a) for a in (mean1, cov1, mean2, cov2)]}")
+    for cov in (cov1, cov2):  # up to rounding
+        if (cov.diagonal() < 0).any() or np.abs(cov - cov.T).max() > 1e-6 * np.abs(cov).max():
+            raise ValueError("a covariance is not symmetric, or has a negative variance")
 
     def factor(cov: np.ndarray) -> np.ndarray:
         # LAPACK counts rows from 1. Above the diagonal and beyond the rank there is nothing of the factor.
@@ -579,11 +589,12 @@ class InceptionScore:
         self.split = np.empty(n, np.int64)
         for i in range(splits):
             self.split[order[i * n // splits : (i + 1) * n // splits]] = i
-        self.entropy, self.p = torch.zeros(splits, dtype=torch.float64), None
+        self.entropy, self.p, self.added = torch.zeros(splits, dtype=torch.float64), None, 0
 
     def add(self, index: np.ndarray, log_p: Tensor) -> None:
         """Take in log p(c|x) float64 [B, C] of the images at `index`."""
         log_p, split = log_p.cpu(), torch.from_numpy(self.split[index])
+        self.added += len(log_p)
         p = log_p.exp()
         if self.p is None:
             self.p = torch.zeros(len(self.entropy), p.shape[1], dtype=torch.float64)
@@ -594,10 +605,12 @@ class InceptionScore:
     def join(self, other: "InceptionScore") -> None:
         if other.p is not None:
             self.p = other.p if self.p is None else self.p + other.p
-            self.entropy = self.entropy + other.entropy
+            self.entropy, self.added = self.entropy + other.entropy, self.added + other.added
 
     def value(self) -> tuple[float, float]:
-        """Mean and standard deviation over the splits."""
+        """Mean and standard deviation over the splits. Raises ValueError before all images were added."""
+        if self.added != len(self.split):
+            raise ValueError(f"{self.added} images were added of {len(self.split)}")
         n = torch.from_numpy(np.bincount(self.split, minlength=len(self.entropy)))
         q = self.p / n[:, None]
         # Mean KL(p || q) = mean of sum p log p - sum q log q: so one pass is enough, before q is known.
@@ -655,9 +668,12 @@ def kernel_distance(
 def precision_recall(real: Tensor, fake: Tensor, k: int = 3, block: int = 1024) -> tuple[float, float]:
     """Improved precision and recall (Kynkaanniemi et al. 2019) of features real [N, D] and fake [M, D].
 
-    Precision is the part of the generated images that lie in the balls around real ones which reach to their k-th
-    nearest real neighbour; recall the same with the roles exchanged. Both in [0, 1].
+    Each real image has a ball that reaches to its k-th nearest real neighbour. Precision is the share of generated images
+    inside any ball; recall swaps the roles. Both in [0, 1]. Of k images or fewer, the farthest other one counts. Raises
+    ValueError for features that are not finite.
     """
+    if not (real.isfinite().all() and fake.isfinite().all()):
+        raise ValueError("features are not finite")
 
     def distances(a: Tensor, b: Tensor) -> Iterator[Tensor]:
         square = b.square().sum(1)
@@ -756,7 +772,7 @@ def load_stats(path: Path | str, features) -> tuple[Moments, bool]:
 
 
 def neighbourhoods(d: Tensor, first: int, perplexity: float) -> None:
-    """Squared distances [rows, N] of the points from `first` on become their neighbourhoods, rows of sum 1, in place.
+    """Turn squared distances [rows, N] of the points from `first` on into their neighbourhoods, rows of sum 1, in place.
 
     What ops.tsne_neighbourhoods computes without temporaries. The width of each neighbourhood is found by Newton's method
     on its entropy to 1e-5, kept in brackets by bisection.
@@ -902,7 +918,8 @@ def tsne_chamfer(real: Tensor, other: Tensor, seed: int, device: torch.device | 
     """Chamfer distance of two sets of features [N, D] in the 3-D t-SNE of both: mean squared distances, both ways added.
 
     published: as the published code has it, by scikit-learn's t-SNE with the defaults of that time (Barnes-Hut, from
-    points drawn by the seed) on the CPU, the sum from real to other. Raises click.ClickException without scikit-learn.
+    points drawn by the seed) on the CPU, the sum from real to other. Without it the seed has no effect, since our t-SNE
+    starts from principal components: for a spread, draw other images. Raises click.ClickException without scikit-learn.
     """
     # One t-SNE of both sets: two of them would share no axes.
     x, perplexity = torch.cat([real, other]), perplexity_of(min(len(real), len(other)))
@@ -1148,9 +1165,7 @@ def measure_fidelity(options: dict, amounts: dict, need: set, run, world: World,
     features = choose_features(options, amounts["judge"], run, world)
     results: dict = {"features": features.name, "features_hash": features.hash, "resize": features.resize}
     if options["save_stats"] and features.name == "judge":
-        raise click.UsageError(
-            "--save-stats: no command reads statistics of a judge: give --inception or --features FILE"
-        )
+        raise click.UsageError(JUDGE_STATS)
     if options["features"] not in ("auto", "inception", "judge", "encoder"):
         results["features_file"] = options["features"]
     if run:
@@ -1179,11 +1194,11 @@ def measure_fidelity(options: dict, amounts: dict, need: set, run, world: World,
         notes.append(f"no IS: it needs at least 10 images, one per split; there are {len(images)}")
         need = need - {"is"}
     if "is" in need and len(images) < 1000:
-        # q is the mean of its split's p, so p <= n q: KL is at most log n, for the n images of a split.
-        most = -(-len(images) // 10)
-        notes.append(
-            f"IS of {len(images)} images is at most {most}, as many as a split has: compare it at equal n only"
+        # q is the mean of its split's p, so p <= n q: KL is at most log n, for the n images of a split and one attribute.
+        limit = (
+            "" if run and run.kind == "multi-label" else f" is at most {-(-len(images) // 10)}, as many as a split has"
         )
+        notes.append(f"IS of {len(images)} images{limit}: compare it at equal n only")
     if "kid" in need:
         fewest = min(len(images), len(real))
         subset = options["kid_subset"] or min(1000, fewest)  # 1,000 as torch-fidelity
@@ -1246,7 +1261,10 @@ def measure_fidelity(options: dict, amounts: dict, need: set, run, world: World,
         parts = (
             f[np.random.default_rng([seed, 7]).permutation(len(f))[:n]].to(world.device) for f in (kept_real, kept)
         )
-        results["precision"], results["recall"] = precision_recall(*parts)
+        try:
+            results["precision"], results["recall"] = precision_recall(*parts)
+        except ValueError as error:
+            raise click.ClickException(f"no precision and recall: {error}") from None
     if "spectrum" in need:
         fake, true = (world.joined(spectrum).nyquist() for spectrum in spectra)
         # b = 0: real images without any power at that frequency, so there is no ratio to it.
@@ -1282,7 +1300,7 @@ def evaluate(options: dict, world: World) -> dict:
     possible = run.possible(METRICS) if run else OF_FOLDERS
     for name in wanted:
         if name not in possible:
-            raise click.UsageError(f"--metrics {name} needs {'a run with labels and encoder' if run else '--network'}")
+            raise click.UsageError(f"--metrics {name} needs {run.lacks() if run else '--network'}")
     need = set(wanted or possible)
     if run:
         need = run.choose(need, not wanted, FEWEST, notes)
@@ -1308,10 +1326,10 @@ def evaluate(options: dict, world: World) -> dict:
     if run:
         seeds = range(seed, seed + (options["seeds"] or amounts["seeds"]))
         for name in [m for m in ("chamfer", "chamfer_sum") if m in need]:
-            # A sum grows with the number of points, so as many as published wherever it is measured.
+            # A sum grows with the number of points, so as many as published, where there are enough images.
             points = 6400 if name == "chamfer_sum" and not options["smoke"] else amounts["points"]
             points = min(options["points"] or points, len(run.train) // 2)  # the other half is for the floor
-            notes.extend(few_points(points))
+            notes.extend(note for note in few_points(points) if note not in notes)
             results |= measure_chamfer(name, run.clouds, seeds, points, world)
         if "is_published" in need:
             images = run.generated(options["num"] or amounts["imagenet"], seed)
@@ -1401,12 +1419,12 @@ OPTIONS = [
     click.Option(["--imagenet-inception"], metavar="FILE", help="Weights of torchvision's Inception v3, for is_published, if not to be downloaded."),
     click.Option(["--protocol"], type=click.Choice(["paper", "ours"]), help="paper: FID of as many generated as real images, IS, Chamfer and control accuracy as published.  [default: the run's]"),
     click.Option(["--resize"], type=click.Choice(["torch", "tf", "clean"]), help="To 299 px for Inception, as pytorch-fid, torch-fidelity or clean-fid does.  [default: torch]"),
-    click.Option(["--num"], metavar="N", type=click.IntRange(2, 10**7), help="Images a side.  [default: folders all; runs 50,000, on CPUs 5,000, with Inception 1,000]"),
-    click.Option(["--points"], metavar="N", type=click.IntRange(FEWEST, 25_000), help="Images a side for Chamfer, at most 25,000: t-SNE's affinities are 10 GB then.  [default: 6,400; chamfer on CPUs 500]"),
+    click.Option(["--num"], metavar="N", type=click.IntRange(2, 10**7), help="Images a side; also those of accuracy, information and is_published.  [default: folders all; runs 50,000, on CPUs 5,000, with Inception 1,000]"),
+    click.Option(["--points"], metavar="N", type=click.IntRange(FEWEST, 25_000), help="Images a side for Chamfer, at most half the training images and 25,000: t-SNE's affinities are 10 GB then.  [default: 6,400; chamfer on CPUs 500]"),
     click.Option(["--kid-subset"], metavar="N", type=click.IntRange(2, 10**5), help="Images in a subset of KID.  [default: 1,000, or all if fewer]"),
     click.Option(["--max-pixels"], metavar="N", type=click.IntRange(1), default=MAX_PIXELS, help="Largest picture that is read; memory grows with it."),
     click.Option(["--save-stats"], metavar="NPZ", help="Keep the statistics of the reference here."),
-    click.Option(["--seed"], metavar="N", type=click.IntRange(0, 2**31), default=0, help="Seed of everything random, but for the subsets of KID, which are torch-fidelity's."),
+    click.Option(["--seed"], metavar="N", type=click.IntRange(0, 2**31), default=0, help="Seed of everything random, except the subsets of KID and the splits of IS, which are torch-fidelity's."),
     click.Option(["--seeds"], metavar="N", type=click.IntRange(1, 1000), help="Seeds of Chamfer, from --seed on.  [default: 5, on CPUs 3]"),
     click.Option(["--batch"], metavar="N", type=click.IntRange(1, 2**16), default=64, help="Images at once; changes results by rounding only."),
     click.Option(["--device"], metavar="DEVICE", default="auto", help="cpu, cuda, cuda:1; auto: cuda if there is one."),
@@ -1474,6 +1492,8 @@ def main(network: tuple[str, ...], json_file: str | None, **options) -> None:
             raise click.UsageError(f"--{name} is for Inception, not for --features {options['features']}")
     if len(network) > 1 and options["save_stats"]:
         raise click.UsageError("--save-stats takes one --network")
+    if options["save_stats"] and options["features"] == "judge":
+        raise click.UsageError(JUDGE_STATS)
     if options["images"] and not options["reference"] and options["metrics"] != ["is"]:
         raise click.UsageError("--images needs a --reference, except for --metrics is")
     if options["save_stats"] and (is_stats(options["reference"] or "") or "fid" not in (options["metrics"] or ["fid"])):

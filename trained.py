@@ -262,8 +262,12 @@ class TrainedRun:
     def possible(self, metrics: Sequence[str]) -> list[str]:
         """Those of the metrics that this run has the networks and labels for."""
         if self.features is None:  # the others look through the run's own encoder
-            metrics = [m for m in metrics if m in ("fid", "is", "kid", "pr", "spectrum")]
+            metrics = [m for m in metrics if m in ("fid", "is", "is_published", "kid", "pr", "spectrum")]
         return [m for m in metrics if m not in OF_LABELS or self.kind != "none"]
+
+    def lacks(self) -> str:
+        """What a metric that is not `possible` needs."""
+        return "a run with its encoder" if self.features is None else "a run with labels"
 
     def choose(self, need: set[str], by_default: bool, fewest: int, notes: list[str]) -> set[str]:
         """Those of the possible metrics to measure; why others are left out is added to `notes`.
@@ -280,7 +284,10 @@ class TrainedRun:
             notes.append("no control accuracy: with one class there is nothing to confuse it with")
             need = need - {"accuracy"}
         if self.clusters and need & OF_LABELS and self.labels("train") is None:
-            notes.append(f"no judge, no diversity, no I(Y;E): they need the clusters' {self.folder / 'classifier.pt'}")
+            notes.append(
+                "no control accuracy by the judge, no diversity, no I(Y;E) of real images: they need the clusters' "
+                f"{self.folder / 'classifier.pt'}"
+            )
         if by_default:
             # Only where the user named none: who asks for a slow measure gets it.
             need = need & OF_PAPER if self.protocol == "paper" else need - SLOW
@@ -378,6 +385,7 @@ def control_table(r: dict, columns: int = 5) -> list[str]:
     """Lines of a run's attribute control in the layout of the paper's Tables 1-3, five attributes a row."""
     # FD where the judge or the encoder took Inception's place.
     names, distance = list(r["accuracy_labels"]), "fd" if "fd" in r else "fid"
+    score = "is" if "is" in r else "is_published"
     width = max(9, *map(len, names)) + 2  # 9: as the columns of FD and IS
     lines = [f"{distance.upper():>9s}{'IS':>9s}  Attribute control accuracy"]
     for i in range(0, len(names), columns):
@@ -388,7 +396,7 @@ def control_table(r: dict, columns: int = 5) -> list[str]:
             found = [r.get(f"accuracy_{by}labels", {}).get(name, {}).get(side) for name in part]
             if None not in found:
                 # FD and IS are of the whole run: once, before the first row of its own classifier.
-                first = [f"{r[key]:.2f}" if key in r and i == 0 and who == "own" else "" for key in (distance, "is")]
+                first = [f"{r[key]:.2f}" if key in r and i == 0 and who == "own" else "" for key in (distance, score)]
                 cells = "".join(f"{f'{value:.2%}':<{width}s}" for value in found)
                 lines.append(f"{first[0]:>9s}{first[1]:>9s}  {cells}{who}")
     return lines
@@ -408,7 +416,9 @@ def compare(results: Sequence[dict]) -> str:
         (distance, distance.upper(), "{:.2f}"),
         (kernel, kernel.upper(), "{:.4f}"),
         ("is", "IS", "{:.3f}"),
+        ("is_published", "IS publ.", "{:.3f}"),
         ("chamfer", "Chamfer", "{:.2f}"),
+        ("chamfer_sum", "Ch. sum", "{:.1f}"),
         ("accuracy", "accuracy", "{:.2%}"),
         ("accuracy_judge", "judge", "{:.2%}"),
         ("diversity", "diversity", "{:.3f}"),
@@ -424,6 +434,13 @@ def compare(results: Sequence[dict]) -> str:
         # FDs through different encoders or judges are on different scales.
         if shown & of and len({r[key] for r in results if key in r}) > 1:
             lines.insert(0, f"{what}: these runs were seen through different networks, so they do not compare.")
+    for key, what, of in (
+        ("n", f"{distance.upper()}, {kernel.upper()} and IS", {distance, kernel, "is"}),
+        ("protocol", "Accuracy", {"accuracy"}),
+    ):
+        if shown & of and len({r[key] for r in results if key in r}) > 1:
+            other = "numbers of images" if key == "n" else "protocols, which have different rules"
+            lines.insert(0, f"{what}: these runs have different {other}, so they do not compare.")
     for name, r in zip(names, results, strict=True):
         # Runs may have been asked for different measures.
         cells = (form.format(r[key]) if key in r else "-" for key, _, form in columns)

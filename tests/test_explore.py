@@ -184,9 +184,9 @@ def test_the_check_against_the_factors_of_critters():
         return dict(layer=layer, dim=1, labels=labels)
 
     found = [dimension(1, yaw=-0.9, light=2.0), dimension(2, yaw=1.5, roll=0.1), dimension(3, yaw=1.2)]
-    _, pose, size, colour = explore.factor_table(found, ["yaw", "roll", "light", "Hat"])
+    _, pose, colour = explore.factor_table(found, ["yaw", "roll", "light", "Hat"])
     assert pose == "  pose    yaw: layer 2, dim 1 (+1.5); roll: none"
-    assert size.strip() == "size" and colour == "  colour  light: layer 1, dim 1 (+2.0)"
+    assert colour == "  colour  light: layer 1, dim 1 (+2.0)"
 
 
 def test_everything_that_is_known_of_critters(monkeypatch, tmp_path):
@@ -628,7 +628,10 @@ def test_bad_options_are_one_line(command, lively, attributes, class_run, tmp_pa
         ("serve", "--network", lively, "--host", "::1"): "--host ::1",
         (*sample, "--seeds", ""): "--seeds",
         (*sample, "--seeds", "3-"): "--seeds 3-",
-        (*sample, "--out", tmp_path / "x"): "name a file with an ending",
+        (*sample, "--out", tmp_path / "x"): "name a file that ends in .png or .gif",
+        (*sample, "--out", tmp_path / "x.xyz"): "x.xyz: name a file that ends in",
+        (*strips, "--interpolate", "--out", tmp_path / "x.png"): "name a file that ends in .gif or .mp4",
+        ("dimensions", "--network", lively, "--out", tmp_path / "x.mp4"): "x.mp4: name a file that ends in .png",
         ("dimensions", "--network", lively, "--json", tmp_path / "x.pt"): "name a file that ends in .json",
         ("export", "--network", lively, "--out", tmp_path): "is a folder: name a file",
     }
@@ -640,7 +643,6 @@ def test_bad_options_are_one_line(command, lively, attributes, class_run, tmp_pa
     for arguments, why in {
         (*sample, "--device", "tpu"): "--device tpu",
         (*sample, "--out", tmp_path / "none" / "x.png"): "No such file or directory",
-        (*sample, "--out", tmp_path / "x.xyz"): "x.xyz",
         (*sample, "--separate", "--out", tmp_path / "gan.txt"): "gan.txt",
         ("sample", "--network", "nothing.pt"): "nothing.pt does not exist",
         ("sample", "--network", tmp_path / "empty"): "gan.pt does not exist",
@@ -651,6 +653,26 @@ def test_bad_options_are_one_line(command, lively, attributes, class_run, tmp_pa
         assert why in line and line.count("\n") == 1, line
     monkeypatch.setattr(explore, "PRETRAINED", tmp_path / "critters.pt")
     assert "there is no" in command("explore", "serve", code=2).output
+
+
+def test_what_is_no_dimension_and_no_exploration(lively):
+    network = gan.load(lively / "gan.pt")
+    codes = network.latents([0, 1])
+    for wrong in (
+        lambda: latents.move(codes, 1, 0, 3.0),
+        lambda: latents.move(codes, 0, 1, 3.0),
+        lambda: latents.move(codes, 1, gan.BASIS + 1, 3.0),
+        lambda: latents.exploration(network, None, [0], "noise"),
+    ):
+        with pytest.raises(ValueError, match=r"no (dimension|exploration)"):
+            wrong()
+
+
+def test_factors_that_nobody_can_read_are_left_out():
+    assert explore.factor_table([], ["cat", "dog"]) == []
+    name = next(iter(next(iter(latents.FACTORS.values()))))
+    head, *lines = explore.factor_table([], ["cat", name])
+    assert "drawn with" in head and len(lines) == 1 and f"{name}: none" in lines[0]
 
 
 def test_unconditional(command, class_folder, tmp_path):

@@ -822,6 +822,44 @@ def test_protocol_of_the_paper(stand_ins, space, kind):
     fails("--network", path, "--metrics", "fid,is_published", text="no weights")
 
 
+def test_tables_of_the_paper_s_protocol():
+    """IS as published stands in the column of IS; rules and numbers of images that differ are said."""
+    run = dict(network="a/gan.pt", protocol="paper", n=300, fid=12.3, is_published=8.7, accuracy=0.9)
+    table = trained.control_table(run | {"accuracy_labels": {"red": {"accuracy": 0.9}}})
+    assert table[2].split() == ["12.30", "8.70", "90.00%", "own"]
+    both = trained.compare([run | {"chamfer_sum": 5.0}, run | {"network": "b/gan.pt"}]).splitlines()
+    assert both[0].split() == ["FID", "IS", "publ.", "Ch.", "sum", "accuracy"] and "5.0" in both[1]
+    text = trained.compare([run, run | {"network": "b/gan.pt", "protocol": "ours", "n": 100}])
+    assert "FID, KID and IS: these runs have different numbers of images" in text
+    assert "Accuracy: these runs have different protocols" in text
+
+
+def test_numbers_of_what_makes_no_sense_are_refused():
+    eye, zero, x = np.eye(3), np.zeros(3), torch.rand(2, 20, 4)
+    score = metrics.InceptionScore(20)
+    score.add(np.arange(10), torch.zeros(10, 5, dtype=torch.float64).log_softmax(1))
+    for wrong, why in (
+        (lambda: metrics.frechet_distance(np.zeros(5), eye, zero, eye), "one size"),
+        (lambda: metrics.frechet_distance(zero, -eye, zero, eye), "negative variance"),
+        (lambda: metrics.frechet_distance(zero, np.triu(np.ones((3, 3))), zero, eye), "not symmetric"),
+        (lambda: metrics.resize(torch.zeros(1, 8, 8, 3, dtype=torch.uint8), "Clean"), "no resize 'Clean'"),
+        (lambda: metrics.precision_recall(x[0], x[1] / 0), "not finite"),
+        (score.value, "10 images were added of 20"),
+    ):
+        with pytest.raises(ValueError, match=why):
+            wrong()
+
+
+def test_moments_that_were_joined_stay_as_they_were():
+    total, parts = metrics.Moments(), [metrics.Moments(), metrics.Moments()]
+    for i, part in enumerate(parts):
+        part.add(torch.randn(50, 4) + i)
+    before = parts[0].gaussian()
+    for part in parts:
+        total.join(part)
+    assert total.n == 100 and all(np.array_equal(a, b) for a, b in zip(before, parts[0].gaussian(), strict=True))
+
+
 def test_several_runs_are_one_table(stand_ins):
     path = stand_ins()
     options = ("--num", 60, "--metrics", "fid,accuracy", "--smoke")
