@@ -5,6 +5,7 @@ k-means on the L2-normalised embeddings of the training images; K is given, or c
 """
 
 import csv
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -93,7 +94,8 @@ def write(
     """
     folder.mkdir(parents=True, exist_ok=True)
     for old in folder.glob("cluster*.png"):
-        old.unlink()  # of an earlier clustering, which may have had more clusters
+        if re.fullmatch(r"cluster\d+\.png", old.name):
+            old.unlink()  # of an earlier clustering, which may have had more clusters
     for split, v in found.items():
         if (folder / f"{split}.csv").resolve() in [path.resolve() for path in given]:
             continue
@@ -135,7 +137,7 @@ def agreement(clusters: np.ndarray, labels: np.ndarray) -> dict[str, float]:
 
 
 def agreements(clusters: np.ndarray, ds) -> dict[str, dict]:
-    """`agreement` of the clusters of a Dataset's images with every label that is known, hidden ones too."""
+    """`agreement` of the clusters of a Dataset's images with its labels and the hidden ones."""
     # Labels that no stage is trained on, such as the kinds of wild animals in critters.
     known = {name: value for name, (value, _) in ds.hidden.items()}
     labels = np.asarray(ds.labels)

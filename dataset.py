@@ -108,12 +108,12 @@ def load_image(
     return (squashed if squash else square)(open_image(root, key, max_pixels), size)
 
 
-def usual_size(root: Path | None, keys: list) -> int:
-    """Largest power of two, in 32..256, not above the smallest side of a few images spread over the source."""
-    sides = []  # of 16 images: enough to tell the size of a set, and read in a moment
+def usual_size(root: Path | None, keys: list, max_pixels: int = MAX_PIXELS) -> int:
+    """Largest power of two not above the smallest side of a few images spread over the source, at least 32, at most 256."""
+    sides = []  # of 16 to 31 images: enough to tell the size of a set, and read in a moment
     for key in keys[:: max(1, len(keys) // 16)] if root else []:
         with contextlib.suppress(*UNREADABLE):  # packing names it
-            sides.append(min(open_image(root, key).size))
+            sides.append(min(open_image(root, key, max_pixels).size))
     # 32 and 256 are the smallest and the largest size of DATASETS; 256 px is the paper's AFHQ.
     return min(256, max(32, 1 << (min(sides, default=32).bit_length() - 1)))
 
@@ -230,7 +230,10 @@ def prepare(
         # Before the packing, which takes long; the same question comes again below, for packs that are there.
         if strict and source.absent:
             fail(f"{root}: {source.notes[0]}")
-        seen = {"content": content_of(root, source) if root else state, "size": usual_size(root, source.keys)}
+        seen = {
+            "content": content_of(root, source) if root else state,
+            "size": usual_size(root, source.keys, max_pixels),
+        }
         seen |= {"notes": source.notes, "absent": source.absent}
         pixels, fingerprint = size or min(seen["size"], most), fingerprint_of(seen["content"], squash, train_on_all)
         # The state is new, the content need not be: copied, moved and touched files have their pack.

@@ -72,8 +72,12 @@ def download(preset: str, version: str | None = None) -> None:
     if version and preset != "afhq":
         raise click.UsageError("--version is AFHQ's: it goes with --data afhq")
     folder = data_folder(preset)
+    if not folder.exists() and folder.with_name(folder.name + ".zip").is_file():
+        return  # which `layouts.locate` takes in its place
     there = {n for n in (os.listdir(folder) if folder.is_dir() else []) if not n.startswith(".")}
     if preset == "afhq":
+        if version and any((folder / n).is_dir() for n in there):
+            click.echo(f"{folder} holds folders already, so nothing is fetched, whatever their version", err=True)
         version = version or "v1"
         url, name, images = AFHQ[version]
         other = AFHQ["v2" if version == "v1" else "v1"][1]

@@ -70,9 +70,9 @@ def read_image(file: str | Path | BinaryIO, max_pixels: int = MAX_PIXELS) -> Ima
     """Read an image file as upright 8-bit RGB.
 
     Of an animation this is the first frame. EXIF tells which side is up, transparency becomes white, and 16-bit and
-    float grey are scaled to 8 bits. A JPEG of one to two times `max_pixels` comes at half its width and height, so
-    that memory stays bounded. Raises ValueError with the reason, without the file's name, if the file is no image,
-    damaged, larger than that, or not a regular file.
+    float grey are scaled to 8 bits. A JPEG beyond `max_pixels` comes at half its width and height, so that
+    memory stays bounded. Raises ValueError with the reason, without the file's name, if the file is no image, damaged,
+    still too large, or not a regular file.
     """
     try:
         if isinstance(file, (str, Path)):

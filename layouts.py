@@ -137,7 +137,8 @@ def recognise(root: Path | None) -> str:
         # Not CelebAMask-HQ: the paper's settings are for the aligned photos.
         return "celeba" if folder == "img_align_celeba" and complete else ""
     # A table says what the labels are, whatever the folders are called.
-    if {"labels.csv", "dataset.json"} & set(base):
+    top = find_top([name for name in files if name.lower().endswith(SUFFIXES)], files, folders)
+    if {top + "labels.csv", top + "dataset.json"} & set(files):
         return ""
     # AFHQ: the class folders cat, dog and wild, and no others, in a train folder beside another split.
     pairs = [f.split("/")[-2:] for f in folders if "/" in f]
@@ -288,7 +289,8 @@ def complete_splits(root: Path, source: Source) -> None:
             held_out = 0 if len(members) < 2 else max(1, round(len(members) / 10))
             splits[members[np.argsort(digests[members])[:held_out]]] = "val"
     if "train" not in splits or "val" not in splits:
-        fail(f"{root}: no images are left for train or val; each class needs at least two")
+        left = "train" if "train" not in splits else "val"
+        fail(f"{root}: no images are left for {left}: each class needs at least two, and splits a {left} of their own")
     # A class that is in val alone would be asked of a generator that never saw it.
     if source.classes and (missing := set(class_of.tolist()) - set(class_of[splits == "train"].tolist())):
         fail(f"{root}: class {source.classes[min(missing)]} has no training images: add some or remove it")
@@ -307,7 +309,7 @@ def scan_folders(root: Path, images: list[str], folders: list[str], top: str, hi
     inner = {f: {p[1] for p in below if len(p) == 2 and p[0] == f} for f in first}
     splits = {f: SPLITS[f.lower()] for f in first if f.lower() in SPLITS}
     # A class can be called "train" as well, so a name alone makes no split: it takes a train folder that is the only
-    # folder or has another split beside it, or no folder but splits, all of them with folders in them.
+    # folder or has another split beside it, or no folder but splits.
     split = "train" in splits.values() and (len(splits) > 1 or len(first) == 1)
     split = split or (0 < len(splits) == len(first))
     # A folder beside splits would be lost without a word, or its images be a class called "train".
@@ -361,10 +363,20 @@ def scan_folders(root: Path, images: list[str], folders: list[str], top: str, hi
     return Source(images, [splits[p[0]] for p in parts] if split else None, classes, class_of, notes=notes)
 
 
-def splits_of(images: list[str], top: str) -> list[str] | None:
+def splits_of(root: Path, images: list[str], top: str) -> list[str] | None:
     """The splits of the images of a table that names none: those of the folders, where all are in such ones."""
-    tops = [name[len(top) :].split("/")[0].lower() for name in images]
-    return [SPLITS[name] for name in tops] if set(tops) <= set(SPLITS) else None
+    below = [name[len(top) :].lower().split("/")[:-1] for name in images]
+    # Beneath a folder that all images share, such as images/, unless it is a split itself.
+    while all(below) and len({folders[0] for folders in below}) == 1 and below[0][0] not in SPLITS:
+        below = [folders[1:] for folders in below]
+    tops = [folders[0] if folders else "" for folders in below]
+    if set(tops) <= set(SPLITS):
+        return [SPLITS[name] for name in tops]
+    # One folder called train may be a class of vehicles; train and val are splits.
+    if len({SPLITS[name] for name in tops if name in SPLITS}) > 1:
+        other = next(image for image, name in zip(images, tops, strict=True) if name not in SPLITS)
+        fail(f"{root}: {other} lies in no folder of a split, but others do: move it, or give the table a column split")
+    return None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -532,7 +544,7 @@ def scan_csv(root: Path, images: list[str], top: str) -> Source:
         return SPLITS[split], cells[0] if len(names) == 1 else binary(cells, where)
 
     found, _ = by_image(place, rows, images, find, len(header) - 1, convert)
-    splits = splits_of([*found], top) if split_at is None else [split for split, _ in found.values()]
+    splits = splits_of(root, [*found], top) if split_at is None else [split for split, _ in found.values()]
     labels = [label for _, label in found.values()]
     if len(names) > 1:
         return from_columns(table, list(found), splits, names, labels)
@@ -651,7 +663,7 @@ def scan_json(root: Path, images: list[str], top: str) -> Source:
 
     rows = ((f"{place}: entry {i}", pair) for i, pair in enumerate(pairs))
     found, _ = by_image(place, rows, images, matcher(images, top), 1, convert)
-    splits = splits_of([*found], top)
+    splits = splits_of(root, [*found], top)
     if kind is list:
         return from_columns(table, list(found), splits, names, list(found.values()))
     # A number that no image has is a mistake; a class with a name may be empty, which complete_splits says.
@@ -672,10 +684,14 @@ def is_pair(value: object) -> bool:
     return isinstance(value, list) and len(value) == 2 and isinstance(value[0], str)
 
 
+def idx_spellings(name: str) -> list[str]:
+    """Under what names an IDX file may come: gzipped or not; some programs write a dot in it."""
+    return [spelled + end for spelled in (name, name.replace("-idx", ".idx")) for end in ("", ".gz")]
+
+
 def idx_name(name: str, base: dict[str, str]) -> str | None:
-    """The IDX file of this name, gzipped or not; some programs write a dot in it."""
-    spellings = [spelled + end for spelled in (name, name.replace("-idx", ".idx")) for end in ("", ".gz")]
-    return next((base[spelled] for spelled in spellings if spelled in base), None)
+    """The IDX file of this name."""
+    return next((base[spelled] for spelled in idx_spellings(name) if spelled in base), None)
 
 
 def idx_classes(root: Path, base: dict[str, str]) -> tuple[list[str], list[str]]:
@@ -699,7 +715,7 @@ def scan_idx(root: Path, files: list[str], base: dict[str, str]) -> Source:
     read_idx.cache_clear()  # the files may have changed
     for name in IDX:
         # torchvision keeps MNIST/raw, FashionMNIST/raw, ... below one folder, with the same file names.
-        places = sorted({f.rpartition("/")[0] for f in files if f.rpartition("/")[2] in (name, name + ".gz")})
+        places = sorted({f.rpartition("/")[0] for f in files if f.rpartition("/")[2] in idx_spellings(name)})
         if len(places) > 1:
             fail(f"{root} has {name} in {places[0] or '.'} and in {places[1]}: give one of these folders as --data")
     keys, splits, labels, tables = [], [], [], []

@@ -1,15 +1,16 @@
 """What the three stages share: options, device, precision, processes, updates, the log, small helpers.
 
-Plain functions around torch. A stage calls them in this order:
+Plain functions around torch. What a stage calls:
 
-    run = training.start(...)           device, precision, processes, seeds
-    state = checkpoints.resume(...)     this stage's own checkpoint, to go on from
-    training.lock(outdir, stage)        one run at a time in a folder
-    stepper = training.Stepper(...)     an optimiser that skips gradients that are not finite
-    log = training.Log(...)             progress bar, stats.jsonl, TensorBoard
-    run.reseed(images)                  at each iteration: all randomness follows from the images seen
-    run.stopping(iteration)             whether SIGINT or SIGTERM asked for an end
-    checkpoints.save(path, state)       written aside, then renamed
+    run = training.start(...)                device, precision, processes, seeds
+    stepper = training.Stepper(...)          an optimiser that skips gradients that are not finite
+    state = checkpoints.resume(...)          this stage's own checkpoint, to go on from
+    with training.lock(outdir, stage):       one run at a time in a folder
+    with training.signals(run):              SIGINT and SIGTERM ask for an end
+    with training.Log(...) as log:           progress bar, stats.jsonl, TensorBoard
+        run.reseed(images)                   at each iteration: all randomness follows from the images seen
+        run.stopping(iteration)              whether an end was asked for
+        checkpoints.save(path, state)        written aside, then renamed
 """
 
 import atexit
@@ -43,7 +44,8 @@ from tqdm import tqdm
 
 import checkpoints
 
-PATH_MAX = 4096  # characters of a path, as Linux has it
+PATH_MAX = 4096  # bytes of a path, as Linux has it
+NO_PATHS = ("critters", "afhq", "celeba", "fashion-mnist")  # what --data takes beside paths
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -55,8 +57,8 @@ class FilePath(click.Path):
 
     def convert(self, value: str, *where) -> object:
         value = os.path.expanduser(value)  # shells leave ~ as it is in --data=~/photos
-        if "\0" in os.fspath(value) or len(os.fspath(value)) >= PATH_MAX:
-            self.fail(f"a path has fewer than {PATH_MAX:,} characters, none of them NUL", *where)
+        if "\0" in os.fspath(value) or len(os.fspath(value).encode(errors="surrogatepass")) >= PATH_MAX:
+            self.fail(f"a path has fewer than {PATH_MAX:,} bytes, none of them NUL", *where)
         if any("\ud800" <= c <= "\udfff" for c in os.fspath(value)):  # how Python writes what is not UTF-8
             self.fail(f"{value!r} is not UTF-8: rename it", *where)
         return super().convert(value, *where)
@@ -70,10 +72,10 @@ OPTIONS = [
     click.option("--preset",    metavar="NAME|none", help="Settings of critters, afhq, celeba or fashion-mnist.  [default: those of the data, where it is recognised]"),
     click.option("--protocol",  type=click.Choice(["paper", "ours"]), help="paper: every setting as published; each can still be overridden by its own option.  [default: paper for afhq and celeba]"),
     click.option("--size",      metavar="PIXELS", type=click.IntRange(checkpoints.SIZES[0], checkpoints.SIZES[-1]), help="Image size, a power of two.  [default: the preset's; of other data, what the images allow, at most 256, on CPUs 32]"),
-    click.option("--batch",     metavar="N", type=click.IntRange(2, 2**16), help="Images per step, over all processes.  [default: by data; gan.py: 16 up to 64 px, then 32; --protocol paper: 32, celeba: encoder.py 128, gan.py 64; classifier.py 256]"),
+    click.option("--batch",     metavar="N", type=click.IntRange(2, 2**16), help="Images per step, over all processes.  [default: encoder.py 64; gan.py 16 up to 64 px, then 32; classifier.py 256; --protocol paper: encoder.py and gan.py 32, for celeba 128 and 64]"),
     click.option("--init",      metavar="FILE", type=FilePath(), help="Checkpoint to take the network's first weights from."),
     click.option("--seed",      metavar="N", type=click.IntRange(0, 2**32 - 1), default=0, help="Seed of everything random."),
-    click.option("--precision", type=click.Choice(["auto", "fp32", "bf16", "fp16"]), default="auto", help="auto: bf16 if the GPU has it or the CPU has AMX; else fp16 on GPUs, fp32 on CPUs (for encoder.py below 64 px always)."),
+    click.option("--precision", type=click.Choice(["auto", "fp32", "bf16", "fp16"]), default="auto", help="auto: bf16 if the GPU has it or the CPU has AMX; else fp16 on GPUs, fp32 on CPUs. encoder.py below 64 px takes fp32 on every CPU."),
     click.option("--tf32/--no-tf32", default=None, help="Let GPUs multiply fp32 matrices in TF32: faster, and 1,000 times less exact.  [default: in convolutions, with bf16 and fp16]"),
     click.option("--device",    metavar="DEVICE", default="auto", help="cpu, cuda, cuda:1; auto: cuda if there is one."),
     click.option("--workers",   metavar="N", type=click.IntRange(0, 256), default=1, help="Threads that prepare batches; 0: none."),
@@ -237,8 +239,9 @@ def resolve(presets: dict[str, dict], paper: dict[str, dict], preset: str, optio
 
 def out_folder(options: dict) -> Path:
     """The run's folder: --outdir, or runs/<data name>; smoke runs stay apart."""
-    # ".", "photos/" and links get the name of the folder that they lead to.
-    data = Path(os.path.realpath(os.path.expanduser(options["data"])))
+    # ".", "photos/" and links get the name of the folder that they lead to; a preset is no path.
+    given = os.path.expanduser(options["data"])
+    data = Path(given if given in NO_PATHS else os.path.realpath(given))
     # Spaces and the like would need quotes in every later command.
     name = re.sub(r"[^\w.-]+", "_", data.stem if data.is_file() else data.name) or "data"
     return Path(options["outdir"] or Path("runs") / (name + "-smoke" * options["smoke"]))
@@ -400,12 +403,16 @@ class Run:
 
 
 class Stepper:
-    """An optimiser with its loss scaler. If a gradient is not finite, the update is skipped and counted.
+    """A fused optimiser with its loss scaler. If a gradient is not finite, the update is skipped and counted.
+
+    Raises ValueError for one that is not fused: those skip nothing.
 
     Nothing here waits for the device; `skipped` [] and `steps` [] are counted there, for `check_finite`.
     """
 
     def __init__(self, run: Run, optimizer: torch.optim.Optimizer):
+        if not optimizer.defaults.get("fused"):
+            raise ValueError("Stepper needs a fused optimiser: others do not skip gradients that are not finite")
         self.run, self.optimizer = run, optimizer
         # For fp16 alone: bf16 has the range of fp32.
         self.scaler = torch.amp.GradScaler(run.device.type, enabled=run.dtype is torch.float16)
@@ -486,7 +493,7 @@ def load_adam(optimizer: torch.optim.Optimizer, state: dict, parameters: int) ->
 def check_finite(steppers: Iterable[Stepper], images: int, options: dict) -> None:
     """Raise click.ClickException if training has diverged: too many of the last gradients were not finite.
 
-    Too many: at least 20, and a fifth of the steps since the last count, which is of 100 steps or more. In fp16 a run may
+    Too many: 20 or more, and at least a fifth of the steps counted. The count starts anew after 100 steps. In fp16 a run may
     skip 16 at its start, until the loss scale has come down from 65,536 to 1.
     """
     for stepper in steppers:
@@ -538,6 +545,8 @@ def start(device: str = "auto", precision: str = "auto", seed: int = 0, tf32: bo
 
     Raises click.ClickException for a device that this machine does not have.
     """
+    if precision not in ("auto", "fp32", "bf16", "fp16"):
+        raise click.ClickException(f"--precision {precision}: give auto, fp32, bf16 or fp16")
     keep_memory()
     torch.set_flush_denormal(True)  # Adam's second moments decay into denormals, which are slow on CPUs
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
@@ -753,12 +762,14 @@ def to_uint8(x: torch.Tensor) -> torch.Tensor:
 def random_crop(x: torch.Tensor, area: float) -> torch.Tensor:
     """A random crop of each image, resized to the whole, flipped or not, blurred or not; each draws its own, on its device.
 
-    x: float [B, 3, S, S]; so is the result.  area: smallest area of the crop as a part of the image (aspect 3/4 to
-    4/3).  Flip: probability 0.5; Gaussian blur: 0.5, sigma up to 2 pixels or S / 40 if that is less.
+    x: float [B, 3, S, S]; so is the result.  area: smallest area of the crop as a part of the image, in (0, 1], else
+    ValueError (aspect 3/4 to 4/3; above 3/4, crops can be smaller, since none is longer than the image).  Flip: probability 0.5; Gaussian blur: 0.5, sigma up to 2 pixels or S / 40 if that is less.
 
     Crop, flip, bilinear resize and blur are separable, so together they are one matrix for the rows and one for the
     columns of an image.
     """
+    if not 0 < area <= 1:
+        raise ValueError(f"a crop of {area} of the image")
     b, _, s, _ = x.shape
 
     def uniform(low: float, high: float) -> torch.Tensor:
@@ -804,8 +815,10 @@ def information_bits(logits: torch.Tensor, y: torch.Tensor, kind: str, h_y: floa
 
     H(Y|E) is bounded from above by the mean cross-entropy of y [N, Y] under logits [N, Y]: for kind 'one-hot' of the
     classes, for 'multi-label' the sum of the attributes' binary ones. The logits must mean probabilities: a classifier
-    trained on balanced attributes has its balance subtracted first. h_y: H(Y) in bits.
+    trained on balanced attributes has its balance subtracted first. h_y: H(Y) in bits. Raises ValueError for another kind.
     """
+    if kind not in ("one-hot", "multi-label"):
+        raise ValueError(f"no kind of labels {kind!r}")
     if kind == "one-hot":
         nats = F.cross_entropy(logits.double(), y.double())
     else:

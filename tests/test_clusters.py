@@ -76,6 +76,7 @@ def test_agreement_in_closed_form():
 
 def test_table_and_pictures(tmp_path):
     (tmp_path / "cluster9.png").touch()  # of an earlier clustering
+    (tmp_path / "clusters_of_mine.png").touch()
     found = {"train": np.array([0, 0, 1, 1, 0]), "val": np.array([1])}
     ds = Pictures(np.eye(5))
     ds.images[3] = 99
@@ -84,6 +85,7 @@ def test_table_and_pictures(tmp_path):
     for split, value in found.items():
         rows = list(csv.DictReader((tmp_path / f"{split}.csv").read_text().splitlines()))
         assert [int(r["cluster"]) for r in rows] == value.tolist() and rows[0]["img"] == "a/0.png"
-    assert sorted(p.name for p in tmp_path.glob("cluster*.png")) == ["cluster0.png", "cluster1.png"]
+    own = ["cluster0.png", "cluster1.png", "clusters_of_mine.png"]
+    assert sorted(p.name for p in tmp_path.glob("cluster*.png")) == own
     sheet = np.asarray(Image.open(tmp_path / "cluster1.png"))
     assert sheet.shape == (256, 256, 3) and 99 in sheet[:32, :64] and (sheet[:32, 64:] == 255).all()

@@ -81,6 +81,15 @@ def test_usual_size(tmp_path, capsys):
             open_dataset(str(tmp_path / "a"), size)
 
 
+def test_the_usual_size_is_that_of_images_within_max_pixels(tmp_path, monkeypatch):
+    root = class_folders(tmp_path / "x", {"a": 2, "b": 2}, size=(70, 70))
+    assert dataset.usual_size(root, ["a/000.png"], 100) == 32 and dataset.usual_size(root, ["a/000.png"]) == 64
+    usual, asked = dataset.usual_size, []
+    monkeypatch.setattr(dataset, "usual_size", lambda *how: asked.append(how) or usual(*how))
+    open_dataset(str(root), max_pixels=5000)
+    assert asked[0][2] == 5000
+
+
 def test_critters_have_a_largest_size():
     assert "between 16 and 512" in error_of("critters", 1024)
 

@@ -108,7 +108,7 @@ def test_download_resumes_and_packs(tmp_path, server, monkeypatch):
     assert run.exit_code == 0 and os.listdir(tmp_path / "data" / "afhq") == ["afhq_v2.zip"] and len(server.seen) == 4
 
 
-def test_a_file_beside_is_not_the_data(tmp_path, monkeypatch):
+def test_a_file_beside_is_not_the_data(tmp_path, monkeypatch, capsys):
     fetched = []
     monkeypatch.setattr(download, "fetch", lambda path, *how, **more: fetched.append(path.name))
     (tmp_path / "data" / "afhq").mkdir(parents=True)
@@ -116,7 +116,12 @@ def test_a_file_beside_is_not_the_data(tmp_path, monkeypatch):
     download.download("afhq")
     (tmp_path / "data" / "afhq" / "train").mkdir()
     download.download("afhq")
-    assert fetched == ["afhq.zip"]
+    assert fetched == ["afhq.zip"] and not capsys.readouterr().err
+    download.download("afhq", "v2")
+    assert fetched == ["afhq.zip"] and "nothing is fetched, whatever their version" in capsys.readouterr().err
+    (tmp_path / "data" / "celeba.zip").touch()  # which stands for the folder
+    download.download("celeba")
+    assert fetched == ["afhq.zip"] and not (tmp_path / "data" / "celeba").exists()
 
 
 def test_download_goes_on_in_a_later_run(tmp_path, server):

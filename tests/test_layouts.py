@@ -208,6 +208,38 @@ def test_labels_csv_with_attributes_and_splits(tmp_path):
     assert val.label_names == ["Tie"] and val.label_kind == "multi-label" and val.labels.tolist() == [[1], [1]]
 
 
+@pytest.mark.parametrize("below", ["", "images/", "data/images/"])
+def test_folders_of_splits_under_a_table(tmp_path, below):
+    """They keep their splits, also below folders that hold them all; some images beside them are refused."""
+    root, rows = tmp_path / "x", [["file", "label"]]
+    for i in range(12):
+        paint(root / below / ("train" if i < 8 else "val") / f"{i}.png", 10 * i)
+        rows.append([f"{below}{'train' if i < 8 else 'val'}/{i}.png", "ab"[i % 2]])
+    write_csv(root / "labels.csv", rows)
+    assert [len(open_dataset(str(root), split=s)) for s in ("train", "val")] == [8, 4]
+    assert open_dataset(str(root), split="val").names == [row[0] for row in rows[9:]]
+    paint(root / below / "extra.png", 200)
+    write_csv(root / "labels.csv", [*rows, [f"{below}extra.png", "a"]])
+    with pytest.raises(click.ClickException, match=f"{below}extra.png lies in no folder of a split"):
+        open_dataset(str(root))
+    # One folder of that name is none: here they are kinds of vehicles.
+    vehicles = [["file", "label"]]
+    for i, kind in enumerate(("train", "car") * 6):
+        paint(tmp_path / "v" / below / kind / f"{i}.png", 10 * i)
+        vehicles.append([f"{below}{kind}/{i}.png", kind])
+    write_csv(tmp_path / "v" / "labels.csv", vehicles)
+    assert len(open_dataset(str(tmp_path / "v"), split="val")) == 2
+
+
+def test_all_images_in_val_is_said(tmp_path):
+    rows = [["file", "label", "split"]]
+    for i in range(4):
+        paint(tmp_path / "x" / f"{i}.png", 10 * i)
+        rows.append([f"{i}.png", "ab"[i % 2], "val"])
+    write_csv(tmp_path / "x" / "labels.csv", rows)
+    assert "no images are left for train:" in error_of(str(tmp_path / "x"))
+
+
 @pytest.mark.parametrize(("form", "nested"), [("txt", False), ("csv", True)])
 def test_celeba(tmp_path, form, nested):
     values = celeba(tmp_path / "data" / "celeba", form=form, nested=nested)
@@ -497,6 +529,9 @@ def test_two_idx_sets_in_one_folder(tmp_path):
     fashion(tmp_path / "x" / "FashionMNIST" / "raw")
     assert scan(tmp_path / "x").classes[0] == "T-shirt/top"
     fashion(tmp_path / "x" / "MNIST" / "raw", suffix=".gz")
+    assert "in FashionMNIST/raw and in MNIST/raw: give one of these folders" in error_of(str(tmp_path / "x"))
+    for path in (tmp_path / "x").rglob("*-ubyte*"):  # as some programs spell them
+        path.rename(path.with_name(path.name.replace("-idx", ".idx")))
     assert "in FashionMNIST/raw and in MNIST/raw: give one of these folders" in error_of(str(tmp_path / "x"))
 
 
