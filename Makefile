@@ -2,7 +2,7 @@
 # make test   run the tests          make lint    check style
 # make ablations  after the demo: variants of stage 3 on its encoder and classifier, three seeds each, as a table
 # make page   the page in the browser: of the demo, or of NETWORK=FILE
-# make pretrained  train the network of pretrained/ again: four times as long as the demo; goes on where it stopped
+# make pretrained  train the network of pretrained/ again: ten times as many images as the demo; goes on where it stopped
 # make bench  time ops, training step, metrics and data loading against the usual ways
 # make gpu    check on a GPU what was built without one: a verdict per line, all of it in gpu.json; ten minutes at most
 
@@ -31,7 +31,7 @@ LONG := runs/pretrained
 pretrained: .venv/done
 	$(BIN)/python encoder.py --epochs 4 --outdir $(LONG)
 	$(BIN)/python classifier.py --outdir $(LONG)
-	$(BIN)/python gan.py --kimg 240 --outdir $(LONG)
+	$(BIN)/python gan.py --kimg 480 --penalty-every 1 --outdir $(LONG)
 	$(BIN)/python metrics.py --network $(LONG) --json pretrained/metrics.json
 	$(BIN)/python explore.py dimensions --network $(LONG)
 	$(BIN)/python explore.py export --network $(LONG) --out pretrained/critters.pt

@@ -26,7 +26,16 @@ import latents
 import training
 
 ROOT = Path(__file__).resolve().parent.parent
-ROWS = ("", "--penalty=r1", "--beta1=0.5", "--width=16", "--no-projection", "--lr-decay=0", "--reg-augment=translation")
+ROWS = (
+    "",
+    "--penalty-every=1",
+    "--penalty=r1",
+    "--beta1=0.5",
+    "--width=16",
+    "--no-projection",
+    "--lr-decay=0",
+    "--reg-augment=translation",
+)
 METRICS = "fid,kid,pr,accuracy"
 COLUMNS = {
     "FD": (lambda m: m["fd"], "{:.0f}"),
