@@ -382,7 +382,7 @@ def test_interpolation(command, lively, tmp_path):
     with Image.open(lively / "interpolate.gif") as gif:
         assert gif.n_frames == 12 and gif.size == (32, 32) and gif.info["duration"] == 40
     assert "two seeds or two ys" in command(*loop, "--seeds", 1, "--y", "cat", code=2).output
-    assert "a .gif or an .mp4" in command(*loop, "--out", tmp_path / "x.png", code=1).output
+    assert "ends in .gif or .mp4" in command(*loop, "--out", tmp_path / "x.png", code=2).output
     assert not list(tmp_path.iterdir())
 
 
@@ -396,7 +396,7 @@ def test_mp4(command, lively, tmp_path):
 def test_mp4_without_ffmpeg(command, lively, tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
     out = ("--out", tmp_path / "loop.mp4")
-    line = command("explore", "traverse", "--network", lively, "--interpolate", "--frames", 2, *out, code=1).output
+    line = command("explore", "traverse", "--network", lively, "--interpolate", "--frames", 2, *out, code=2).output
     assert "needs ffmpeg" in line and not out[1].exists()
 
 
@@ -630,7 +630,6 @@ def test_bad_options_are_one_line(command, lively, attributes, class_run, tmp_pa
         (*sample, "--seeds", "3-"): "--seeds 3-",
         (*sample, "--out", tmp_path / "x"): "name a file that ends in .png or .gif",
         (*sample, "--out", tmp_path / "x.xyz"): "x.xyz: name a file that ends in",
-        (*strips, "--interpolate", "--out", tmp_path / "x.png"): "name a file that ends in .gif or .mp4",
         ("dimensions", "--network", lively, "--out", tmp_path / "x.mp4"): "x.mp4: name a file that ends in .png",
         ("dimensions", "--network", lively, "--json", tmp_path / "x.pt"): "name a file that ends in .json",
         ("export", "--network", lively, "--out", tmp_path): "is a folder: name a file",
