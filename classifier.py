@@ -51,7 +51,10 @@ class Classifier(nn.Linear):
 
 
 def build(checkpoint: dict) -> Classifier:
-    """The frozen classifier in eval mode, from the content of `classifier.pt`. Raises ValueError or RuntimeError if that does not fit."""
+    """The frozen classifier in eval mode, from the content of `classifier.pt`.
+
+    Raises ValueError or RuntimeError if that does not fit.
+    """
     classifier = checkpoints.rebuild(lambda: Classifier(**checkpoint["config"]), checkpoint["model"])
     balance = torch.tensor(checkpoint["balance"], dtype=torch.float32)
     # One number alone would broadcast to all labels, and NaN would reach every bound in bits.

@@ -45,8 +45,8 @@ BEFORE = dict(blur=False, reg_stretch=1.0, tanh_slope=0.0)  # for checkpoints fr
 
 LOG_EVERY = 2_000  # images: a minute on a CPU, a second on a GPU
 
-# Defaults by preset; '' is all other data. None: `set_by_size` sets it. squash and
-# train_on_all count only where there is no encoder.pt.
+# Defaults by preset; '' is all other data. None: `set_by_size` sets it. squash and train_on_all
+# count only where there is no encoder.pt.
 # Why defaults are not the published settings (figures are of small images, most of one seed):
 # lr_decay: usual in short runs. In 15,000 images a constant rate was better, in 50,000 little of that was left.
 # projection: where the classifier is often wrong, the regularisation alone does not make images follow y.
@@ -581,8 +581,8 @@ class Trainer:
     """Networks, optimisers and labels of one run, and its four updates.
 
     Each of `discriminate`, `penalise` (R1), `generate` and `regularise` runs forward and backward and steps its
-    optimiser. All but `penalise` draw latents of their own. They return device scalars for the log and do not synchronise (but for --per-class, which
-    must know whose images are whose).
+    optimiser. All but `penalise` draw latents of their own. They return device scalars for the log and do not
+    synchronise (but for --per-class, which must know whose images are whose).
 
     labels: float [N, Y] of the training images, from which y is drawn; None is unconditional. kind: 'one-hot',
     'multi-label' or 'none'. encoder, classifier: frozen.

@@ -15,8 +15,8 @@ torch-fidelity and the original code, `clean` as clean-fid. All images are compa
 
 Everything random comes from the seed and the index of an image alone, so no number depends on the batch size or on the
 number of processes beyond rounding. For two folders this file needs no other, and with `ops/` beside it t-SNE is faster.
-For `--network` and `--features FILE` it needs trained.py, which says what the two sets of a run are and what else a run is asked, and what that
-needs: all of this project.
+For `--network` and `--features FILE` it needs trained.py, which says what the two sets of a run are and what else a run
+is asked, and what that needs: all of this project.
 """
 
 import contextlib
@@ -535,6 +535,13 @@ class Moments:
         return self.mean.cpu().numpy(), (self.scatter / (self.n - 1)).cpu().numpy()
 
 
+def is_covariance(cov: np.ndarray) -> bool:
+    """Whether a square matrix is symmetric and has no negative variance."""
+    # Symmetric up to rounding: 1e-3 of an entry, or 1e-6 of the largest.
+    symmetric = np.allclose(cov, cov.T, rtol=1e-3, atol=1e-6 * np.abs(cov).max())
+    return symmetric and bool((cov.diagonal() >= 0).all())
+
+
 def frechet_distance(mean1: np.ndarray, cov1: np.ndarray, mean2: np.ndarray, cov2: np.ndarray) -> float:
     """Squared Frechet distance of two Gaussians: |m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)), Heusel et al. 2017.
 
@@ -551,9 +558,8 @@ def frechet_distance(mean1: np.ndarray, cov1: np.ndarray, mean2: np.ndarray, cov
     D = len(cov1)
     if not (np.shape(mean1) == np.shape(mean2) == (D,) and cov1.shape == cov2.shape == (D, D)):
         raise ValueError(f"no means and covariances of one size: {[np.shape(a) for a in (mean1, cov1, mean2, cov2)]}")
-    for cov in (cov1, cov2):  # up to rounding
-        if (cov.diagonal() < 0).any() or np.abs(cov - cov.T).max() > 1e-6 * np.abs(cov).max():
-            raise ValueError("a covariance is not symmetric, or has a negative variance")
+    if not (is_covariance(cov1) and is_covariance(cov2)):
+        raise ValueError("a covariance is not symmetric, or has a negative variance")
 
     def factor(cov: np.ndarray) -> np.ndarray:
         # LAPACK counts rows from 1. Above the diagonal and beyond the rank there is nothing of the factor.
@@ -753,9 +759,7 @@ def load_stats(path: Path | str, features) -> tuple[Moments, bool]:
         raise click.ClickException(f"{path} holds no statistics ('mu' and 'sigma'){why}") from None
     if mean.ndim != 1 or cov.shape != (len(mean), len(mean)) or not all(t.isfinite().all() for t in (mean, cov)):
         raise click.ClickException(f"{path}: mu {[*mean.shape]} and sigma {[*cov.shape]} are no mean and covariance")
-    scale = cov.abs().max().item()
-    # Symmetric up to rounding: 1e-3 of an entry, or 1e-6 of the largest.
-    if n < 2 or (cov.diagonal() < 0).any() or not torch.allclose(cov, cov.T, rtol=1e-3, atol=1e-6 * scale):
+    if n < 2 or not is_covariance(cov.numpy()):
         raise click.ClickException(f"{path}: sigma is no covariance of two images or more")
     if len(mean) != features.dims:
         raise click.ClickException(
@@ -1195,9 +1199,8 @@ def measure_fidelity(options: dict, amounts: dict, need: set, run, world: World,
         need = need - {"is"}
     if "is" in need and len(images) < 1000:
         # q is the mean of its split's p, so p <= n q: KL is at most log n, for the n images of a split and one attribute.
-        limit = (
-            "" if run and run.kind == "multi-label" else f" is at most {-(-len(images) // 10)}, as many as a split has"
-        )
+        several = run and run.kind == "multi-label" and features.name != "inception"
+        limit = "" if several else f" is at most {-(-len(images) // 10)}, as many as a split has"
         notes.append(f"IS of {len(images)} images{limit}: compare it at equal n only")
     if "kid" in need:
         fewest = min(len(images), len(real))

@@ -848,6 +848,10 @@ def test_numbers_of_what_makes_no_sense_are_refused():
     ):
         with pytest.raises(ValueError, match=why):
             wrong()
+    # What `load_stats` lets pass as rounding has a distance.
+    rounded = eye.copy()
+    rounded[[0, 1], [1, 0]] = 0.5, 0.5002
+    assert metrics.is_covariance(rounded) and metrics.frechet_distance(zero, rounded, zero, eye) > 0
 
 
 def test_moments_that_were_joined_stay_as_they_were():
