@@ -65,6 +65,7 @@ def cluster(h: dict, spec: str, seed: int, folder: Path) -> dict[str, np.ndarray
         plot(silhouette, best, folder / "k.png")
     else:
         model = fit(int(value))
+        (folder / "k.png").unlink(missing_ok=True)  # of an earlier choice of K
     # argsort twice gives ranks: the largest cluster becomes number 0, whatever k-means called it.
     order = np.bincount(model.labels_, minlength=model.n_clusters).argsort()[::-1].argsort()
     return {split: order[model.predict(v)] for split, v in x.items()}

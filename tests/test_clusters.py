@@ -49,6 +49,7 @@ def test_clumps_and_their_number_are_found(tmp_path, k):
     assert len(sizes) == k and (np.diff(sizes) <= 0).all()  # the largest comes first
     for wanted in (2, k + 2):
         assert clusters.cluster({"train": x}, f"clusters:{wanted}", 0, tmp_path)["train"].max() == wanted - 1
+        assert not (tmp_path / "k.png").exists()
 
 
 def test_the_seed_decides(tmp_path):
