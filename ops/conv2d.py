@@ -34,6 +34,8 @@ _MOST_CHANNELS = 2048  # conv2d.cpp's kMost
 _LEAST_TILES, _TILE_COST = 16, 1.25
 _MOST_PIXELS = 4096  # for 1x1 kernels
 _FEW_PLACES = 4  # up to so many pixels of a map, a matrix product for each is faster
+# In bf16 on AMX, weight gradients of 256 to 256 channels took a fifth of the time with 2 pixels for each output channel, and 0.9 with 8.
+_PIXELS_PER_CHANNEL = 8
 
 
 def conv2d(
@@ -261,6 +263,9 @@ def _weight_gradient(x, g, weight, stride, padding, impl):
         # As that of a convolution from g to x: PyTorch is then nearly five times as fast.
         N, C, k, _ = weight.shape
         return _reversed(torch.nn.grad.conv2d_weight(g, (C, N, k, k), x, stride, padding))
+    few = g.shape[0] * g.shape[2] * g.shape[3] <= _PIXELS_PER_CHANNEL * g.shape[1]
+    if x.dtype is torch.bfloat16 and x.device.type == "cpu" and few and impl != "torch":
+        return _by_windows(x, g, weight.shape[2], stride, padding)
     geometry = None
     # With create_graph it must be differentiable, which the C++ alone is not.
     if not torch.is_grad_enabled() and _channels_last(g):
@@ -270,6 +275,17 @@ def _weight_gradient(x, g, weight, stride, padding, impl):
     dweight = torch.empty_like(weight)
     c_function("conv2d_weight_gradient", x.dtype, "pppp")(x.data_ptr(), g.data_ptr(), dweight.data_ptr(), geometry)
     return dweight
+
+
+def _by_windows(x, g, k, stride, padding):
+    """The same as one matrix product, of g's pixels by the windows of x that they come from. Differentiable.
+
+    PyTorch's takes a time in proportion to the number of weights, however few pixels there are.
+    """
+    x = F.pad(x.permute(0, 2, 3, 1), (0, 0, padding, padding, padding, padding))
+    windows = x.unfold(1, k, stride).unfold(2, k, stride).permute(0, 1, 2, 4, 5, 3)  # [B, OH, OW, k, k, C]
+    dweight = g.permute(0, 2, 3, 1).flatten(0, 2).T @ windows.flatten(3).flatten(0, 2)
+    return dweight.unflatten(1, windows.shape[3:]).permute(0, 3, 1, 2)  # channels_last
 
 
 def _run(x, weight, bias, channels, out, geometry):

@@ -154,6 +154,38 @@ def test_odd_convolutions_of_small_maps_are_pytorchs(x, weight, stride, padding)
         torch.testing.assert_close(a, b)
 
 
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize(("k", "stride"), KERNELS)
+def test_weight_gradients_of_few_pixels_in_bf16(transposed, k, stride, monkeypatch):
+    """One matrix product, without PyTorch's; exact but for the rounding of bf16, and in channels_last."""
+    ours, theirs = pairs(transposed)
+    (x, weight, _), options = case(transposed, k, stride, 2, 32, 48, 9, 8, 1, torch.bfloat16)
+    exact = weight.detach().double().requires_grad_()
+    want = theirs(x.detach().double(), exact, None, *options)
+    g = randn(*want.shape, seed=9, dtype=torch.bfloat16)
+    (want,) = grad(want, exact, g.double())
+    with monkeypatch.context() as patched:
+        patched.setattr(torch.nn.grad, "conv2d_weight", lambda *a, **o: pytest.fail("by PyTorch"))
+        (got,) = grad(ours(x, weight, None, *options), weight, g)
+    assert got.dtype == torch.bfloat16 and got.is_contiguous(**LAST)
+    torch.testing.assert_close(got.double(), want, rtol=2**-8, atol=2**-8 * float(want.std()))
+    asked = []
+    monkeypatch.setattr(torch.nn.grad, "conv2d_weight", lambda x, size, *a: asked.append(1) or x.new_zeros(size))
+    many = torch.cat([x.detach()] * 60)  # so many that the windows would take longer
+    y = ours(many, weight, None, *options)
+    grad(y, weight, torch.ones_like(y))
+    assert asked
+
+
+def test_windows_are_differentiable():
+    x, g = randn(2, 3, 6, 5), randn(2, 4, 3, 3)
+    options = 3, 2, 1
+    want = torch.nn.grad.conv2d_weight(x, (4, 3, 3, 3), g, stride=2, padding=1)
+    torch.testing.assert_close(module._by_windows(x, g, *options), want)
+    assert gradcheck(lambda x, g: module._by_windows(x, g, *options), (x, g))
+    assert gradgradcheck(lambda x, g: module._by_windows(x, g, *options), (x, g))
+
+
 def test_autocast_leaves_float64():
     x, weight = randn(2, 16, 8, 8), randn(16, 16, 3, 3, seed=1)
     with torch.autocast("cpu", torch.bfloat16):
