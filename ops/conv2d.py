@@ -34,8 +34,10 @@ _MOST_CHANNELS = 2048  # conv2d.cpp's kMost
 _LEAST_TILES, _TILE_COST = 16, 1.25
 _MOST_PIXELS = 4096  # for 1x1 kernels
 _FEW_PLACES = 4  # up to so many pixels of a map, a matrix product for each is faster
-# In bf16 on AMX, weight gradients of 256 to 256 channels took a fifth of the time with 2 pixels for each output channel, and 0.9 with 8.
-_PIXELS_PER_CHANNEL = 8
+# When matrix products replace PyTorch's convolutions in bf16: up to so many pixels for each channel of the smaller map.
+# On AMX, weight gradients of 256 to 256 channels took a fifth of the time with 2, and 0.9 with 8. The others gain where
+# the weights outgrow the cache: 512 to 512 channels took 0.3 with 0.6, and 0.4 to 0.6 with 4.
+_PIXELS_GRADIENT, _PIXELS_OTHERS, _LARGE = 8, 4, 2**20
 
 
 def conv2d(
@@ -239,6 +241,8 @@ def _forward(x, weight, bias, stride, padding, impl):
     # Before `_geometry`, which refuses 3 channels: they are no multiple of 16.
     if _is_to_image(weight.shape[0], weight.shape[2], stride, padding, out) and impl != "torch":
         return _to_image(x, weight, bias, impl)
+    if _is_few(x, weight, out, impl):
+        return _multiply_windows(x, weight, bias, stride, padding, out)
     geometry = _geometry(x, weight, out, stride, padding, False, impl)
     if geometry is None:
         return F.conv2d(x, weight, bias, stride, padding)
@@ -249,6 +253,8 @@ def _transposed(x, weight, bias, stride, padding, out, impl):
     """conv_transpose2d without derivatives; `out` is the size of its result."""
     if _is_to_image(weight.shape[1], weight.shape[2], stride, padding, out) and impl != "torch":
         return _to_image(x, _reversed(weight), bias, impl)
+    if _is_few(x, weight, x.shape[2:], impl):
+        return _add_windows(x, weight, bias, stride, padding, out)
     geometry = _geometry(x, weight, out, stride, padding, True, impl)
     if geometry is None:
         # The output_padding that gives this size.
@@ -263,9 +269,10 @@ def _weight_gradient(x, g, weight, stride, padding, impl):
         # As that of a convolution from g to x: PyTorch is then nearly five times as fast.
         N, C, k, _ = weight.shape
         return _reversed(torch.nn.grad.conv2d_weight(g, (C, N, k, k), x, stride, padding))
-    few = g.shape[0] * g.shape[2] * g.shape[3] <= _PIXELS_PER_CHANNEL * g.shape[1]
-    if x.dtype is torch.bfloat16 and x.device.type == "cpu" and few and impl != "torch":
-        return _by_windows(x, g, weight.shape[2], stride, padding)
+    if _is_few(x, weight, g.shape[2:], impl, gradient=True):
+        windows = _windows(x, weight.shape[2], stride, padding).flatten(0, 2)
+        dweight = g.permute(0, 2, 3, 1).flatten(0, 2).T @ windows
+        return dweight.unflatten(1, (*weight.shape[2:], -1)).permute(0, 3, 1, 2)  # channels_last
     geometry = None
     # With create_graph it must be differentiable, which the C++ alone is not.
     if not torch.is_grad_enabled() and _channels_last(g):
@@ -277,17 +284,6 @@ def _weight_gradient(x, g, weight, stride, padding, impl):
     return dweight
 
 
-def _by_windows(x, g, k, stride, padding):
-    """The same as one matrix product, of g's pixels by the windows of x that they come from. Differentiable.
-
-    PyTorch's takes a time in proportion to the number of weights, however few pixels there are.
-    """
-    x = F.pad(x.permute(0, 2, 3, 1), (0, 0, padding, padding, padding, padding))
-    windows = x.unfold(1, k, stride).unfold(2, k, stride).permute(0, 1, 2, 4, 5, 3)  # [B, OH, OW, k, k, C]
-    dweight = g.permute(0, 2, 3, 1).flatten(0, 2).T @ windows.flatten(3).flatten(0, 2)
-    return dweight.unflatten(1, windows.shape[3:]).permute(0, 3, 1, 2)  # channels_last
-
-
 def _run(x, weight, bias, channels, out, geometry):
     """Either op, by C++."""
     y = torch.empty(len(x), channels, *out, dtype=x.dtype, memory_format=torch.channels_last)
@@ -295,6 +291,53 @@ def _run(x, weight, bias, channels, out, geometry):
     pointers = x.data_ptr(), weight.data_ptr(), None if bias is None else bias.data_ptr(), y.data_ptr()
     c_function("conv2d", x.dtype, "ppppp")(*pointers, geometry)
     return y
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Few pixels and many channels in bf16, as matrix products. PyTorch's convolutions take a time in proportion to the
+# weights there, which they bring into an order of their own, however few the pixels.
+
+
+def _is_few(x, weight, out, impl, gradient=False):
+    """Whether matrix products compute it. out: the smaller map's sides; its channels are the first axis of weight."""
+    most = (_PIXELS_GRADIENT if gradient else _PIXELS_OTHERS) * weight.shape[0]
+    few = len(x) * out[0] * out[1] <= most and (gradient or weight.numel() >= _LARGE)
+    return few and impl != "torch" and x.dtype is torch.bfloat16 and x.device.type == "cpu"
+
+
+def _multiply_windows(x, weight, bias, stride, padding, out):
+    """conv2d: every window's pixels by the kernel."""
+    y = torch.empty(len(x), len(weight), *out, dtype=x.dtype, memory_format=torch.channels_last)
+    windows, matrix = _windows(x, weight.shape[2], stride, padding).flatten(0, 2), _as_matrix(weight).T
+    # Written into y: a result that is a view could not be changed in place by a ReLU that follows.
+    pixels = y.permute(0, 2, 3, 1).flatten(0, 2)
+    torch.mm(windows, matrix, out=pixels) if bias is None else torch.addmm(bias, windows, matrix, out=pixels)
+    return y
+
+
+def _windows(x, k, stride, padding):
+    """The pixels that conv2d multiplies for each pixel of its result: [B, OH, OW, k * k * C]."""
+    x = F.pad(x.permute(0, 2, 3, 1), (0, 0, padding, padding, padding, padding))
+    return x.unfold(1, k, stride).unfold(2, k, stride).permute(0, 1, 2, 4, 5, 3).flatten(3)
+
+
+def _as_matrix(weight):
+    """[N, C, k, k] -> [N, k * k * C], which needs no copy in channels_last."""
+    return weight.permute(0, 2, 3, 1).flatten(1)
+
+
+def _add_windows(x, weight, bias, stride, padding, out):
+    """conv_transpose2d: what each pixel adds to its window, then the sum of the windows, in float32."""
+    k, (H, W) = weight.shape[2], x.shape[2:]
+    parts = (x.permute(0, 2, 3, 1) @ _as_matrix(weight)).unflatten(3, (k, k, -1))
+    # Room for the padding, and for a last window beyond what output_padding adds.
+    sums = x.new_zeros(len(x), *(s + 2 * padding + stride for s in out), parts.shape[-1], dtype=torch.float32)
+    for i, j in itertools.product(range(k), repeat=2):
+        sums[:, i : i + stride * H : stride, j : j + stride * W : stride] += parts[:, :, :, i, j]
+    if bias is not None:
+        sums += bias
+    sums = sums[:, padding : padding + out[0], padding : padding + out[1]].permute(0, 3, 1, 2)
+    return torch.empty(sums.shape, dtype=x.dtype, memory_format=torch.channels_last).copy_(sums)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

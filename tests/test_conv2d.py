@@ -156,34 +156,45 @@ def test_odd_convolutions_of_small_maps_are_pytorchs(x, weight, stride, padding)
 
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize(("k", "stride"), KERNELS)
-def test_weight_gradients_of_few_pixels_in_bf16(transposed, k, stride, monkeypatch):
-    """One matrix product, without PyTorch's; exact but for the rounding of bf16, and in channels_last."""
+def test_few_pixels_in_bf16_are_matrix_products(transposed, k, stride, monkeypatch):
+    """Result and gradients without PyTorch's convolutions, exact but for the rounding of bf16, in channels_last."""
     ours, theirs = pairs(transposed)
-    (x, weight, _), options = case(transposed, k, stride, 2, 32, 48, 9, 8, 1, torch.bfloat16)
-    exact = weight.detach().double().requires_grad_()
-    want = theirs(x.detach().double(), exact, None, *options)
+    inputs, options = case(transposed, k, stride, 2, 32, 48, 7, 8, 1, torch.bfloat16)
+    exact = [t.detach().double().requires_grad_() for t in inputs]
+    want = theirs(*exact, *options)
     g = randn(*want.shape, seed=9, dtype=torch.bfloat16)
-    (want,) = grad(want, exact, g.double())
-    with monkeypatch.context() as patched:
-        patched.setattr(torch.nn.grad, "conv2d_weight", lambda *a, **o: pytest.fail("by PyTorch"))
-        (got,) = grad(ours(x, weight, None, *options), weight, g)
-    assert got.dtype == torch.bfloat16 and got.is_contiguous(**LAST)
-    torch.testing.assert_close(got.double(), want, rtol=2**-8, atol=2**-8 * float(want.std()))
-    asked = []
-    monkeypatch.setattr(torch.nn.grad, "conv2d_weight", lambda x, size, *a: asked.append(1) or x.new_zeros(size))
-    many = torch.cat([x.detach()] * 60)  # so many that the windows would take longer
-    y = ours(many, weight, None, *options)
-    grad(y, weight, torch.ones_like(y))
-    assert asked
+    wanted = [want, *grad(want, exact, g.double())]
+    asked = collections.Counter()
+
+    def count(owner, name):
+        function = getattr(owner, name)
+        monkeypatch.setattr(owner, name, lambda *a: asked.update([name]) or function(*a))
+
+    for owner, name in ((F, "conv2d"), (F, "conv_transpose2d"), (torch.nn.grad, "conv2d_weight")):
+        count(owner, name)
+    ours(*inputs, *options)
+    assert asked  # small weights
+    asked.clear()
+    monkeypatch.setattr(module, "_LARGE", 0)
+    got = ours(*inputs, *options)
+    assert not got._is_view()  # else a ReLU could not change it in place
+    for a, b in zip([got, *grad(got, inputs, g)], wanted, strict=True):
+        assert a.dtype == torch.bfloat16 and (a.ndim == 1 or a.is_contiguous(**LAST))
+        torch.testing.assert_close(a.double(), b, rtol=2**-7, atol=2**-7 * float(b.detach().std()))
+    assert not asked
+    many = torch.cat([inputs[0].detach()] * 120).requires_grad_()  # so many that the windows would take longer
+    got = ours(many, *inputs[1:], *options)
+    grad(got, [many, inputs[1]], torch.ones_like(got))
+    assert set(asked) == {"conv2d", "conv_transpose2d", "conv2d_weight"}
 
 
-def test_windows_are_differentiable():
-    x, g = randn(2, 3, 6, 5), randn(2, 4, 3, 3)
-    options = 3, 2, 1
-    want = torch.nn.grad.conv2d_weight(x, (4, 3, 3, 3), g, stride=2, padding=1)
-    torch.testing.assert_close(module._by_windows(x, g, *options), want)
-    assert gradcheck(lambda x, g: module._by_windows(x, g, *options), (x, g))
-    assert gradgradcheck(lambda x, g: module._by_windows(x, g, *options), (x, g))
+def test_weight_gradient_by_windows_is_differentiable(monkeypatch):
+    """Its only caller that asks for that is autograd, in float64, which takes the other way."""
+    monkeypatch.setattr(module, "_is_few", lambda *a, **o: True)
+    x, g, weight = randn(2, 3, 6, 5), randn(2, 4, 3, 3), randn(4, 3, 3, 3)
+    gradient = lambda x, g: module._weight_gradient(x, g, weight, 2, 1, "auto")  # noqa: E731
+    torch.testing.assert_close(gradient(x, g), torch.nn.grad.conv2d_weight(x, weight.shape, g, stride=2, padding=1))
+    assert gradcheck(gradient, (x, g)) and gradgradcheck(gradient, (x, g))
 
 
 def test_autocast_leaves_float64():
