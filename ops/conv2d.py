@@ -300,9 +300,12 @@ def _run(x, weight, bias, channels, out, geometry):
 
 def _is_few(x, weight, out, impl, gradient=False):
     """Whether matrix products compute it. out: the smaller map's sides; its channels are the first axis of weight."""
+    if impl == "torch" or x.device.type != "cpu" or not (x.dtype == weight.dtype == torch.bfloat16):
+        return False
     most = (_PIXELS_GRADIENT if gradient else _PIXELS_OTHERS) * weight.shape[0]
     few = len(x) * out[0] * out[1] <= most and (gradient or weight.numel() >= _LARGE)
-    return few and impl != "torch" and x.dtype is torch.bfloat16 and x.device.type == "cpu"
+    # Empty results are PyTorch's, which refuses some.
+    return few and _channels_last(x) and len(x) > 0 and min(out) > 0
 
 
 def _multiply_windows(x, weight, bias, stride, padding, out):
@@ -311,7 +314,10 @@ def _multiply_windows(x, weight, bias, stride, padding, out):
     windows, matrix = _windows(x, weight.shape[2], stride, padding).flatten(0, 2), _as_matrix(weight).T
     # Written into y: a result that is a view could not be changed in place by a ReLU that follows.
     pixels = y.permute(0, 2, 3, 1).flatten(0, 2)
-    torch.mm(windows, matrix, out=pixels) if bias is None else torch.addmm(bias, windows, matrix, out=pixels)
+    if bias is None:
+        torch.mm(windows, matrix, out=pixels)
+    else:
+        torch.addmm(bias, windows, matrix, out=pixels)
     return y
 
 

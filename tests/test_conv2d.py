@@ -182,6 +182,10 @@ def test_few_pixels_in_bf16_are_matrix_products(transposed, k, stride, monkeypat
         assert a.dtype == torch.bfloat16 and (a.ndim == 1 or a.is_contiguous(**LAST))
         torch.testing.assert_close(a.double(), b, rtol=2**-7, atol=2**-7 * float(b.detach().std()))
     assert not asked
+    for other in (inputs[0].detach()[:0], inputs[0].detach().contiguous()):  # empty, and of another memory order
+        got, want = (conv(other, *inputs[1:], *options) for conv in (ours, theirs))
+        assert got.shape == want.shape and got.stride() == want.stride()
+    asked.clear()
     many = torch.cat([inputs[0].detach()] * 120).requires_grad_()  # so many that the windows would take longer
     got = ours(many, *inputs[1:], *options)
     grad(got, [many, inputs[1]], torch.ones_like(got))
