@@ -1,7 +1,7 @@
 """2-D convolution and its transpose: Winograd's method on the CPU, and gradients that R1 can differentiate fast.
 
 conv2d and conv_transpose2d replace F.conv2d and F.conv_transpose2d for square kernels. On the CPU, conv2d.cpp computes
-the shapes that it serves, with a quarter to a half of the multiplications for kernels of 3x3 and 4x4. In bf16 on the CPU,
+the shapes that it serves, with a quarter to a half of the multiplications for kernels of 3x3 and 4x4. In bf16 on CPUs
 few pixels of many channels are matrix products. PyTorch computes all other shapes and all other devices.
 
 PyTorch's own double backward of a convolution is slow: it takes the batch for channels and whole maps for kernels. Here
