@@ -48,7 +48,7 @@ LOG_EVERY = 2_000  # images: a minute on a CPU, a second on a GPU
 # Defaults by preset; '' is all other data. None: `set_by_size` sets it. squash and train_on_all
 # count only where there is no encoder.pt.
 # Why defaults are not the published settings (figures are of small images, most of one seed):
-# lr_decay: usual in short runs. In 15,000 images a constant rate was better, in 50,000 little of that was left.
+# lr_decay: 1,266 icons had FD 141 with it and 223 without, both under a longer average over weights: colours come and go.
 # projection: where the classifier is often wrong, the regularisation alone does not make images follow y.
 # reg_clip: on critters its gradient was 4 to 200 times the adversarial one's, whose steps by the same Adam then shrank.
 # reg_stretch: icons ceased to follow y where that gradient fell to 0.6 of reg_clip's limit; beyond 2, FD got worse.
@@ -750,7 +750,8 @@ class Trainer:
 
         Its half-life is EMA_HALF_LIFE images, or 1/40 of those seen if that is less, so that short runs forget their start.
         """
-        # A ramp as StyleGAN2-ADA's, which takes 1/20 of the images seen.
+        # A ramp as StyleGAN2-ADA's, which takes 1/20 of the images seen. With 1/10, 1,266 icons
+        # had FD 141, not 88 (one seed): greyer, since colours come and go in training.
         decay = 0.5 ** (self.options["batch"] / min(EMA_HALF_LIFE, images / 40))
         # Parameters are all: the decoder has no batch norm, so no running statistics to average.
         update = torch.optim.swa_utils.get_ema_multi_avg_fn(decay)
@@ -1074,8 +1075,8 @@ def set_by_size(options: dict) -> None:
     # Found by trying: with the global discriminator, both penalties and no momentum keep classes from collapsing; with
     # patches and their batch norm the pictures get worse.
     options["penalty"] = options["penalty"] or ("r1" if patch else "r1r2")
-    # r1: 16 is published. r1r2: with 4, FD was 8 +- 14 above that with 1 after the same 15,000 images of critters (three
-    # seeds), in 0.75 of the time.
+    # r1: 16 is published. r1r2: with 4, FD was 13 +- 14 above that with 1 after the same 15,000 images of critters (six
+    # runs a side), in 0.75 of the time.
     options["penalty_every"] = options["penalty_every"] or (16 if options["penalty"] == "r1" else 4)
     if not size:
         return
@@ -1089,7 +1090,7 @@ def set_by_size(options: dict) -> None:
     # Small images take a higher rate, smaller batches and wider maps, found by trying at 32 px; else as published.
     batch, lr = (16, 5e-4) if size <= 64 else (32, 1e-4)
     kimg = options["kimg"] or default_kimg(size)
-    # width: FD 229 with 32, 455 with the published 16 (critters, 15,000 images, three seeds). Above 32 px, 32 takes too
+    # width: FD 265 with 32, 454 with the published 16 (critters, 15,000 images, three seeds). Above 32 px, 32 takes too
     # long on CPUs.
     # beta1 0: better pictures, of more kinds of animals (critters, 30,000 images, one seed); 0.5 is published.
     width, beta1 = 32 if size <= 32 else 16, 0.5 if patch else 0.0
