@@ -45,11 +45,13 @@ def features(net: nn.Module, images: Tensor, size: int = 224) -> Tensor:
     return net.extract_features(((x + 1) / 2 - mean) / std).mean(dim=(2, 3))
 
 
-@click.command(cls=training.OneLine, help=__doc__.replace("\n\n", "\n\n\b\n", 1))
+@click.command(
+    cls=training.OneLine, help=__doc__.replace("\n\n", "\n\n\b\n", 1), context_settings=dict(show_default=True)
+)
 @click.argument("networks", nargs=-1, required=True, metavar="NETWORK...")
 @click.option("--data", metavar="PATH", help="The runs' images, if they have moved.")
-@click.option("--num", metavar="N", type=click.IntRange(4), default=2000, help="Images a side, or all the real ones if fewer.")  # fmt: skip
-@click.option("--seed", type=click.IntRange(0), default=0, help="Seed of the images.")
+@click.option("--num", metavar="N", type=click.IntRange(8, 10**5), default=2000, help="Images a side, or all the real ones if fewer.")  # fmt: skip
+@click.option("--seed", metavar="N", type=click.IntRange(0, 2**31), default=0, help="Seed of the images.")
 def main(networks: tuple[str, ...], data: str | None, num: int, seed: int) -> None:
     training.keep_memory()
     world = metrics.start("auto", batch=64)
