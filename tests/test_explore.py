@@ -102,6 +102,7 @@ def rig(decoder: gan.Decoder) -> None:
     subspace.L.data[0] = 18  # large, but of an empty basis: |L| says nothing
 
 
+@pytest.mark.long
 def test_dimensions_of_a_rigged_generator(command, attribute_folder, attribute_run, tmp_path, monkeypatch):
     folder = copy_run(attribute_run, tmp_path / "run")
     data = ("--data", attribute_folder, "--outdir", folder)

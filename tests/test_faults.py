@@ -430,10 +430,12 @@ BROKEN = {  # none of them writes into a tensor: the tests share those
 
 
 @pytest.fixture(scope="module")
-def gan_run(command, class_folder, class_run, tmp_path_factory):
-    folder = copy_run(class_run, tmp_path_factory.mktemp("faults") / "run")
-    command("gan", "--data", class_folder, "--outdir", folder, "--smoke", "--kimg", 0.016)
-    return folder
+def gan_run(command, class_folder, class_run, shared):
+    def train(folder) -> None:
+        copy_run(class_run, folder)
+        command("gan", "--data", class_folder, "--outdir", folder, "--smoke", "--kimg", 0.016)
+
+    return shared("gan-run", train)
 
 
 @pytest.fixture(scope="module")
@@ -596,6 +598,7 @@ gan.main(["--outdir", outdir.replace("RANK", os.environ["RANK"]), *options])
 """
 
 
+@pytest.mark.long
 def test_only_the_first_process_needs_the_folder(class_folder, class_run, tmp_path):
     """Two processes with folders of their own, as on machines that share none: resumed, they train one network."""
     (tmp_path / "work.py").write_text(SEPARATE)

@@ -674,6 +674,7 @@ def test_resumed_run_equals_an_unbroken_one(command, class_folder, class_run, tm
     assert checkpoints.load(broken / "gan.pt", "gan")["images_seen"] == 72
 
 
+@pytest.mark.long
 def test_options_of_the_command_reach_the_run(command, class_folder, class_run, tmp_path):
     variants = [[], ["--unconditional"], ["--seed", "1"], ["--precision", OTHER_PRECISION], ["--no-projection"]]
     variants += [["--init", tmp_path / "0" / "gan.pt"], ["--width", 8]]

@@ -914,6 +914,7 @@ def test_run_without_labels(stand_ins):
     fails("--network", path, "--metrics", "accuracy", text="needs a run with labels", code=2)
 
 
+@pytest.mark.long
 def test_batch_and_processes_change_nothing(stand_ins):
     path = stand_ins()
     options = (

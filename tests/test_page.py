@@ -112,6 +112,7 @@ def test_controls_change_the_picture_within_a_second(browser):
     assert int(seed) > 0
 
 
+@pytest.mark.long
 def test_keyboard_reaches_every_control(browser):
     from selenium.webdriver.common.action_chains import ActionChains
     from selenium.webdriver.common.keys import Keys
@@ -130,6 +131,7 @@ def test_keyboard_reaches_every_control(browser):
     assert changed_by(browser, lambda: other.send_keys(Keys.SPACE)) < LIMIT
 
 
+@pytest.mark.long
 def test_downloads_are_what_is_shown(browser, server, command):
     folder = server.folder / "downloads"
     for name in ("picture.png", "latent.json"):
@@ -142,6 +144,7 @@ def test_downloads_are_what_is_shown(browser, server, command):
     assert np.array_equal(pixels(out)[-64:, -64:], pixels(folder / "picture.png"))
 
 
+@pytest.mark.long
 def test_sixteen(browser):
     browser.find_element("id", "more").click()
     (image,), _ = wait_for(lambda: browser.find_elements("css selector", "#batch img"))
@@ -150,6 +153,7 @@ def test_sixteen(browser):
     assert browser.save_screenshot(str(ROOT / "runs" / "test_page.png"))
 
 
+@pytest.mark.long
 def test_no_errors_and_nothing_from_elsewhere(browser, server):
     """Runs last: of all that happened before."""
     assert not [entry for entry in browser.get_log("browser") if entry["level"] in ("SEVERE", "WARNING")]
@@ -160,6 +164,7 @@ def test_no_errors_and_nothing_from_elsewhere(browser, server):
     assert f"http://127.0.0.1:{server.port} shows" in server.log()
 
 
+@pytest.mark.long
 def test_only_this_machine_is_let_in(server):
     addresses = {info[4][0] for info in socket.getaddrinfo(socket.gethostname(), None, socket.AF_INET)}
     for address in addresses - {"127.0.0.1"}:

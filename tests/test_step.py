@@ -104,13 +104,19 @@ IN_FP32 |= {"discriminate_r1r2": IN_FP32["discriminate"], "regularise": {"bmm fl
 
 
 @pytest.fixture(scope="module", params=["global", "patch"])
-def counted(request):
+def counted(request, shared):
     """What each update launches in bf16 at 256 px, by discriminator."""
     if not hasattr(torch.utils.backend_registration, "_setup_privateuseone_for_python_backend"):
         pytest.skip(f"torch {torch.__version__} lets no other device stand in for a GPU")
-    done = run_script(ROOT / "tests" / "fake_device.py", request.param, "bfloat16")
-    assert done.returncode == 0, done.stderr[-2000:]
-    return request.param, json.loads(done.stdout)
+
+    def count(folder) -> None:
+        done = run_script(ROOT / "tests" / "fake_device.py", request.param, "bfloat16")
+        assert done.returncode == 0, done.stderr[-2000:]
+        folder.mkdir()
+        (folder / "updates.json").write_text(done.stdout)
+
+    folder = shared(f"counted-{request.param}", count)
+    return request.param, json.loads((folder / "updates.json").read_text())
 
 
 @pytest.mark.long
