@@ -9,6 +9,7 @@ of its real images. For where FID's Inception weights cannot be had: the judge o
 images as the generator, and this network is not. No other code's KID compares with these numbers.
 """
 
+from functools import partial
 from pathlib import Path
 
 import click
@@ -55,12 +56,12 @@ def features(net: nn.Module, images: Tensor, size: int = 224) -> Tensor:
 def main(networks: tuple[str, ...], data: str | None, num: int, seed: int) -> None:
     training.keep_memory()
     world = metrics.start("auto", batch=64)
-    net = load_network().to(world.device, memory_format=torch.channels_last)
+    look = partial(features, load_network().to(world.device, memory_format=torch.channels_last))
     for path in map(Path, networks):
         run = trained.TrainedRun(str(path / "gan.pt" if path.is_dir() else path), world, data)
         index = np.random.default_rng([seed, 8]).permutation(len(run.train))[:num]
-        real = run.look(run.real_images("train", index), lambda x: features(net, x))
-        fake = run.look(run.generated(num, seed), lambda x: features(net, x))
+        real = run.look(run.real_images("train", index), look)
+        fake = run.look(run.generated(num, seed), look)
         for what, a, b in (("generated", real, fake), ("real against real", *real.split(len(real) // 2)[:2])):
             distance, sd = metrics.kernel_distance(a, b, subset=min(1000, len(a) // 2))
             click.echo(f"{path}: {what} {1000 * distance:.1f} +- {1000 * sd:.1f}, n {len(a):,} and {len(b):,}")

@@ -221,6 +221,17 @@ def class_run(command, class_folder, shared) -> Path:
 
 
 @pytest.fixture(scope="session")
+def gan_run(command, class_folder, class_run, shared) -> Path:
+    """The same with a gan.pt of two iterations."""
+
+    def train(folder: Path) -> None:
+        copy_run(class_run, folder)
+        command("gan", "--data", class_folder, "--outdir", folder, "--smoke", "--kimg", 0.016)
+
+    return shared("gan-run", train)
+
+
+@pytest.fixture(scope="session")
 def attribute_run(command, attribute_folder, shared) -> Path:
-    """The same for `attribute_folder`."""
+    """A run folder with encoder.pt and classifier.pt for `attribute_folder`."""
     return shared("attribute-run", lambda folder: _two_stages(command, attribute_folder, folder))

@@ -430,15 +430,6 @@ BROKEN = {  # none of them writes into a tensor: the tests share those
 
 
 @pytest.fixture(scope="module")
-def gan_run(command, class_folder, class_run, shared):
-    def train(folder) -> None:
-        copy_run(class_run, folder)
-        command("gan", "--data", class_folder, "--outdir", folder, "--smoke", "--kimg", 0.016)
-
-    return shared("gan-run", train)
-
-
-@pytest.fixture(scope="module")
 def gan_state(gan_run):
     return torch.load(gan_run / "gan.pt", weights_only=True)
 

@@ -7,7 +7,6 @@ import click
 import pytest
 import torch
 from click.testing import CliRunner
-from conftest import copy_run
 from torch import nn
 
 import trained
@@ -38,13 +37,11 @@ def test_without_its_packages_it_names_them(monkeypatch):
         imagenet.load_network()
 
 
-def test_a_perfect_run_is_as_near_as_the_real_images(command, class_folder, class_run, tmp_path, monkeypatch):
-    folder = copy_run(class_run, tmp_path / "run")
-    command("gan", "--data", class_folder, "--outdir", folder, "--smoke", "--kimg", 0.016)
+def test_a_perfect_run_is_as_near_as_the_real_images(gan_run, monkeypatch):
     monkeypatch.setattr(imagenet, "load_network", StandIn)
 
     def distances() -> list[float]:
-        result = CliRunner().invoke(imagenet.main, [str(folder), "--num", "60"], catch_exceptions=False)
+        result = CliRunner().invoke(imagenet.main, [str(gan_run), "--num", "60"], catch_exceptions=False)
         assert result.exit_code == 0 and "n 60 and 60" in result.output
         return [float(x) for x in re.findall(r"(?:generated|against real) (-?[\d.]+) \+-", result.output)]
 

@@ -43,13 +43,12 @@ class Accepted(click.ClickException):
 
 
 @pytest.fixture(scope="module")
-def folder(command, class_folder, class_run, shared):
-    def train(folder) -> None:
-        copy_run(class_run, folder)
-        command("gan", "--data", class_folder, "--outdir", folder, "--smoke", "--kimg", 0.016)
+def folder(command, gan_run, shared):
+    def export(folder) -> None:
+        copy_run(gan_run, folder)
         command("explore", "export", "--network", folder)  # small, so that each command below loads it in no time
 
-    return shared("options", train)
+    return shared("options", export)
 
 
 @pytest.mark.parametrize(("name", "option"), CASES, ids=lambda case: case if isinstance(case, str) else " ".join(case))
